@@ -1,0 +1,2541 @@
+#!/usr/bin/env python3
+"""Turn robot trajectories (camera frames with metric poses) into frozen DINOv2 features, once.
+
+    python dino_cache.py --config config/data/dino_cache.yaml              # start, or go on where the last run stopped
+    python dino_cache.py --config config/data/dino_cache.yaml --dry-run    # what it would do, and the space it takes
+    python progress_utils.py show --cache-dir /data/my_robot/dino_cache_large
+
+The flow, one flat stream of frames across trajectory and chunk borders, so that batches are always full:
+
+    config -> trajectories -> chunk plan -> decode -> encode -> cut -> write -> progress
+     YAML     poses + frames   spans by m   threads   GPU      per     1 thread  main thread
+     typed    validated        half-open    bounded   full B   chunk   durable   atomic
+
+The output, one folder a trajectory, one HDF5 file a chunk of travelled distance (L frames, patch grid h x w, width D):
+
+    <cache_dir>/progress.json, dino_cache.log, <trajectory>/chunk_00000.h5, chunk_00001.h5, ...
+        cls_token           (L, D) float16         position            (L, 2) float64 [m]
+        patch_tokens        (L, h, w, D) float16   yaw                 (L,) float64 [rad]
+        register_tokens     (L, R, D) float16      frame_index         (L,) int64, row of the source's poses
+        (those asked for)                          travelled_distance  (L,) float64 [m] from frame 0
+
+What is guaranteed: a file under a final name is complete and was forced to the disk before it was recorded; a killed run
+loses the work in flight and nothing else; a broken trajectory fails alone, with its reason; changed data is redone; a
+changed configuration never mixes in unasked. What is not: protection against a disk that lies about fsync, or against
+JPEG bytes that are damaged in a way that still decodes.
+
+Sections, each using only those above it: constants - errors - configuration - trajectories - chunk plan - decoding -
+encoding - storage - pipeline - running - command line. torch, torchvision and timm are imported where they are first
+needed, so that refusals and runs with nothing to do are quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import errno
+import functools
+import hashlib
+import importlib.metadata
+import io
+import json
+import logging
+import math
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import stat
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
+
+import h5py
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from tqdm import tqdm
+
+from progress_utils import (
+    LOCK_FILE,
+    PROGRESS_FILE,
+    DinoCacheError,
+    Failure,
+    Progress,
+    RefusedError,
+    TrajectoryRecord,
+    ask,
+    cache_lock,
+    fsync_path,
+    make_directories_durably,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+# ======================================================================================================================
+# Constants: names and limits that are not the user's to set
+# ======================================================================================================================
+
+__version__ = "0.1.0"
+
+FORMAT = "dino_cache"
+FORMAT_VERSION = 1
+LOG_FILE = "dino_cache.log"
+STAGING_FOLDER = ".staging"
+RESERVED_NAMES = (PROGRESS_FILE, LOG_FILE, LOCK_FILE, STAGING_FOLDER)  # no trajectory may begin with one of them
+CHUNK_FILE_PATTERN = re.compile(r"chunk_\d{5,}\.h5")
+CHUNK_OVERHEAD_BYTES = 12_000  # of an HDF5 file beside its datasets' bytes: headers and attributes, about
+
+POSE_FILES = ("traj_data.pkl", "traj_data.json", "traj_data.npz")  # the first one found is taken
+FRAME_PATTERN = r"(\d+)\.(?:jpg|jpeg|png|JPG|JPEG|PNG)"
+
+TOKEN_DATASETS = {"cls": "cls_token", "patch": "patch_tokens", "register": "register_tokens"}
+MODEL_NAMES = {
+    f"{size}{suffix}": f"vit_{size}_patch14{timm_suffix}_dinov2.lvd142m"
+    for size in ("small", "base", "large", "giant")
+    for suffix, timm_suffix in (("", ""), ("_reg", "_reg4"))
+}
+RANDOM_WEIGHTS_SEED = 0
+
+PLANS_AHEAD = 16  # trajectories whose poses are read before their frames are wanted
+BATCHES_TO_WRITE = 2  # encoded batches that may wait for the disk
+MAX_SCALED_PIXELS = 64  # a frame scaled to cover the input may be this many times the input: 1x9000 px frames fail
+
+LOST_MOUNT_ERRNOS = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENXIO)
+LOST_MOUNT_FAILURES = 20  # in a row, without a success between them
+SHOWN_NAMES = 10  # of a list of names in a message
+
+Token = Literal["cls", "patch", "register"]
+ModelType = Literal["small", "small_reg", "base", "base_reg", "large", "large_reg", "giant", "giant_reg"]
+ChecksumKind = Literal["stat", "content"]
+
+LOG = logging.getLogger("dino_cache")
+
+# ======================================================================================================================
+# Errors: whose fault it is decides what happens
+# ======================================================================================================================
+# RefusedError (exit 2) and CacheLockedError (exit 4) come from progress_utils.
+
+
+class InputError(Exception):
+    """A trajectory's own fault, with the file and the value: it fails alone and the run goes on."""
+
+
+class StorageError(DinoCacheError):
+    """The disk written to, or the mount read from, fails: the run stops, nothing false is recorded, a rerun resumes."""
+
+
+class DeviceError(DinoCacheError):
+    """The encoder's device fails: the run stops, no trajectory is blamed, a rerun resumes."""
+
+
+class StoppedError(DinoCacheError):
+    """A signal or --max-hours ended the run before its work began; it carries the exit code."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+# ======================================================================================================================
+# Configuration: YAML to a typed, frozen description of each dataset
+# ======================================================================================================================
+
+Metres = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(strict=True, ge=1)]
+StrictBool = Annotated[bool, Field(strict=True)]
+ChannelValues = tuple[float, float, float]
+
+
+class CacheSpec(BaseModel):
+    """Every setting that changes what is computed, beyond rounding. Its hash, with the weights, is the fingerprint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    dino_model_type: ModelType = "large"
+    weights: Annotated[str, Field(min_length=1)] = "pretrained"  # pretrained | random | absolute path of a file
+    tokens: Annotated[tuple[Token, ...], Field(min_length=1)] = ("cls",)
+    image_size: tuple[PositiveInt, PositiveInt] = (224, 308)  # height, width [px]
+    resize: Literal["crop", "stretch"] = "crop"
+    pixel_mean: ChannelValues = (0.485, 0.456, 0.406)
+    pixel_std: Annotated[ChannelValues, Field()] = (0.229, 0.224, 0.225)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    max_chunk_distance_m: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] = 50.0
+    overlap_distance_m: Metres = 1.0
+    min_chunk_distance_m: Metres = 0.3
+    frame_stride: PositiveInt = 1
+    frame_pattern: str = FRAME_PATTERN
+
+    @field_validator("tokens")
+    @classmethod
+    def _tokens_in_file_order(cls, tokens: tuple[Token, ...]) -> tuple[Token, ...]:
+        if len(set(tokens)) != len(tokens):
+            raise ValueError("names a token twice")
+        return tuple(token for token in TOKEN_DATASETS if token in tokens)
+
+    @field_validator("pixel_std")
+    @classmethod
+    def _std_is_positive(cls, std: ChannelValues) -> ChannelValues:
+        if min(std) <= 0:
+            raise ValueError("every value must be greater than 0")
+        return std
+
+    @field_validator("frame_pattern")
+    @classmethod
+    def _pattern_has_one_group(cls, pattern: str) -> str:
+        try:
+            groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        if groups != 1:
+            raise ValueError(f"needs exactly one group, the frame's number; it has {groups}")
+        return pattern
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> CacheSpec:
+        if self.overlap_distance_m >= self.max_chunk_distance_m:
+            raise ValueError(
+                f"overlap_distance_m: {self.overlap_distance_m} must be less than "
+                f"max_chunk_distance_m: {self.max_chunk_distance_m}"
+            )
+        if self.min_chunk_distance_m > self.max_chunk_distance_m:
+            raise ValueError(
+                f"min_chunk_distance_m: {self.min_chunk_distance_m} must be at most "
+                f"max_chunk_distance_m: {self.max_chunk_distance_m}"
+            )
+        if "register" in self.tokens and not self.dino_model_type.endswith("_reg"):
+            raise ValueError(
+                f"tokens: register needs a model with registers; dino_model_type: {self.dino_model_type} has none, "
+                f"{self.dino_model_type}_reg has"
+            )
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, key by key."""
+        return self.model_dump(mode="json")
+
+    def fingerprint(self, weights_digest: str) -> str:
+        """16 hex digits that name what is computed: all settings, with the weights by content, not by place."""
+        identity = json.dumps({**self.to_json(), "weights": weights_digest}, sort_keys=True)
+        return hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+
+class RunOptions(BaseModel):
+    """Settings that do not change what is computed, beyond rounding."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    batch_size: PositiveInt | Literal["auto"] = "auto"
+    decode_workers: PositiveInt | Literal["auto"] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+)$")] = "auto"
+    enable_progress_tracking: StrictBool = True
+    force_rebuild: StrictBool = False
+    max_attempts: PositiveInt = 3
+    checksum: ChecksumKind = "stat"
+    progress_interval_s: Annotated[float, Field(strict=True, gt=0)] = 30.0
+
+
+class DatasetPaths(BaseModel):
+    """Where a dataset is read and its cache written."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data_folder: str
+    cache_dir: str | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """One dataset of the config file, every setting resolved."""
+
+    name: str
+    data_folder: Path
+    cache_dir: Path
+    split: Path | None
+    spec: CacheSpec
+    options: RunOptions
+
+
+_SECTIONS: tuple[type[BaseModel], ...] = (CacheSpec, RunOptions, DatasetPaths)
+_SHARED_KEYS = (*CacheSpec.model_fields, *RunOptions.model_fields)
+
+
+def load_config(path: Path, overrides: dict[str, Any]) -> list[DatasetConfig]:
+    """Read a config file. `overrides` (from the command line) replace a key of every dataset.
+
+    Raises:
+        RefusedError: the file is missing, is not YAML, or has a key or a value that is not allowed; the message names
+            the file, the key, the value and what is allowed. All faults of a dataset are reported together.
+    """
+    top = _read_yaml(path)
+    datasets = top.pop("datasets", None)
+    if not isinstance(datasets, dict) or not datasets:
+        raise RefusedError(
+            f"{path}: datasets: needs at least one dataset, as `datasets: {{my_robot: {{data_folder: /data/my_robot}}}}`"
+        )
+    _refuse_unknown_keys(path, "", top, _SHARED_KEYS)
+    configs = [_load_dataset(path, name, top, section, overrides) for name, section in datasets.items()]
+    _refuse_shared_folders(path, configs)
+    return configs
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Plain YAML data, in which a key given twice is an error: the first value would be lost silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen and key_node.tag != "tag:yaml.org,2002:merge":
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key_node.value!r} is given twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key_node.value if isinstance(key_node.value, str) else repr(key_node.value))
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise RefusedError(f"{path}: cannot read the config file: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise RefusedError(f"{path}: not a YAML file: {error}") from error
+    if not isinstance(data, dict):
+        raise RefusedError(f"{path}: needs keys and values, as in config/data/dino_cache.yaml")
+    return data
+
+
+def _refuse_unknown_keys(path: Path, prefix: str, section: dict[str, Any], known: Iterable[str]) -> None:
+    known = tuple(known)
+    for key in section:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+            raise RefusedError(f"{path}: unknown key {prefix}{key}: {section[key]!r}; {hint}")
+
+
+def _load_dataset(path: Path, name: Any, top: dict[str, Any], section: Any, overrides: dict[str, Any]) -> DatasetConfig:
+    prefix = f"datasets.{name}."
+    if not isinstance(name, str) or not isinstance(section, dict):
+        raise RefusedError(f"{path}: datasets.{name}: needs a name and settings, at least data_folder")
+    _refuse_unknown_keys(path, prefix, section, (*_SHARED_KEYS, *DatasetPaths.model_fields))
+    values = {**top, **section, **overrides}
+    faults: list[str] = []
+    parsed = []
+    for model in _SECTIONS:
+        try:
+            parsed.append(model.model_validate({key: values[key] for key in model.model_fields if key in values}))
+        except ValidationError as error:
+            faults += _explain(error, lambda key: prefix if key in section or key in DatasetPaths.model_fields else "")
+    if faults:
+        raise RefusedError("\n".join(f"{path}: {fault}" for fault in faults))
+    spec, options, paths = parsed
+    data_folder = _resolve_path(path, f"{prefix}data_folder", paths.data_folder)
+    default_cache_dir = data_folder / f"dino_cache_{spec.dino_model_type}"
+    cache_dir = _resolve_path(path, f"{prefix}cache_dir", paths.cache_dir) if paths.cache_dir else default_cache_dir
+    split = _resolve_path(path, f"{prefix}split", paths.split) if paths.split else None
+    if spec.weights not in ("pretrained", "random"):
+        spec = spec.model_copy(update={"weights": str(_resolve_path(path, "weights", spec.weights))})
+    return DatasetConfig(name, data_folder, cache_dir, split, spec, options)
+
+
+def _explain(error: ValidationError, prefix_of: Callable[[str], str]) -> list[str]:
+    """One line a key: its value and what is allowed."""
+    reasons: dict[str, list[str]] = {}
+    values: dict[str, Any] = {}
+    for fault in error.errors():
+        key = str(fault["loc"][0]) if fault["loc"] else ""
+        message = fault["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        reasons.setdefault(key, []).append(message)
+        values.setdefault(key, fault["input"])
+    return [
+        f"{prefix_of(key)}{key}: {values[key]!r}: {' or '.join(messages)}" if key else "; ".join(messages)
+        for key, messages in reasons.items()
+    ]
+
+
+def _resolve_path(config: Path, key: str, text: str) -> Path:
+    """`~` and `$VAR` expanded; a relative path is relative to the config file, since cron has no useful folder."""
+    expanded = os.path.expandvars(os.path.expanduser(text))
+    if "$" in expanded:
+        raise RefusedError(f"{config}: {key}: {text!r}: the environment variable is not set")
+    return Path(os.path.abspath(config.absolute().parent / expanded))
+
+
+def _refuse_shared_folders(path: Path, configs: list[DatasetConfig]) -> None:
+    """No two caches in one folder, and no cache where its trajectory folders could be the data's own."""
+    owners: dict[Path, str] = {}
+    for config in configs:
+        cache_dir = config.cache_dir.resolve()
+        other = owners.setdefault(cache_dir, config.name)
+        if other != config.name:
+            raise RefusedError(
+                f"{path}: datasets.{config.name}.cache_dir: {config.cache_dir} is also the cache_dir of {other}"
+            )
+        if config.data_folder.resolve().is_relative_to(cache_dir):
+            raise RefusedError(
+                f"{path}: datasets.{config.name}.cache_dir: {config.cache_dir} holds the data_folder itself; give the "
+                "cache a folder of its own"
+            )
+
+
+def spec_differences(recorded: dict[str, Any], spec: CacheSpec) -> list[tuple[str, Any, Any]]:
+    """(key, recorded value, new value) of every setting that differs. Weights are compared by digest, not here."""
+    new = spec.to_json()
+    keys = [*new, *(key for key in recorded if key not in new)]
+    return [
+        (key, recorded.get(key), new.get(key)) for key in keys if key != "weights" and recorded.get(key) != new.get(key)
+    ]
+
+
+# ======================================================================================================================
+# Trajectories: folders of numbered frames with a pose file
+# ======================================================================================================================
+
+
+class Trajectory(NamedTuple):
+    """A folder with a pose file. `name` is its path relative to data_folder, with `/`."""
+
+    name: str
+    folder: Path
+
+
+class FrameFile(NamedTuple):
+    """A file whose name matches frame_pattern; size is -1 where it is not a regular file."""
+
+    number: int
+    file_name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class TrajectoryListing:
+    """What a trajectory's folder holds, before anything is checked."""
+
+    trajectory: Trajectory
+    pose_file: str | None
+    frames: list[FrameFile]  # by number
+
+
+def find_trajectories(data_folder: Path) -> Iterator[Trajectory]:
+    """Trajectories below `data_folder`, sorted by name. A folder with a pose file is a leaf: nothing below it is searched.
+
+    Links to folders are followed, except back to a folder that holds them. A folder that cannot be listed is yielded
+    as a trajectory, so that it fails with that reason.
+
+    Raises:
+        RefusedError: `data_folder` cannot be listed, or is itself a trajectory.
+    """
+    try:
+        entries = _list_folder(data_folder)
+    except OSError as error:
+        raise RefusedError(f"data_folder {data_folder}: cannot list it: {error.strerror}") from error
+    for name in POSE_FILES:
+        if name in entries:
+            raise RefusedError(
+                f"data_folder {data_folder} is itself a trajectory (it holds {name}); data_folder is the folder above "
+                "the trajectories"
+            )
+    yield from _walk(data_folder, "", entries, (os.path.realpath(data_folder),))
+
+
+def _list_folder(folder: Path) -> dict[str, bool]:
+    """Entry name -> whether it is a folder, sorted by name."""
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.is_dir() for entry in sorted(entries, key=lambda entry: entry.name)}
+
+
+def _walk(folder: Path, prefix: str, entries: dict[str, bool], ancestors: tuple[str, ...]) -> Iterator[Trajectory]:
+    for name in (name for name, is_folder in entries.items() if is_folder):
+        child, child_name = folder / name, prefix + name
+        try:
+            child_entries = _list_folder(child)
+        except OSError:
+            yield Trajectory(_printable(child_name), child)
+            continue
+        if any(pose_file in child_entries for pose_file in POSE_FILES):
+            yield Trajectory(_printable(child_name), child)
+        elif PROGRESS_FILE not in child_entries and STAGING_FOLDER not in child_entries:  # caches hold no trajectories
+            real = os.path.realpath(child)
+            if real not in ancestors:
+                yield from _walk(child, child_name + "/", child_entries, (*ancestors, real))
+
+
+def _printable(name: str) -> str:
+    """The name itself if it is UTF-8; else one that can be printed and recorded, and that check_name refuses."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def read_split(path: Path) -> list[str]:
+    """Trajectory names of a traj_names.txt: one a line; blank lines and CRLF are tolerated."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RefusedError(f"split {path}: cannot read it: {error}") from error
+    return [line.strip().strip("/") for line in lines if line.strip()]
+
+
+def check_name(trajectory: Trajectory) -> None:
+    """Raise InputError unless the name can be recorded and cannot collide with the cache's own files."""
+    try:
+        os.fspath(trajectory.folder).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{trajectory.name}: the folder's name is not UTF-8; rename it") from None
+    if trajectory.name.startswith(RESERVED_NAMES):
+        raise InputError(f"{trajectory.name}: the name begins like one of the cache's own files; rename the folder")
+
+
+def list_trajectory(trajectory: Trajectory, frame_pattern: str) -> TrajectoryListing:
+    """List pose file and frames, frames in the order of their numbers, never of their text.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    pattern = re.compile(frame_pattern)
+    frames, names = [], set()
+    with os.scandir(trajectory.folder) as entries:
+        for entry in entries:
+            names.add(entry.name)
+            match = pattern.fullmatch(entry.name)
+            if match and match[1].isdecimal():
+                frames.append(FrameFile(int(match[1]), entry.name, _regular_size(entry)))
+    pose_file = next((name for name in POSE_FILES if name in names), None)
+    return TrajectoryListing(trajectory, pose_file, sorted(frames))
+
+
+def _regular_size(entry: os.DirEntry[str]) -> int:
+    try:
+        status = entry.stat()
+    except FileNotFoundError:  # a broken link
+        return -1
+    return status.st_size if stat.S_ISREG(status.st_mode) else -1
+
+
+def read_file(path: Path) -> np.ndarray:
+    """A regular file's bytes, (N,) uint8. Anything else (a pipe, a device, a folder) is refused without waiting on it."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise InputError(f"{path}: not a regular file")
+        return np.fromfile(file, dtype=np.uint8)
+
+
+def trajectory_checksum(listing: TrajectoryListing, kind: ChecksumKind) -> str:
+    """16 hex digits over the pose file's bytes and every frame's name and size (`stat`) or bytes (`content`).
+
+    Frames that frame_stride skips count too. Raises OSError where a file cannot be read.
+    """
+    digest = hashlib.sha256(kind.encode())
+    if listing.pose_file is not None:
+        digest.update(listing.pose_file.encode() + read_file(listing.trajectory.folder / listing.pose_file).tobytes())
+    for frame in listing.frames:
+        digest.update(f"\n{frame.file_name}\n{frame.size}\n".encode("utf-8", "surrogateescape"))
+        if kind == "content" and frame.size >= 0:
+            digest.update(read_file(listing.trajectory.folder / frame.file_name))
+    return digest.hexdigest()[:16]
+
+
+def check_frames(listing: TrajectoryListing) -> None:
+    """Raise InputError unless the frames are regular files numbered 0, 1, 2, ... (or 1, 2, 3, ...) without a gap."""
+    name, frames = listing.trajectory.name, listing.frames
+    if not frames:
+        raise InputError(f"{name}: no frames here whose names match frame_pattern")
+    for frame in frames:
+        if frame.size < 0:
+            raise InputError(f"{name}/{frame.file_name}: not a regular file")
+    first = frames[0].number
+    if first > 1:
+        raise InputError(f"{name}: the first frame is {frames[0].file_name}; numbers must begin at 0 or 1")
+    for before, frame in zip(frames, frames[1:]):
+        if frame.number == before.number:
+            raise InputError(f"{name}: {before.file_name} and {frame.file_name} are both frame {frame.number}")
+        if frame.number != before.number + 1:
+            raise InputError(
+                f"{name}: frame {before.number + 1} is missing between {before.file_name} and {frame.file_name}"
+            )
+
+
+class _PoseUnpickler(pickle.Unpickler):
+    """Admits numpy arrays, numpy scalars and plain containers. Pose files come from strangers: nothing else is even
+    looked up, and what numpy's own rebuilding calls are given is checked before they allocate."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        module = module.replace("numpy.core", "numpy._core")  # as numpy 1 wrote it
+        if (module, name) not in _PICKLE_GLOBALS:
+            raise InputError(f"it asks for {module}.{name}; only numpy arrays, numbers and plain containers are read")
+        return _PICKLE_GLOBALS[module, name]
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise InputError("it asks for an object outside the file")
+
+
+class _ArrayType:
+    """Stands for numpy.ndarray in a pickle: named there, never called."""
+
+
+def _empty_array(array_type: type, shape: Any, typecode: Any) -> np.ndarray:
+    """numpy's _reconstruct: the array that __setstate__ fills. A shape given here would be allocated; none is."""
+    return np.empty(0, np.uint8)
+
+
+def _array_from_buffer(buffer: Any, dtype: Any, shape: Any, order: str, *_: Any) -> np.ndarray:
+    """numpy's _frombuffer (protocol 5)."""
+    return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order)
+
+
+def _encode_latin1(text: str, encoding: str) -> bytes:
+    """_codecs.encode as protocols 0 to 2 use it for bytes; other codecs could inflate or execute."""
+    if encoding != "latin1":
+        raise InputError(f"it asks for the codec {encoding!r}")
+    return text.encode("latin1")
+
+
+_PICKLE_GLOBALS: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): _ArrayType,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy._core.multiarray", "_reconstruct"): _empty_array,
+    ("numpy._core.multiarray", "scalar"): getattr(np, "_core", getattr(np, "core", None)).multiarray.scalar,
+    ("numpy._core.numeric", "_frombuffer"): _array_from_buffer,
+    ("_codecs", "encode"): _encode_latin1,
+}
+
+
+def _parse_pose_file(file_name: str, data: bytes) -> Any:
+    if file_name.endswith(".pkl"):
+        return _PoseUnpickler(io.BytesIO(data)).load()
+    if file_name.endswith(".json"):
+        return json.loads(data)
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def read_poses(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Poses of a trajectory, from traj_data.pkl, .json or .npz.
+
+    Args:
+        path: the pose file, a mapping with `position` (T, 2 or more) [m] and `yaw` (T,) or (T, 1) [rad].
+        name: the trajectory's, for messages.
+
+    Returns:
+        position (T, 2) float64 [m], the first two columns, and yaw (T,) float64 [rad].
+
+    Raises:
+        InputError: the file cannot be parsed, a key is missing, a shape is wrong or a value is not finite.
+        OSError: the file cannot be read.
+    """
+    where = f"{name}/{path.name}"
+    try:
+        poses = _parse_pose_file(path.name, read_file(path).tobytes())
+    except OSError:
+        raise
+    except Exception as error:  # hostile bytes can raise anything; whatever it is, this file is not poses
+        raise InputError(f"{where}: cannot read poses: {error or type(error).__name__}") from error
+    if not isinstance(poses, dict):
+        raise InputError(f"{where}: holds a {type(poses).__name__}, expected a mapping with position and yaw")
+    position, yaw = (_pose_array(where, poses, key) for key in ("position", "yaw"))
+    if position.ndim != 2 or position.shape[1] < 2:
+        raise InputError(f"{where}: position is {position.shape}, expected (T, 2)")
+    if yaw.shape not in ((len(position),), (len(position), 1)):
+        raise InputError(f"{where}: yaw is {yaw.shape}, expected ({len(position)},) like position {position.shape}")
+    if len(position) == 0:
+        raise InputError(f"{where}: holds no poses")
+    return np.ascontiguousarray(position[:, :2]), yaw.reshape(-1)
+
+
+def _pose_array(where: str, poses: dict[str, Any], key: str) -> np.ndarray:
+    if key not in poses:
+        raise InputError(f"{where}: has no {key}; its keys are {', '.join(map(str, poses))[:200]}")
+    try:
+        values = np.asarray(poses[key])
+    except ValueError as error:  # rows of unequal length
+        raise InputError(f"{where}: {key}: {error}") from error
+    if values.dtype.kind not in "iuf":
+        raise InputError(f"{where}: {key} holds {values.dtype} values, expected numbers")
+    values = values.astype(np.float64)
+    finite = np.isfinite(values)
+    if not finite.all():
+        row = tuple(np.argwhere(~finite)[0])
+        raise InputError(f"{where}: {key}{list(map(int, row))} is {values[row]}")
+    return values
+
+
+# ======================================================================================================================
+# Chunk plan: which frames go into which chunk
+# ======================================================================================================================
+
+
+class Span(NamedTuple):
+    """Frames [start, stop), half-open, in kept frames (after striding)."""
+
+    start: int
+    stop: int
+
+
+def travelled_distance(position: np.ndarray) -> np.ndarray:
+    """Distance along the path from frame 0, over the first two coordinates.
+
+    Args:
+        position: (T, 2) [m].
+
+    Returns:
+        (T,) float64 [m], from 0, non-decreasing; pose jumps are included.
+    """
+    steps = np.linalg.norm(np.diff(position[:, :2], axis=0), axis=1)
+    return np.concatenate([[0.0], np.cumsum(steps)])
+
+
+def plan_chunks(travelled: np.ndarray, max_m: float, overlap_m: float, min_m: float) -> list[Span]:
+    """Cut a trajectory into chunks by travelled distance. O(T).
+
+    With s = travelled: a step longer than `max_m` is a pose jump and separates pieces, without overlap. A piece that
+    travels less than `min_m` is left out. Within a piece a chunk from frame a ends at the last frame b with
+    s[b] - s[a] <= max_m, or at the piece's end where less than `min_m` remains after b. The next one starts at the last
+    a' > a with s[b] - s[a'] >= overlap_m (at b where there is none), moved on to the first frame from which it reaches
+    past b. So the chunks are in order, none lies inside another, they cover every frame of every stored piece, and only
+    a piece's last chunk may exceed `max_m`, by less than `min_m`.
+
+    Args:
+        travelled: (T,) [m], as from `travelled_distance`.
+        max_m, overlap_m, min_m: 0 <= overlap_m < max_m and 0 <= min_m <= max_m.
+    """
+    s = travelled.tolist()
+    jumps = [i for i in range(1, len(s)) if s[i] - s[i - 1] > max_m]
+    spans: list[Span] = []
+    for first, end in zip([0, *jumps], [*jumps, len(s)]):
+        if s[end - 1] - s[first] >= min_m:
+            spans += _plan_piece(s, first, end - 1, max_m, overlap_m, min_m)
+    return spans
+
+
+def _plan_piece(s: list[float], first: int, last: int, max_m: float, overlap_m: float, min_m: float) -> Iterator[Span]:
+    """Chunks of the frames first..last (inclusive), whose steps are at most max_m. Indices only move forward: O(T)."""
+    a = b = first
+    while True:
+        while b < last and s[b + 1] - s[a] <= max_m:
+            b += 1
+        if s[last] - s[b] < min_m:
+            b = last
+        yield Span(a, b + 1)
+        if b == last:
+            return
+        following = a
+        while following < b and s[b] - s[following + 1] >= overlap_m:
+            following += 1
+        if following == a:
+            following = b
+        while s[b + 1] - s[following] > max_m:  # the step after b is at most max_m, so this ends at b
+            following += 1
+        a = following
+
+
+@dataclass(frozen=True)
+class TrajectoryPlan:
+    """A trajectory that passed every check, and how it is cut. T kept frames, after striding."""
+
+    trajectory: Trajectory
+    checksum: str
+    checksum_kind: ChecksumKind
+    frame_files: list[str]  # (T,)
+    frame_index: np.ndarray  # (T,) int64, row of the source's pose arrays
+    position: np.ndarray  # (T, 2) float64 [m]
+    yaw: np.ndarray  # (T,) float64 [rad]
+    travelled: np.ndarray  # (T,) float64 [m]
+    spans: list[Span]
+
+    def stored_frames(self) -> Iterator[int]:
+        """Kept frames that lie in a chunk, each once, in order."""
+        done = 0
+        for span in self.spans:
+            yield from range(max(span.start, done), span.stop)
+            done = span.stop
+
+    @functools.cached_property
+    def num_stored_frames(self) -> int:
+        return sum(1 for _ in self.stored_frames())
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all chunks together; frames in an overlap count once a chunk."""
+        return sum(span.stop - span.start for span in self.spans)
+
+
+def plan_trajectory(
+    listing: TrajectoryListing, checksum: str, checksum_kind: ChecksumKind, spec: CacheSpec
+) -> TrajectoryPlan:
+    """Check a trajectory and cut it.
+
+    Raises:
+        InputError: name, frames or poses break a rule, they do not match each other, or it moves too little.
+        OSError: the pose file cannot be read.
+    """
+    name = listing.trajectory.name
+    check_name(listing.trajectory)
+    if listing.pose_file is None:
+        raise InputError(f"{name}: no pose file; expected one of {', '.join(POSE_FILES)}")
+    check_frames(listing)
+    position, yaw = read_poses(listing.trajectory.folder / listing.pose_file, name)
+    if len(position) != len(listing.frames):
+        raise InputError(
+            f"{name}: {len(listing.frames)} frames ({listing.frames[0].file_name} ... {listing.frames[-1].file_name}) "
+            f"but {len(position)} poses in {listing.pose_file}"
+        )
+    kept = slice(None, None, spec.frame_stride)
+    travelled = travelled_distance(position[kept])
+    spans = plan_chunks(travelled, spec.max_chunk_distance_m, spec.overlap_distance_m, spec.min_chunk_distance_m)
+    if not spans:
+        raise InputError(
+            f"{name}: insufficient movement: {travelled[-1]:.3g} m in all, no piece between pose jumps reaches "
+            f"min_chunk_distance_m {spec.min_chunk_distance_m}"
+        )
+    return TrajectoryPlan(
+        trajectory=listing.trajectory,
+        checksum=checksum,
+        checksum_kind=checksum_kind,
+        frame_files=[frame.file_name for frame in listing.frames[kept]],
+        frame_index=np.arange(len(listing.frames), dtype=np.int64)[kept],
+        position=position[kept],
+        yaw=yaw[kept],
+        travelled=travelled,
+        spans=spans,
+    )
+
+
+# ======================================================================================================================
+# Decoding: a file to an RGB frame of the input size
+# ======================================================================================================================
+
+
+class FrameDecoder:
+    """Reads a frame file as (3, H, W) uint8 RGB at the input size. Safe to call from many threads.
+
+    uint8 all the way: resizing float tensors is 8 times slower and overshoots; without antialiasing features are ruined.
+    """
+
+    def __init__(self, spec: CacheSpec):
+        import torch
+        from torchvision.io import ImageReadMode, decode_image
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms.v2 import functional
+
+        self._torch = torch
+        self._decode = functools.partial(decode_image, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        self._resize = functools.partial(functional.resize, interpolation=InterpolationMode.BICUBIC, antialias=True)
+        self._center_crop = functional.center_crop
+        self._height, self._width = spec.image_size
+        self._crops = spec.resize == "crop"
+
+    def __call__(self, path: Path, name: str) -> torch.Tensor:
+        """Decode one frame; `name` is for messages.
+
+        Raises:
+            InputError: the bytes are not a whole image.
+            OSError: the file cannot be read.
+        """
+        data = read_file(path)
+        try:
+            image = self._decode(self._torch.from_numpy(data))
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0].rsplit(", ", 1)[-1]
+            raise InputError(f"{name}: cannot decode {len(data)} bytes: {reason}") from error
+        if image.ndim != 3:
+            raise InputError(f"{name}: an animation of shape {tuple(image.shape)}, expected one image")
+        if image.dtype != self._torch.uint8:
+            image = (image // 257).to(self._torch.uint8)  # 16-bit PNG: 65535 -> 255
+        return self._fit(image, name)
+
+    def _fit(self, image: torch.Tensor, name: str) -> torch.Tensor:
+        """(3, h, w) to (3, H, W): stretched, or scaled to cover and cut at the centre."""
+        if not self._crops:
+            return self._resize(image, [self._height, self._width])
+        height, width = image.shape[-2:]
+        scale = max(self._height / height, self._width / width)
+        covering = [max(self._height, round(height * scale)), max(self._width, round(width * scale))]
+        if math.prod(covering) > MAX_SCALED_PIXELS * self._height * self._width:
+            raise InputError(f"{name}: {width}x{height} px is too narrow to crop to {self._width}x{self._height}")
+        return self._center_crop(self._resize(image, covering), [self._height, self._width])
+
+
+# ======================================================================================================================
+# Encoding: frames to DINOv2 tokens
+# ======================================================================================================================
+
+
+class ModelShape(NamedTuple):
+    """What a model's output looks like: patch size [px], width D, register tokens R."""
+
+    patch_size: int
+    width: int
+    num_registers: int
+
+
+def model_shape(model_type: ModelType) -> ModelShape:
+    """Taken from the architecture itself, built without weights."""
+    import timm
+    import torch
+
+    with torch.device("meta"):
+        model = timm.create_model(MODEL_NAMES[model_type], pretrained=False, num_classes=0)
+    return ModelShape(model.patch_embed.patch_size[0], model.embed_dim, model.num_reg_tokens)
+
+
+def check_image_size(spec: CacheSpec, shape: ModelShape) -> None:
+    """Raise RefusedError unless the input is a whole number of patches."""
+    if any(size % shape.patch_size for size in spec.image_size):
+        nearest = [max(1, round(size / shape.patch_size)) * shape.patch_size for size in spec.image_size]
+        raise RefusedError(
+            f"image_size: {list(spec.image_size)}: height and width must be multiples of the patch size "
+            f"{shape.patch_size} of dino_model_type {spec.dino_model_type}; the nearest is {nearest}"
+        )
+
+
+def token_shapes(spec: CacheSpec, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Dataset name -> shape of one frame's tokens, of the tokens asked for."""
+    height, width = (size // shape.patch_size for size in spec.image_size)
+    shapes = {
+        "cls": (shape.width,),
+        "patch": (height, width, shape.width),
+        "register": (shape.num_registers, shape.width),
+    }
+    return {TOKEN_DATASETS[token]: shapes[token] for token in spec.tokens}
+
+
+def resolve_device(device: str) -> str:
+    """`auto` is CUDA where there is one.
+
+    Raises:
+        RefusedError: CUDA is asked for and there is none.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    index = int(device.partition(":")[2] or 0)
+    if device != "cpu" and torch.cuda.device_count() <= index:
+        raise RefusedError(f"device: {device}: torch sees {torch.cuda.device_count()} CUDA devices; use cpu or auto")
+    return device
+
+
+def resolve_precision(wanted: str, recorded: str | None, device: str) -> str:
+    """`auto` is what the cache has recorded; in a new one fp16 on CUDA, bf16 on a CPU with bf16 instructions, else fp32.
+
+    Raises:
+        RefusedError: the result is fp16 and the device is not CUDA.
+    """
+    precision = (recorded or default_precision(device)) if wanted == "auto" else wanted
+    if precision == "fp16" and not device.startswith("cuda"):
+        source = "recorded in this cache" if wanted == "auto" else "set in the config"
+        raise RefusedError(
+            f"precision: fp16 ({source}) needs CUDA and the device is {device}. Ways on: run on a machine with a GPU, or "
+            "set precision: bf16 or fp32 (a changed configuration, for the trajectories still to do)"
+        )
+    return precision
+
+
+def default_precision(device: str) -> str:
+    import torch
+
+    if device.startswith("cuda"):
+        return "fp16"
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    has_bf16 = capabilities.startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if has_bf16 else "fp32"
+
+
+def weights_source(spec: CacheSpec) -> dict[str, Any]:
+    """Where the weights come from: {source, size, mtime}; size and mtime are null where there is no file of the user's.
+
+    Raises:
+        RefusedError: the file is missing or unreadable.
+    """
+    if spec.weights == "random":
+        return {"source": f"random ({spec.dino_model_type}, seed {RANDOM_WEIGHTS_SEED})", "size": None, "mtime": None}
+    if spec.weights == "pretrained":
+        return {"source": f"hf-hub:timm/{MODEL_NAMES[spec.dino_model_type]}", "size": None, "mtime": None}
+    try:
+        status = os.stat(spec.weights)
+    except OSError as error:
+        raise RefusedError(
+            f"weights: {spec.weights}: {error.strerror}; expected pretrained, random, or the path of an official .pth or "
+            ".safetensors file"
+        ) from error
+    return {"source": spec.weights, "size": status.st_size, "mtime": status.st_mtime}
+
+
+def build_model(spec: CacheSpec) -> torch.nn.Module:
+    """The timm model of `spec` at its native size, in fp32 on the CPU, with its weights.
+
+    Raises:
+        RefusedError: the weights cannot be had or do not fit; the message says the ways on.
+    """
+    import timm
+    import torch
+
+    name = MODEL_NAMES[spec.dino_model_type]
+    if spec.weights == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(RANDOM_WEIGHTS_SEED)
+            model = timm.create_model(name, pretrained=False, num_classes=0)
+        for key, parameter in model.named_parameters():
+            if key.endswith(".gamma"):  # timm's 1e-5 would leave all CLS tokens equal whatever the image
+                torch.nn.init.ones_(parameter)
+        return model
+    weights_source(spec)  # timm's own error for a missing file is empty
+    overlay = None if spec.weights == "pretrained" else {"file": spec.weights}
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
+    except Exception as error:  # hub, network, unpickling and key errors come in many classes, all of them before work
+        raise RefusedError(_weights_advice(spec, name, error)) from error
+
+
+def _weights_advice(spec: CacheSpec, model_name: str, error: Exception) -> str:
+    if spec.weights != "pretrained":
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
+        return (
+            f"weights: {spec.weights}: cannot be loaded into {model_name} (dino_model_type {spec.dino_model_type}): "
+            f"{reason}. Expected an official DINOv2 .pth or .safetensors file of that model"
+        )
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE) / f"models--timm--{model_name}"
+    return (
+        f"weights: pretrained: the file model.safetensors of timm/{model_name} is neither in {folder} nor could it be "
+        f"downloaded ({type(error).__name__}). Ways on: go online once and run again; or download the official .pth or "
+        ".safetensors elsewhere and set `weights: <its path>`; or set `weights: random` just to try things out"
+    )
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """16 hex digits over sorted tensor names, dtypes, shapes and bytes as loaded, so that .pth and .safetensors agree."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
+def resample_position_grid(model: torch.nn.Module, grid: tuple[int, int]) -> torch.Tensor:
+    """Position embedding (1, P + h*w, D) for a patch grid (h, w), by the official rule, not timm's, which differs.
+
+    Plain models: scale factors with an offset of 0.1, no antialias; register models: by size, antialias. Source:
+    facebookresearch/dinov2, DinoVisionTransformer.interpolate_pos_encoding with the settings of its hub models. P is the
+    number of prefix positions: 1 (CLS) in plain models, 0 in register models.
+    """
+    import torch
+
+    native = model.patch_embed.grid_size
+    if grid == native:
+        return model.pos_embed.detach()
+    num_prefix = model.pos_embed.shape[1] - math.prod(native)
+    prefix, patches = model.pos_embed.detach().float().split([num_prefix, math.prod(native)], dim=1)
+    patches = patches.reshape(1, *native, -1).permute(0, 3, 1, 2)  # (1, D, 37, 37)
+    if model.num_reg_tokens:
+        how = {"size": grid, "antialias": True}
+    else:
+        how = {"scale_factor": tuple((new + 0.1) / old for new, old in zip(grid, native)), "antialias": False}
+    patches = torch.nn.functional.interpolate(patches, mode="bicubic", **how)
+    return torch.cat([prefix, patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+class EncodedRows(NamedTuple):
+    """Tokens of B frames on the host: dataset name -> (B, ...) float16, and (B,) bool, whether a row is all finite."""
+
+    tokens: dict[str, np.ndarray]
+    finite: np.ndarray
+
+
+class Encoder(Protocol):
+    """What the pipeline needs of an encoder. `encode` may return before the device is done; the result waits for it."""
+
+    batches_in_flight: int  # beyond the one whose result is waited for; 0 where encode is synchronous
+    default_batch_size: int
+
+    def new_pixels(self, batch_size: int) -> torch.Tensor: ...
+
+    def encode(self, pixels: torch.Tensor) -> Callable[[], EncodedRows]: ...
+
+
+class DinoEncoder:
+    """A frozen DINOv2 on one device.
+
+    Weights and activations are cast to the spec's precision (1 - cos against fp32 at worst 5e-5 in bf16, 9e-7 in fp16).
+    On CUDA, `encode` returns at once: pixels cross the bus as uint8 from pinned memory, tokens come back into pinned
+    memory, and only the result waits.
+    """
+
+    def __init__(self, model: torch.nn.Module, spec: CacheSpec, device: str):
+        import torch
+
+        self._torch = torch
+        self._device = torch.device(device)
+        self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[spec.precision]
+        self._spec = spec
+        is_cuda = self._device.type == "cuda"
+        self.batches_in_flight = 1 if is_cuda else 0
+        self.default_batch_size = 128 if is_cuda else 32
+        patch_size = model.patch_embed.patch_size[0]
+        self._grid = (spec.image_size[0] // patch_size, spec.image_size[1] // patch_size)
+        position = resample_position_grid(model, self._grid)  # in fp32, before any cast
+        model.set_input_size(img_size=spec.image_size)
+        model.pos_embed = torch.nn.Parameter(position)
+        self._model = model.eval().requires_grad_(False).to(self._device, self._dtype)
+        self._mean = torch.tensor(spec.pixel_mean, device=self._device).view(3, 1, 1) * 255
+        self._std = torch.tensor(spec.pixel_std, device=self._device).view(3, 1, 1) * 255
+
+    def new_pixels(self, batch_size: int) -> torch.Tensor:
+        """Room for (B, 3, H, W) uint8 frames; pinned for CUDA, and reused by torch once its copy is done."""
+        shape = (batch_size, 3, *self._spec.image_size)
+        return self._torch.empty(shape, dtype=self._torch.uint8, pin_memory=self._device.type == "cuda")
+
+    def encode(self, pixels: torch.Tensor) -> Callable[[], EncodedRows]:
+        """Start encoding (B, 3, H, W) uint8 RGB; calling the result waits for the tokens.
+
+        Raises:
+            torch.OutOfMemoryError: the batch does not fit on the device.
+        """
+        torch = self._torch
+        with torch.inference_mode():
+            on_device = pixels.to(self._device, non_blocking=True)
+            tokens = self._forward(on_device)
+            finite = torch.stack([rows.isfinite().flatten(1).all(1) for rows in tokens.values()]).all(0)  # (B,)
+            host = {key: self._to_host(rows) for key, rows in {**tokens, "finite": finite}.items()}
+        done = None
+        if self._device.type == "cuda":
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(self._device))
+        return functools.partial(self._collect, host, done)
+
+    def _forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(B, 3, H, W) uint8 to dataset name -> (B, ...) float16, after the final norm."""
+        normalised = ((pixels - self._mean) / self._std).to(self._dtype)
+        features = self._model.forward_features(normalised).half()  # (B, 1 + R + h*w, D)
+        num_prefix = self._model.num_prefix_tokens
+        parts = {
+            "cls": features[:, 0],
+            "patch": features[:, num_prefix:].unflatten(1, self._grid),
+            "register": features[:, 1:num_prefix],
+        }
+        return {TOKEN_DATASETS[token]: parts[token] for token in self._spec.tokens}
+
+    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        host = self._torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._device.type == "cuda")
+        return host.copy_(tensor, non_blocking=True)
+
+    @staticmethod
+    def _collect(host: dict[str, torch.Tensor], done: torch.cuda.Event | None) -> EncodedRows:
+        if done is not None:
+            done.synchronize()
+        arrays = {key: tensor.numpy() for key, tensor in host.items()}
+        return EncodedRows(finite=arrays.pop("finite"), tokens=arrays)
+
+
+# ======================================================================================================================
+# Storage: chunk files and how they become final
+# ======================================================================================================================
+
+
+@dataclass(frozen=True)
+class ChunkLabel:
+    """What every chunk of a run carries in its attributes, so that a file alone says how it was made."""
+
+    dataset_name: str
+    spec: CacheSpec
+    fingerprint: str
+    weights_digest: str
+    token_shapes: dict[str, tuple[int, ...]]
+
+
+@functools.cache
+def library_versions() -> str:
+    """JSON of the versions that made a chunk."""
+    names = ("torch", "torchvision", "timm", "numpy", "h5py")
+    versions = {"dino_cache": __version__, "python": sys.version.split()[0]}
+    return json.dumps({**versions, **{name: importlib.metadata.version(name) for name in names}})
+
+
+def bytes_digest(data: bytes | np.ndarray = b"") -> hashlib.blake2b:
+    """The running digest of a dataset's bytes."""
+    return hashlib.blake2b(data, digest_size=16)
+
+
+def attributes_digest(attributes: dict[str, Any], dataset_digests: dict[str, str]) -> str:
+    """Digest over a chunk's root attributes (without this one) and its datasets' digests."""
+    content = json.dumps([attributes, dataset_digests], sort_keys=True)
+    return bytes_digest(content.encode()).hexdigest()
+
+
+class ChunkWriter:
+    """One chunk file, written row by row in frame order, its digests computed on the way."""
+
+    def __init__(self, folder: Path, plan: TrajectoryPlan, chunk_index: int, label: ChunkLabel):
+        self._path = folder / f"chunk_{chunk_index:05d}.h5"
+        self._plan, self._chunk_index, self._label = plan, chunk_index, label
+        self._span = plan.spans[chunk_index]
+        self._file = h5py.File(self._path, "x")
+        length = self._span.stop - self._span.start
+        self._tokens = {
+            name: self._file.create_dataset(
+                name, (length, *shape), np.float16
+            )  # contiguous: exact reads, memory-mappable
+            for name, shape in label.token_shapes.items()
+        }
+        self._digests = {name: bytes_digest() for name in self._tokens}
+
+    def write(self, first: int, tokens: dict[str, np.ndarray]) -> None:
+        """Write the kept frames from `first` on: dataset name -> (n, ...) float16."""
+        for name, dataset in self._tokens.items():
+            rows = np.ascontiguousarray(tokens[name])
+            start = first - self._span.start
+            dataset[start : start + len(rows)] = rows
+            self._digests[name].update(rows)
+
+    def finish(self) -> int:
+        """Add poses, attributes and digests, force the file to the disk; returns its size in bytes."""
+        plan, rows = self._plan, slice(*self._span)
+        poses = {
+            "position": plan.position[rows],
+            "yaw": plan.yaw[rows],
+            "frame_index": plan.frame_index[rows],
+            "travelled_distance": plan.travelled[rows],
+        }
+        for name, values in poses.items():
+            self._file.create_dataset(name, data=values)
+            self._digests[name] = bytes_digest(np.ascontiguousarray(values))
+        digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
+        for name, digest in digests.items():
+            self._file[name].attrs["digest"] = digest
+        attributes = self._attributes()
+        self._file.attrs.update({**attributes, "attributes_digest": attributes_digest(attributes, digests)})
+        self._file.close()
+        fsync_path(self._path)
+        return self._path.stat().st_size
+
+    def _attributes(self) -> dict[str, Any]:
+        plan, label = self._plan, self._label
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "dataset_name": label.dataset_name,
+            "trajectory": plan.trajectory.name,
+            "chunk_index": self._chunk_index,
+            "num_chunks": len(plan.spans),
+            "start": self._span.start,
+            "stop": self._span.stop,
+            "spec": json.dumps(label.spec.to_json()),
+            "fingerprint": label.fingerprint,
+            "weights_digest": label.weights_digest,
+            "trajectory_checksum": plan.checksum,
+            "checksum_kind": plan.checksum_kind,
+            "versions": library_versions(),
+            "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+
+    def abandon(self) -> None:
+        """Close the file as it is; its folder is about to be removed."""
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            self._file.close()
+
+
+class TrajectoryWriter:
+    """The chunks of one trajectory, in a staging folder until all of them are durable. Few are open at a time."""
+
+    def __init__(self, folder: Path, plan: TrajectoryPlan, label: ChunkLabel):
+        self.folder, self.plan, self._label = folder, plan, label
+        self._open: dict[int, ChunkWriter] = {}
+        self._next_chunk = 0
+        self.chunk_bytes: list[int] = []
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.chunk_bytes) == len(self.plan.spans)
+
+    def write(self, rows: np.ndarray, tokens: dict[str, np.ndarray]) -> None:
+        """Write kept frames `rows` (n,), ascending; a frame goes to every chunk whose span holds it."""
+        spans = self.plan.spans
+        while self._next_chunk < len(spans) and spans[self._next_chunk].start <= rows[-1]:
+            self._open[self._next_chunk] = ChunkWriter(self.folder, self.plan, self._next_chunk, self._label)
+            self._next_chunk += 1
+        for index, chunk in list(self._open.items()):
+            low, high = np.searchsorted(rows, spans[index])
+            if low < high:
+                chunk.write(int(rows[low]), {name: values[low:high] for name, values in tokens.items()})
+            if rows[-1] >= spans[index].stop - 1:
+                self.chunk_bytes.append(self._open.pop(index).finish())
+
+    def abandon(self) -> None:
+        """Close what is open and remove the staging folder."""
+        for chunk in self._open.values():
+            chunk.abandon()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class ChunkStore:
+    """A cache folder: staging, publishing and removing trajectories' chunks."""
+
+    def __init__(self, cache_dir: Path):
+        self.cache_dir = cache_dir
+        self._staging = cache_dir / STAGING_FOLDER
+
+    def empty_staging(self) -> None:
+        """Remove what an interrupted run left half-made."""
+        if self._staging.exists():
+            shutil.rmtree(self._staging)
+        self._staging.mkdir()
+
+    def new_staging_folder(self) -> Path:
+        return Path(tempfile.mkdtemp(dir=self._staging))
+
+    def folder(self, name: str) -> Path:
+        """Where a trajectory's chunks lie."""
+        return self.cache_dir / name
+
+    def chunk_sizes(self, name: str) -> dict[str, int]:
+        """File name -> size [bytes] of everything in a trajectory's folder; empty where there is none."""
+        try:
+            with os.scandir(self.folder(name)) as entries:
+                return {entry.name: entry.stat().st_size for entry in entries}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+
+    def foreign_files(self, name: str) -> list[str]:
+        """What lies in a trajectory's folder and is not a chunk file: it would be lost if the folder were replaced."""
+        return sorted(file for file in self.chunk_sizes(name) if not CHUNK_FILE_PATTERN.fullmatch(file))
+
+    def publish(self, staged: Path, name: str, before_replacing: Callable[[str], None]) -> Path | None:
+        """Make a staged folder a trajectory's final one, durably; returns where the folder replaced lies now.
+
+        `before_replacing` is called with the name before an existing folder is moved: there the record must be
+        withdrawn, durably.
+        """
+        target = self.folder(name)
+        os.chmod(staged, 0o777 & ~_umask())  # mkdtemp's folders are private
+        fsync_path(staged)
+        make_directories_durably(target.parent)
+        replaced = None
+        if target.exists():
+            before_replacing(name)
+            replaced = self.new_staging_folder() / "replaced"
+            os.rename(target, replaced)
+        os.rename(staged, target)
+        fsync_path(target.parent)
+        return replaced
+
+    def remove_chunks(self, name: str) -> None:
+        """Delete a trajectory's chunk files, and its folder if nothing else is in it. They must not be recorded."""
+        folder = self.folder(name)
+        chunks = [file for file in self.chunk_sizes(name) if CHUNK_FILE_PATTERN.fullmatch(file)]
+        for file in chunks:
+            (folder / file).unlink()
+        if chunks:
+            with contextlib.suppress(OSError):  # something of the user's is in it
+                folder.rmdir()
+            fsync_path(folder.parent)
+
+    def has_chunks(self) -> bool:
+        """Whether any trajectory's chunk lies in this cache."""
+        for folder, subfolders, files in os.walk(self.cache_dir):
+            if STAGING_FOLDER in subfolders:
+                subfolders.remove(STAGING_FOLDER)
+            if any(CHUNK_FILE_PATTERN.fullmatch(file) for file in files):
+                return True
+        return False
+
+
+@functools.cache
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it: once, before any thread depends on it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# ======================================================================================================================
+# Pipeline: one stream of frames through all trajectories
+# ======================================================================================================================
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class TrajectoryResult:
+    """What became of one trajectory: completed (chunks durable under their final names) or failed (`error` is set)."""
+
+    name: str
+    checksum: str | None  # null where the data could not be read
+    checksum_kind: ChecksumKind
+    spans: list[Span] = field(default_factory=list)
+    chunk_bytes: list[int] = field(default_factory=list)
+    replaced: Path | None = None  # the chunks that these replace, set aside
+    error: Exception | None = None  # InputError or OSError
+
+
+class Frame(NamedTuple):
+    """One frame in the stream: a kept frame of a plan; pixels (3, H, W) uint8, or why there are none."""
+
+    plan: TrajectoryPlan
+    row: int
+    pixels: torch.Tensor | None = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B frames of one or many trajectories: pixels (B, 3, H, W) uint8."""
+
+    frames: list[tuple[TrajectoryPlan, int]]
+    pixels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """A batch with its tokens."""
+
+    frames: list[tuple[TrajectoryPlan, int]]
+    rows: EncodedRows
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """How a run watches and steers the stream. `before_replacing` is called from the writer thread, the rest from here."""
+
+    stop: Callable[[], bool] = lambda: False  # true: finish or drop what is in flight
+    on_frames: Callable[[int], None] = lambda count: None  # so many frames more are encoded
+    before_replacing: Callable[[str], None] = lambda name: None  # withdraw the record of this trajectory, durably
+
+
+def prefetch(function: Callable[[Item], Result], items: Iterable[Item], pool: Executor, depth: int) -> Iterator[Result]:
+    """`function` of each item, in order, computed up to `depth` ahead; an exception comes out where its result would."""
+    pending: deque = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            while pending and (len(pending) >= depth or pending[0].done()):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+def plan_or_fail(
+    trajectory: Trajectory, spec: CacheSpec, checksum_kind: ChecksumKind
+) -> TrajectoryPlan | TrajectoryResult:
+    """List, check and cut a trajectory; a failure is a value."""
+    checksum = None
+    try:
+        listing = list_trajectory(trajectory, spec.frame_pattern)
+        checksum = trajectory_checksum(listing, checksum_kind)
+        return plan_trajectory(listing, checksum, checksum_kind, spec)
+    except (InputError, OSError) as error:
+        return TrajectoryResult(trajectory.name, checksum, checksum_kind, error=error)
+
+
+def decode_or_fail(item: Frame | TrajectoryResult, decoder: FrameDecoder, failed: set[str]) -> Frame | TrajectoryResult:
+    """Decode a frame; a failure is a value."""
+    if isinstance(item, TrajectoryResult) or item.plan.trajectory.name in failed:
+        return item
+    file_name = item.plan.frame_files[item.row]
+    try:
+        trajectory = item.plan.trajectory
+        return item._replace(pixels=decoder(trajectory.folder / file_name, f"{trajectory.name}/{file_name}"))
+    except (InputError, OSError) as error:
+        return item._replace(error=error)
+
+
+def frame_stream(
+    plans: Iterable[TrajectoryPlan | TrajectoryResult], failed: set[str], stop: Callable[[], bool]
+) -> Iterator[Frame | TrajectoryResult]:
+    """Every stored frame of every plan, in order; failures pass. The rest of a trajectory that failed is left out."""
+    for plan in plans:
+        if isinstance(plan, TrajectoryResult):
+            yield plan
+            continue
+        for row in plan.stored_frames():
+            if stop():
+                return
+            if plan.trajectory.name in failed:
+                break
+            yield Frame(plan, row)
+
+
+def full_batches(
+    frames: Iterable[Frame | TrajectoryResult],
+    new_pixels: Callable[[int], torch.Tensor],
+    batch_size: int,
+    failed: set[str],
+    stop: Callable[[], bool],
+) -> Iterator[Batch | TrajectoryResult]:
+    """Gather frames into batches of `batch_size`, across trajectory borders; only the last one may be smaller.
+
+    A failure is passed on at once; frames of its trajectory that come later are dropped. When stopping, the batch begun
+    is dropped too.
+    """
+    pixels, members = new_pixels(batch_size), []
+    for frame in frames:
+        if stop():
+            return
+        if isinstance(frame, TrajectoryResult):
+            yield frame
+        elif frame.plan.trajectory.name in failed:
+            continue
+        elif frame.error is not None:
+            yield _fail(frame.plan, frame.error, failed)
+        else:
+            pixels[len(members)] = frame.pixels
+            members.append((frame.plan, frame.row))
+            if len(members) == batch_size:
+                yield Batch(members, pixels)
+                pixels, members = new_pixels(batch_size), []
+    if members and not stop():
+        yield Batch(members, pixels[: len(members)])
+
+
+def _fail(plan: TrajectoryPlan, error: Exception, failed: set[str]) -> TrajectoryResult:
+    """The result of a trajectory that fails under way; its other frames, wherever they are in the stream, are void."""
+    failed.add(plan.trajectory.name)
+    return TrajectoryResult(plan.trajectory.name, plan.checksum, plan.checksum_kind, error=error)
+
+
+def encode_batches(
+    encoder: Encoder, batches: Iterable[Batch | TrajectoryResult], on_frames: Callable[[int], None]
+) -> Iterator[EncodedBatch | TrajectoryResult]:
+    """Encode each batch, in order, with up to `encoder.batches_in_flight` more under way on the device.
+
+    Raises:
+        DeviceError: the encoder fails, or a single frame does not fit into the device's memory.
+    """
+    in_flight: deque[tuple[Batch, list[Callable[[], EncodedRows]]]] = deque()
+    largest = sys.maxsize  # rows at once; halved whenever the device runs out of memory
+
+    def finish() -> EncodedBatch:
+        batch, parts = in_flight.popleft()
+        with _device_errors():
+            done = [part() for part in parts]
+        on_frames(len(batch.frames))
+        return EncodedBatch(batch.frames, _join_rows(done))
+
+    for batch in batches:
+        if isinstance(batch, TrajectoryResult):
+            yield batch
+            continue
+        with _device_errors():
+            parts, largest = _encode_within_memory(encoder, batch.pixels, largest)
+        in_flight.append((batch, parts))
+        if len(in_flight) > encoder.batches_in_flight:
+            yield finish()
+    while in_flight:
+        yield finish()
+
+
+@contextlib.contextmanager
+def _device_errors() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        raise DeviceError(
+            f"the encoder failed: {error or type(error).__name__}. Nothing was blamed on a trajectory"
+        ) from error
+
+
+def _encode_within_memory(
+    encoder: Encoder, pixels: torch.Tensor, largest: int
+) -> tuple[list[Callable[[], EncodedRows]], int]:
+    """Start encoding in parts of at most `largest` rows, halving on out-of-memory; returns the parts and the limit."""
+    import torch
+
+    largest = min(largest, len(pixels))
+    while True:
+        try:
+            return [encoder.encode(part) for part in pixels.split(largest)], largest
+        except torch.OutOfMemoryError as error:
+            if largest == 1:
+                raise RuntimeError(f"one frame does not fit into the device's memory: {error}") from error
+        largest = (largest + 1) // 2  # outside the except clause, whose traceback keeps tensors alive
+        torch.cuda.empty_cache()
+        LOG.warning("Out of device memory: going on with batches of %d frames; set batch_size to avoid this", largest)
+
+
+def _join_rows(parts: list[EncodedRows]) -> EncodedRows:
+    if len(parts) == 1:
+        return parts[0]
+    tokens = {name: np.concatenate([part.tokens[name] for part in parts]) for name in parts[0].tokens}
+    return EncodedRows(tokens, np.concatenate([part.finite for part in parts]))
+
+
+class StreamWriter:
+    """The end of the stream: cuts encoded batches into chunks and publishes trajectories. Used from one thread.
+
+    Frames arrive in the order of the stream, so at most one trajectory is open.
+    """
+
+    def __init__(self, store: ChunkStore, label: ChunkLabel, failed: set[str], before_replacing: Callable[[str], None]):
+        self._store, self._label, self._failed = store, label, failed
+        self._before_replacing = before_replacing
+        self._open: TrajectoryWriter | None = None
+
+    def write(self, item: EncodedBatch | TrajectoryResult) -> list[TrajectoryResult]:
+        """Take the next item; returns the trajectories that it finished, or failed.
+
+        Raises:
+            StorageError: the cache's disk fails.
+        """
+        try:
+            if isinstance(item, TrajectoryResult):
+                if self._open is not None and self._open.plan.trajectory.name == item.name:
+                    self.close()
+                return [item]
+            runs = _runs_of_one_trajectory(item)
+            return [result for run in runs for result in self._write_rows(*run)]
+        except (OSError, RuntimeError) as error:  # h5py reports a full disk as either
+            raise StorageError(
+                f"{self._store.cache_dir}: cannot write: {error}. What is recorded is safe; free space or mend the disk, "
+                "then run the same command again"
+            ) from error
+
+    def _write_rows(self, plan: TrajectoryPlan, rows: np.ndarray, encoded: EncodedRows) -> list[TrajectoryResult]:
+        if plan.trajectory.name in self._failed:
+            return []
+        if not encoded.finite.all():
+            self.close()
+            file_name = plan.frame_files[rows[int(np.argmin(encoded.finite))]]
+            return [
+                _fail(
+                    plan, InputError(f"{plan.trajectory.name}/{file_name}: its features are not finite"), self._failed
+                )
+            ]
+        if self._open is None:
+            self._open = TrajectoryWriter(self._store.new_staging_folder(), plan, self._label)
+        self._open.write(rows, encoded.tokens)
+        return [self._publish()] if self._open.is_complete else []
+
+    def _publish(self) -> TrajectoryResult:
+        writer, plan = self._open, self._open.plan
+        name = plan.trajectory.name
+        if foreign := self._store.foreign_files(name):
+            self.close()
+            where = self._store.folder(name)
+            return _fail(
+                plan, InputError(f"{where}: holds files that are not chunks ({foreign[0]}); move them"), self._failed
+            )
+        replaced = self._store.publish(writer.folder, name, self._before_replacing)
+        self._open = None
+        return TrajectoryResult(name, plan.checksum, plan.checksum_kind, plan.spans, writer.chunk_bytes, replaced)
+
+    def close(self) -> None:
+        """Drop the trajectory begun, if any."""
+        if self._open is not None:
+            self._open.abandon()
+            self._open = None
+
+
+def _runs_of_one_trajectory(batch: EncodedBatch) -> Iterator[tuple[TrajectoryPlan, np.ndarray, EncodedRows]]:
+    """Cut a batch where the trajectory changes: (plan, kept frames (n,), their rows)."""
+    frames = batch.frames
+    borders = [i for i in range(1, len(frames)) if frames[i][0] is not frames[i - 1][0]]
+    for start, stop in zip([0, *borders], [*borders, len(frames)]):
+        tokens = {name: values[start:stop] for name, values in batch.rows.tokens.items()}
+        rows = np.array([row for _, row in frames[start:stop]])
+        yield frames[start][0], rows, EncodedRows(tokens, batch.rows.finite[start:stop])
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _pool(workers: int, name: str, initializer: Callable[[], None] | None = None) -> Iterator[Executor]:
+    """Threads that, at the end, finish what they are at and nothing more."""
+    pool = ThreadPoolExecutor(workers, name, initializer)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _one_torch_thread() -> None:
+    """Decode threads are the parallelism; torch's own threads under each of them would only be in the way."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def cache_trajectories(
+    trajectories: Iterable[Trajectory],
+    label: ChunkLabel,
+    options: RunOptions,
+    encoder: Encoder,
+    store: ChunkStore,
+    hooks: Hooks,
+) -> Iterator[TrajectoryResult]:
+    """Cache trajectories: an iterable in, an iterator of what became of each out, in order of completion.
+
+    A completed trajectory's chunks are durable and under their final names before its result appears; recording it is
+    the caller's part. A trajectory's own fault fails it alone. Memory is bounded by the prefetch depths, whatever a
+    trajectory's length.
+
+    Raises:
+        StorageError, DeviceError: the fault is not a trajectory's; nothing further is yielded.
+    """
+    spec, failed = label.spec, set()
+    workers = available_cores() if options.decode_workers == "auto" else options.decode_workers
+    batch_size = encoder.default_batch_size if options.batch_size == "auto" else options.batch_size
+    plan = functools.partial(plan_or_fail, spec=spec, checksum_kind=options.checksum)
+    decode = functools.partial(decode_or_fail, decoder=FrameDecoder(spec), failed=failed)
+    writer = StreamWriter(store, label, failed, hooks.before_replacing)
+    with (
+        contextlib.closing(writer),  # first in, last out: no thread writes any more when it drops what is half-made
+        _pool(workers, "decode", _one_torch_thread) as readers,
+        _pool(1, "write") as writers,
+    ):
+        plans = prefetch(plan, trajectories, readers, PLANS_AHEAD)
+        frames = prefetch(decode, frame_stream(plans, failed, hooks.stop), readers, 2 * batch_size)
+        batches = full_batches(frames, encoder.new_pixels, batch_size, failed, hooks.stop)
+        encoded = encode_batches(encoder, batches, hooks.on_frames)
+        for results in prefetch(writer.write, encoded, writers, BATCHES_TO_WRITE):
+            yield from results
+
+
+# ======================================================================================================================
+# Running: what is to do, what is recorded, when it ends
+# ======================================================================================================================
+
+EXIT_COMPLETED, EXIT_SOME_FAILED, EXIT_STOPPED_BY_FAULT, EXIT_WORK_LEFT = 0, 1, 3, 5
+_WORST_FIRST = (EXIT_STOPPED_BY_FAULT, EXIT_WORK_LEFT, EXIT_SOME_FAILED, EXIT_COMPLETED)
+
+
+class StopRequest:
+    """Whether the run shall end: SIGINT, SIGTERM or the deadline. A second signal ends the process at once."""
+
+    def __init__(self, max_hours: float | None):
+        self.signal_number: int | None = None
+        self._deadline = math.inf if max_hours is None else time.monotonic() + max_hours * 3600
+
+    def install(self) -> None:
+        """Handle the signals from here on."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        if self.signal_number is not None:
+            os._exit(128 + number)
+        self.signal_number = number
+        os.write(2, b"\nStopping: finishing what is in flight (once more to stop at once)\n")
+
+    def __call__(self) -> bool:
+        return self.signal_number is not None or time.monotonic() > self._deadline
+
+    @property
+    def exit_code(self) -> int:
+        """Of a run that ends because of this request."""
+        return EXIT_WORK_LEFT if self.signal_number is None else 128 + self.signal_number
+
+    def check(self) -> None:
+        """Raise StoppedError if the run shall end; for the time before its work begins."""
+        if self():
+            raise StoppedError("stopped before the work began; run the same command again to go on", self.exit_code)
+
+
+class Standing(NamedTuple):
+    """Where a trajectory stands at the start of a run."""
+
+    trajectory: Trajectory
+    state: Literal["completed", "pending", "retry", "exhausted"]
+    remark: str | None = None  # why a recorded one is redone, or what is odd
+    new_checksum: str | None = None  # of the kind now asked for, where the recorded one is of the other
+
+
+def assess(
+    trajectory: Trajectory, progress: Progress, store: ChunkStore, spec: CacheSpec, options: RunOptions
+) -> Standing:
+    """Compare a trajectory with its record: data by checksum, chunk files by name and size."""
+    record = progress.records.get(trajectory.name)
+    if record is not None:
+        return _assess_completed(trajectory, record, progress, store, options)
+    failure = progress.failures.get(trajectory.name)
+    if failure is None:
+        return Standing(trajectory, "pending")
+    try:
+        listing = list_trajectory(trajectory, spec.frame_pattern)
+        checksum = trajectory_checksum(listing, failure["checksum_kind"])
+    except (InputError, OSError):
+        checksum = None
+    if checksum != failure["checksum"]:
+        return Standing(trajectory, "pending", "failed before; its data changed")
+    return Standing(trajectory, "retry" if failure["attempts"] < options.max_attempts else "exhausted")
+
+
+def _assess_completed(
+    trajectory: Trajectory, record: TrajectoryRecord, progress: Progress, store: ChunkStore, options: RunOptions
+) -> Standing:
+    frame_pattern = progress.specs[record["fingerprint"]]["frame_pattern"]  # the one that it was made with
+    new_checksum = None
+    try:
+        listing = list_trajectory(trajectory, frame_pattern)
+        if trajectory_checksum(listing, record["checksum_kind"]) != progress.checksums[trajectory.name]:
+            return Standing(trajectory, "pending", "its data changed")
+        if record["checksum_kind"] != options.checksum:
+            new_checksum = trajectory_checksum(listing, options.checksum)
+    except InputError as error:
+        return Standing(trajectory, "pending", f"its data changed: {error}")
+    except OSError as error:
+        return Standing(trajectory, "completed", f"cannot be checked, stays as it is: {error}")
+    expected = {f"chunk_{index:05d}.h5": size for index, size in enumerate(record["bytes"])}
+    found = {
+        file: size for file, size in store.chunk_sizes(trajectory.name).items() if CHUNK_FILE_PATTERN.fullmatch(file)
+    }
+    if found != expected:
+        return Standing(trajectory, "pending", _chunk_difference(expected, found))
+    return Standing(trajectory, "completed", new_checksum=new_checksum)
+
+
+def _chunk_difference(expected: dict[str, int], found: dict[str, int]) -> str:
+    for file, size in expected.items():
+        if file not in found:
+            return f"its {file} is missing"
+        if found[file] != size:
+            return f"its {file} has {found[file]} bytes, recorded are {size}"
+    return f"its {min(found.keys() - expected.keys())} is not in the record"
+
+
+class Work(NamedTuple):
+    """What a pending trajectory will cost: frames to encode, chunk files and their bytes. Zero where it will fail."""
+
+    frames: int
+    chunks: int
+    bytes: int
+
+
+class PreparedDataset:
+    """A dataset whose record, trajectories and configuration are checked, and nothing written yet."""
+
+    def __init__(self, config: DatasetConfig, progress: Progress, trajectories: list[Trajectory], missing: list[str]):
+        self.config = config
+        self.spec = config.spec
+        self.progress = progress
+        self.store = ChunkStore(config.cache_dir)
+        self.trajectories = trajectories
+        self.missing = missing  # names in the split that are not in the data folder
+        self.standings: list[Standing] = []
+        self.pending: list[Trajectory] = []  # to do in this run, failed ones last
+        self.left_out = 0  # pending too, beyond --limit
+        self.work: dict[str, Work] = {}  # by name, of the pending ones
+        self.shape: ModelShape | None = None
+        self.device: str | None = None
+        self.encoder: Encoder | None = None
+        self.weights: dict[str, Any] | None = progress.weights  # source, size, mtime, digest
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    def count(self, state: str) -> int:
+        """Trajectories that stood so at the start."""
+        return sum(standing.state == state for standing in self.standings)
+
+
+def prepare_dataset(config: DatasetConfig, limit: int | None, stop: StopRequest, *, writes: bool) -> PreparedDataset:
+    """Read the record, list the trajectories, decide which are to do. Writes nothing.
+
+    Raises:
+        RefusedError: the record is unusable or of another dataset, or there are no trajectories.
+    """
+    progress = open_progress(config)
+    if config.options.force_rebuild and progress.rebuild_started is None:
+        progress.empty()
+        progress.rebuild_started = time.time()
+        if writes:
+            LOG.warning(
+                "%s: force_rebuild: every trajectory is redone from the start (left True in the config file, this happens "
+                "on every run)",
+                config.name,
+            )
+    trajectories, missing = select_trajectories(config, stop)
+    dataset = PreparedDataset(config, progress, trajectories, missing)
+    with _pool(available_cores(), "assess") as pool:
+        check = functools.partial(
+            assess, progress=progress, store=dataset.store, spec=config.spec, options=config.options
+        )
+        for standing in prefetch(check, trajectories, pool, 8 * PLANS_AHEAD):
+            stop.check()
+            dataset.standings.append(standing)
+    todo = [
+        standing.trajectory
+        for state in ("pending", "retry")
+        for standing in dataset.standings
+        if standing.state == state
+    ]
+    dataset.pending = todo[:limit]
+    dataset.left_out = len(todo) - len(dataset.pending)
+    return dataset
+
+
+def open_progress(config: DatasetConfig) -> Progress:
+    """The cache's record, or an empty one.
+
+    Raises:
+        RefusedError: it is unusable, of another dataset, missing beside chunks, or there although progress tracking is off.
+    """
+    options, cache_dir = config.options, config.cache_dir
+    progress = Progress.load(cache_dir)
+    if not options.enable_progress_tracking:
+        if progress is not None:
+            raise RefusedError(
+                f"{cache_dir}: has a {PROGRESS_FILE}, which a run with enable_progress_tracking: False would make untrue; "
+                "turn it on, or give the run another cache_dir"
+            )
+        return Progress(cache_dir, config.name)
+    if progress is None:
+        if not options.force_rebuild and ChunkStore(cache_dir).has_chunks():
+            raise RefusedError(
+                f"{cache_dir}: holds chunk files but no {PROGRESS_FILE}. Ways on: `progress_utils.py rebuild --cache-dir "
+                f"{cache_dir}` makes it anew from the chunks, --force-rebuild redoes every trajectory"
+            )
+        return Progress(cache_dir, config.name)
+    if progress.dataset_name not in (None, config.name):
+        raise RefusedError(
+            f"{cache_dir}: is the cache of dataset {progress.dataset_name!r}, not of {config.name!r}; give datasets."
+            f"{config.name} a cache_dir of its own"
+        )
+    progress.dataset_name = config.name
+    return progress
+
+
+def select_trajectories(config: DatasetConfig, stop: StopRequest) -> tuple[list[Trajectory], list[str]]:
+    """The trajectories below data_folder that the split names (all without one), and the split's names not found."""
+    found = []
+    for trajectory in find_trajectories(config.data_folder):
+        stop.check()
+        found.append(trajectory)
+    missing: list[str] = []
+    if config.split is not None:
+        wanted = dict.fromkeys(read_split(config.split))
+        missing = list(wanted.keys() - {trajectory.name for trajectory in found})
+        found = [trajectory for trajectory in found if trajectory.name in wanted]
+    if not found:
+        which = f" that split {config.split} names" if config.split else ""
+        raise RefusedError(
+            f"datasets.{config.name}.data_folder: {config.data_folder}: no trajectories below it{which}; a trajectory is a "
+            f"folder with one of {', '.join(POSE_FILES)} and its frames. Is the disk mounted?"
+        )
+    return found, sorted(missing)
+
+
+def resolve_spec(dataset: PreparedDataset) -> None:
+    """Settle device, precision and model shape of a dataset with work to do.
+
+    Raises:
+        RefusedError: the device is not there, the precision is not for it, or image_size is no multiple of the patch size.
+    """
+    recorded = dataset.progress.processing_config.get("precision")
+    wanted = dataset.spec.precision
+    if dataset.pending:
+        dataset.device = resolve_device(dataset.config.options.device)
+        precision = resolve_precision(wanted, recorded, dataset.device)
+        dataset.shape = model_shape(dataset.spec.dino_model_type)
+        check_image_size(dataset.spec, dataset.shape)
+    else:
+        precision = recorded or wanted if wanted == "auto" else wanted
+    dataset.spec = dataset.spec.model_copy(update={"precision": precision})
+
+
+def estimate_work(dataset: PreparedDataset, stop: StopRequest) -> list[str]:
+    """Plan every pending trajectory, keeping only what it will cost; returns the reasons of those that will fail."""
+    shapes = token_shapes(dataset.spec, dataset.shape) if dataset.shape else {}
+    row_bytes = sum(2 * math.prod(shape) for shape in shapes.values()) + 5 * 8  # and position, yaw, index, distance
+    plan = functools.partial(plan_or_fail, spec=dataset.spec, checksum_kind="stat")
+    reasons = []
+    with _pool(available_cores(), "plan") as pool:
+        for outcome in prefetch(plan, dataset.pending, pool, PLANS_AHEAD):
+            stop.check()
+            if isinstance(outcome, TrajectoryResult):
+                dataset.work[outcome.name] = Work(0, 0, 0)
+                reasons.append(str(outcome.error))
+            else:
+                chunks = len(outcome.spans)
+                size = outcome.num_rows * row_bytes + chunks * CHUNK_OVERHEAD_BYTES
+                dataset.work[outcome.trajectory.name] = Work(outcome.num_stored_frames, chunks, size)
+    return reasons
+
+
+def check_disk(datasets: list[PreparedDataset]) -> None:
+    """Raise RefusedError unless each filesystem can hold what is to come, less the chunks that it replaces."""
+    needs: dict[int, list[PreparedDataset]] = {}
+    for dataset in datasets:
+        needs.setdefault(os.stat(dataset.config.cache_dir).st_dev, []).append(dataset)
+    for group in needs.values():
+        needed = sum(new_bytes(dataset) - replaced_bytes(dataset) for dataset in group)
+        free = free_bytes(group[0].config.cache_dir)
+        if needed > free:
+            folders = ", ".join(str(dataset.config.cache_dir) for dataset in group)
+            raise RefusedError(
+                f"{folders}: the cache will take {format_bytes(needed)} more and {format_bytes(free)} are free. Ways on: free "
+                "space, another cache_dir, fewer tokens (patch takes most), or --limit"
+            )
+
+
+def new_bytes(dataset: PreparedDataset) -> int:
+    return sum(work.bytes for work in dataset.work.values())
+
+
+def replaced_bytes(dataset: PreparedDataset) -> int:
+    return sum(sum(dataset.store.chunk_sizes(trajectory.name).values()) for trajectory in dataset.pending)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space where `folder` is, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def format_bytes(count: float) -> str:
+    """1234567 -> 1.2 MB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def format_names(names: list[str]) -> str:
+    """The first ten names, and how many more there are."""
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(names[:SHOWN_NAMES]) + more
+
+
+def confirm_changes(dataset: PreparedDataset, differences: list[tuple[str, Any, Any]], *, yes: bool) -> None:
+    """Let the user decide on a changed configuration; what is completed stays as it is, the rest is made with the new one.
+
+    Raises:
+        RefusedError: the answer is no, or there is neither --yes nor a terminal.
+    """
+    if not differences:
+        return
+    if dataset.progress.records:
+        lines = [f"  {key}: {old} -> {new}" for key, old, new in differences]
+        change = "\n".join([f"{dataset.name}: the configuration changed since this cache was begun:", *lines])
+        ways = (
+            "Ways on: --yes keeps what is completed and makes the rest with the new configuration; --force-rebuild redoes "
+            f"everything; or `progress_utils.py reset --cache-dir {dataset.config.cache_dir}`; or undo the change"
+        )
+        LOG.warning("%s", change)
+        if not yes and not ask_to_continue(ways):
+            raise RefusedError(
+                f"{dataset.name}: not continued with the changed configuration. Nothing was changed. {ways}"
+            )
+    for failure in dataset.progress.failures.values():
+        failure["attempts"] = 0
+
+
+def ask_to_continue(ways: str) -> bool:
+    try:
+        return ask("Continue with the changed configuration?", otherwise="--yes")
+    except RefusedError as error:
+        raise RefusedError(f"{error} {ways}") from None
+
+
+def load_encoder(spec: CacheSpec, device: str) -> tuple[Encoder, str]:
+    """An encoder on its device, and the digest of its weights. Raises RefusedError where the weights cannot be had."""
+    model = build_model(spec)
+    digest = weights_digest(model)
+    if spec.weights == "random":
+        LOG.warning("WEIGHTS ARE RANDOM (seeded): the features are for trying things out and mean nothing")
+    return DinoEncoder(model, spec, device), digest
+
+
+_ENCODER_SETTINGS = ("dino_model_type", "weights", "tokens", "image_size", "pixel_mean", "pixel_std", "precision")
+
+
+def load_encoders(datasets: list[PreparedDataset], stop: StopRequest) -> None:
+    """Give every dataset with work to do its encoder, one for all that compute the same, and know all weights' digests."""
+    loaded: dict[tuple, tuple[Encoder, str]] = {}
+    for dataset in datasets:
+        stop.check()
+        source, recorded = weights_source(dataset.spec), dataset.progress.weights
+        if not dataset.pending:
+            if recorded is not None and {**recorded, **source} == recorded:
+                continue
+            if dataset.progress.records:
+                dataset.weights = {**source, "digest": weights_digest(build_model(dataset.spec))}
+            continue
+        key = (dataset.device, *(getattr(dataset.spec, setting) for setting in _ENCODER_SETTINGS))
+        if key not in loaded:
+            loaded[key] = load_encoder(dataset.spec, dataset.device)
+        dataset.encoder, digest = loaded[key]
+        dataset.weights = {**source, "digest": digest}
+
+
+def weights_differences(dataset: PreparedDataset) -> list[tuple[str, Any, Any]]:
+    """As spec_differences, for the weights' content: a file that only moved is no change."""
+    old, new = dataset.progress.weights, dataset.weights
+    if old is None or new is None or old["digest"] == new["digest"]:
+        return []
+    return [("weights", *(f"{weights['source']} (digest {weights['digest']})" for weights in (old, new)))]
+
+
+class DatasetRun:
+    """One dataset's work: feeds the pipeline, records what it yields, and shows how far it is."""
+
+    def __init__(self, dataset: PreparedDataset, stop: StopRequest):
+        self._dataset, self._stop = dataset, stop
+        self._progress, self._store = dataset.progress, dataset.store
+        self._options = dataset.config.options
+        self._done = dataset.count("completed")  # of the trajectories present and selected
+        self._held_back: list[TrajectoryResult] = []
+        self._unreadable = sum(bool(s.state == "completed" and s.remark) for s in dataset.standings)
+        self._frames_total = sum(work.frames for work in dataset.work.values())
+        self._frames_encoded = self._frames_finished = 0
+        self._begin = self._last_line = time.monotonic()
+        self._elapsed_before_s = dataset.progress.elapsed_s
+        self._bar: tqdm | None = None
+
+    def run(self) -> int:
+        """Do the work; returns the exit code.
+
+        Raises:
+            StorageError, DeviceError: the run cannot go on; what was completed is recorded.
+        """
+        self._announce()
+        self._begin_record()
+        try:
+            if self._dataset.pending:
+                with tqdm(
+                    total=self._frames_total, unit=" frames", dynamic_ncols=True, disable=not sys.stderr.isatty()
+                ) as self._bar:
+                    self._process()
+            self._end_record()
+        finally:
+            self._save()
+        return self._summarise()
+
+    def _announce(self) -> None:
+        dataset, total = self._dataset, len(self._dataset.trajectories)
+        LOG.info("Dataset %s: %s -> %s", dataset.name, dataset.config.data_folder, dataset.config.cache_dir)
+        if self._progress.records:
+            LOG.info("Loaded existing progress: %d trajectories completed", self._done)
+            LOG.info("Resuming processing: %d/%d trajectories completed", self._done, total)
+            LOG.info("Remaining trajectories: %d", total - self._done)
+        else:
+            LOG.info("Processing %d trajectories", total)
+        for standing in dataset.standings:
+            if standing.remark:
+                verb = "Redoing" if standing.state == "pending" else "Completed"
+                LOG.warning("%s %s: %s", verb, standing.trajectory.name, standing.remark)
+        gone = sorted(self._progress.records.keys() - {trajectory.name for trajectory in dataset.trajectories})
+        if gone:
+            LOG.warning(
+                "%d recorded trajectories are not among the data now; their chunks stay: %s",
+                len(gone),
+                format_names(gone),
+            )
+        if dataset.missing:
+            LOG.warning(
+                "%d names of the split are not in the data folder: %s",
+                len(dataset.missing),
+                format_names(dataset.missing),
+            )
+
+    def _begin_record(self) -> None:
+        """Put the configuration in force into the record, before any work."""
+        dataset, progress = self._dataset, self._progress
+        if dataset.pending or progress.records:
+            progress.processing_config = dataset.spec.to_json()
+            progress.weights = dataset.weights
+        progress.checksum_kind = self._options.checksum
+        for standing in dataset.standings:
+            if standing.new_checksum is not None:
+                name = standing.trajectory.name
+                record: TrajectoryRecord = {**progress.records[name], "checksum_kind": self._options.checksum}
+                progress.complete(name, standing.new_checksum, record)
+        with _storage_errors(self._store.cache_dir):
+            self._store.empty_staging()
+        self._save()
+
+    def _process(self) -> None:
+        dataset = self._dataset
+        digest = dataset.weights["digest"]
+        fingerprint = dataset.spec.fingerprint(digest)
+        self._progress.specs[fingerprint] = dataset.spec.to_json()
+        shapes = token_shapes(dataset.spec, dataset.shape)
+        label = ChunkLabel(dataset.name, dataset.spec, fingerprint, digest, shapes)
+        hooks = Hooks(self._stop, self._on_frames, self._withdraw)
+        for result in cache_trajectories(dataset.pending, label, self._options, dataset.encoder, self._store, hooks):
+            self._take(result, fingerprint)
+            self._show_progress()
+
+    def _end_record(self) -> None:
+        if self._held_back:
+            LOG.warning(
+                "%d trajectories could not be read and are not recorded as failed: %s",
+                len(self._held_back),
+                format_names([str(result.error) for result in self._held_back]),
+            )
+        if not self._stop() and not self._dataset.left_out:
+            self._progress.rebuild_started = None
+        with _storage_errors(self._store.cache_dir):
+            self._store.empty_staging()
+
+    def _summarise(self) -> int:
+        failures, left = self._progress.failures, self._dataset.left_out
+        present = {trajectory.name for trajectory in self._dataset.trajectories}
+        failed = {name: failure for name, failure in failures.items() if name in present}
+        LOG.info(
+            "%s: %d/%d trajectories completed, %d failed, %d chunks",
+            self._dataset.name,
+            self._done,
+            len(present),
+            len(failed),
+            self._progress.total_chunks,
+        )
+        for name, failure in list(failed.items())[:SHOWN_NAMES]:
+            LOG.warning(
+                "  failed (%d of %d attempts): %s", failure["attempts"], self._options.max_attempts, failure["reason"]
+            )
+        if len(failed) > SHOWN_NAMES:
+            LOG.warning("  ... and %d more; `progress_utils.py show --all` lists them", len(failed) - SHOWN_NAMES)
+        if self._stop():
+            LOG.warning("Stopped; run the same command again to go on")
+            return self._stop.exit_code
+        if left:
+            LOG.info("%d trajectories are left for the next run (--limit)", left)
+            return EXIT_WORK_LEFT
+        return EXIT_SOME_FAILED if failures or self._held_back or self._unreadable else EXIT_COMPLETED
+
+    def _take(self, result: TrajectoryResult, fingerprint: str) -> None:
+        """Record one result, or hold it back while it may be the mount's fault."""
+        self._frames_finished += self._dataset.work[result.name].frames
+        if result.error is None:
+            self._complete(result, fingerprint)
+        elif isinstance(result.error, OSError) and self._may_be_lost_mount(result):
+            self._held_back.append(result)
+            LOG.warning("Cannot read %s: %s", result.name, result.error)
+            if len(self._held_back) >= LOST_MOUNT_FAILURES:
+                raise StorageError(
+                    f"{len(self._held_back)} trajectories in a row cannot be read ({result.error}): {self._lost_mount()}"
+                )
+        else:
+            self._fail(result)
+
+    def _may_be_lost_mount(self, result: TrajectoryResult) -> bool:
+        """Whether an unreadable trajectory may be one of many. Raises StorageError where the data folder itself is gone."""
+        data_folder = self._dataset.config.data_folder
+        try:
+            with os.scandir(data_folder):
+                pass
+        except OSError as error:
+            raise StorageError(
+                f"data_folder {data_folder} no longer lists ({error.strerror}): {self._lost_mount()}"
+            ) from error
+        return result.error.errno in LOST_MOUNT_ERRNOS or not (data_folder / result.name).is_dir()
+
+    @staticmethod
+    def _lost_mount() -> str:
+        return "the mount seems lost. None of them is recorded as failed; mount it and run the same command again"
+
+    def _complete(self, result: TrajectoryResult, fingerprint: str) -> None:
+        for held_back in self._held_back:  # the mount is there, so it was their own fault
+            self._fail(held_back)
+        self._held_back.clear()
+        record: TrajectoryRecord = {
+            "fingerprint": fingerprint,
+            "spans": [list(span) for span in result.spans],
+            "bytes": result.chunk_bytes,
+            "checksum_kind": result.checksum_kind,
+        }
+        self._progress.complete(result.name, result.checksum, record)
+        self._done += 1
+        self._save(spaced=True)
+        if result.replaced is not None:
+            shutil.rmtree(result.replaced.parent, ignore_errors=True)
+
+    def _fail(self, result: TrajectoryResult) -> None:
+        name, error = result.name, result.error
+        LOG.warning("Failed: %s", error, exc_info=error)
+        if isinstance(error, OSError) and name in self._progress.records:
+            LOG.warning("%s stays as it was completed", name)
+            self._unreadable += 1
+            return
+        before = self._progress.failures.get(name)
+        unchanged = before is not None and (before["checksum"], before["checksum_kind"]) == (
+            result.checksum,
+            result.checksum_kind,
+        )
+        failure: Failure = {
+            "reason": str(error),
+            "error_type": type(error).__name__,
+            "attempts": before["attempts"] + 1 if unchanged else 1,
+            "time": time.time(),
+            "checksum": result.checksum,
+            "checksum_kind": result.checksum_kind,
+        }
+        self._progress.fail(name, failure)
+        self._save()
+        if isinstance(error, InputError):
+            with _storage_errors(self._store.cache_dir):
+                self._store.remove_chunks(name)  # made from data that is no more
+
+    def _withdraw(self, name: str) -> None:
+        """Un-record a trajectory before its folder is replaced. Called from the writer thread."""
+        if self._progress.forget(name):
+            self._save()
+
+    def _save(self, *, spaced: bool = False) -> None:
+        if not self._options.enable_progress_tracking:
+            return
+        run_time_s = time.monotonic() - self._begin
+        self._progress.elapsed_s = self._elapsed_before_s + run_time_s
+        with _storage_errors(self._store.cache_dir):
+            if spaced:
+                self._progress.save_spaced(run_time_s)
+            else:
+                self._progress.save()
+
+    def _on_frames(self, count: int) -> None:
+        self._frames_encoded += count
+        self._show_progress()
+
+    def _show_progress(self) -> None:
+        frames_done = max(self._frames_encoded, self._frames_finished)
+        self._bar.update(min(frames_done, self._frames_total) - self._bar.n)
+        self._bar.set_postfix(trajectories=self._done, chunks=self._progress.total_chunks, refresh=False)
+        now = time.monotonic()
+        if now - self._last_line >= self._options.progress_interval_s:
+            self._last_line = now
+            rate = self._frames_encoded / (now - self._begin)
+            left = self._frames_total - frames_done
+            total = len(self._dataset.trajectories)
+            LOG.info("%s", progress_line(self._done, total, self._progress.total_chunks, now - self._begin, left, rate))
+
+
+def progress_line(done: int, total: int, chunks: int, elapsed_s: float, frames_left: int, frames_per_s: float) -> str:
+    """The periodic line; time left and rate once there is a rate to tell."""
+    line = f"Progress: {done}/{total} trajectories ({100 * done / total:.1f}%), {chunks} chunks, {elapsed_s / 3600:.1f}h elapsed"
+    if frames_per_s > 0 and elapsed_s > 2:
+        line += f", {max(frames_left, 0) / frames_per_s / 3600:.1f}h remaining, {frames_per_s:.0f} frames/s"
+    return line
+
+
+@contextlib.contextmanager
+def _storage_errors(cache_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{cache_dir}: cannot write: {error}. What is recorded is safe; mend the disk, then run the same command again"
+        ) from error
+
+
+def print_forecast(dataset: PreparedDataset, reasons: list[str]) -> None:
+    """What a run would do, for --dry-run."""
+    work = dataset.work.values()
+    frames, chunks = sum(item.frames for item in work), sum(item.chunks for item in work)
+    print(f"Dataset {dataset.name}: {dataset.config.data_folder} -> {dataset.config.cache_dir}")
+    print(
+        f"  trajectories: {len(dataset.trajectories)}, {dataset.count('completed')} completed, {len(dataset.pending)} to do now"
+    )
+    print(f"  frames to encode: {frames}")
+    print(f"  chunks to write: {chunks}")
+    print(
+        f"  bytes they take: {new_bytes(dataset)} ({format_bytes(new_bytes(dataset))}), replacing {format_bytes(replaced_bytes(dataset))}"
+    )
+    print(f"  free space: {format_bytes(free_bytes(dataset.config.cache_dir))}")
+    if dataset.progress.records:
+        for key, old, new in spec_differences(dataset.progress.processing_config, dataset.spec):
+            print(f"  changed configuration: {key}: {old} -> {new}")
+    if reasons:
+        print(f"  will fail: {len(reasons)}")
+        for reason in reasons[:SHOWN_NAMES]:
+            print(f"    {reason}")
+
+
+def run_datasets(datasets: list[PreparedDataset], stop: StopRequest) -> int:
+    """Run one dataset after the other; returns the exit code of the worst outcome."""
+    codes = []
+    for dataset in datasets:
+        with log_file(dataset.config.cache_dir):
+            try:
+                codes.append(DatasetRun(dataset, stop).run())
+            except StorageError as error:  # another dataset may lie on another disk
+                LOG.error("error: %s", error, exc_info=error)
+                codes.append(error.exit_code)
+            except Exception as error:  # the device, or our own fault: nothing false is recorded, a rerun resumes
+                LOG.error(
+                    "error: %s",
+                    error if isinstance(error, DinoCacheError) else f"unexpected: {error!r}",
+                    exc_info=error,
+                )
+                return EXIT_STOPPED_BY_FAULT
+        if stop.signal_number is not None:
+            return stop.exit_code
+    return next(code for code in _WORST_FIRST if code in codes)
+
+
+# ======================================================================================================================
+# Command line
+# ======================================================================================================================
+
+
+class ConsoleHandler(logging.Handler):
+    """Messages without tracebacks, past the progress bar: information to stdout, warnings and errors to stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(record.getMessage(), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout)
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def log_file(cache_dir: Path) -> Iterator[None]:
+    """Everything that is logged goes to the cache's log file too, with times and tracebacks."""
+    handler = logging.FileHandler(cache_dir / LOG_FILE, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    LOG.addHandler(handler)
+    try:
+        yield
+    finally:
+        LOG.removeHandler(handler)
+        handler.close()
+
+
+def set_up_process() -> None:
+    """Console output, and as many open files as the system grants: overlapping chunks are open together."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+    if not LOG.handlers:
+        LOG.addHandler(ConsoleHandler())
+    _umask()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="dino_cache.py",
+        description="Turn robot trajectories into frozen DINOv2 features. Running it again goes on where it stopped.",
+        epilog="Example: python dino_cache.py --config config/data/sample.yaml",
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the YAML configuration")
+    parser.add_argument(
+        "--dataset", action="append", metavar="NAME", help="only this dataset of the config (may be repeated)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be done and what it takes; write nothing"
+    )
+    parser.add_argument("--force-rebuild", action="store_true", help="redo every trajectory")
+    parser.add_argument("--yes", action="store_true", help="go on with a changed configuration without asking")
+    parser.add_argument("--limit", type=_positive(int), metavar="N", help="at most N pending trajectories per dataset")
+    parser.add_argument("--max-hours", type=_positive(float), metavar="H", help="stop, resumably, after H hours")
+    parser.add_argument("--device", metavar="D", help="auto, cpu, cuda or cuda:N, instead of the config's")
+    parser.add_argument(
+        "--batch-size", type=_positive(int), metavar="B", help="frames per batch, instead of the config's"
+    )
+    return parser
+
+
+def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not greater than 0")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in its message
+    return parse
+
+
+def select_datasets(configs: list[DatasetConfig], names: list[str] | None) -> list[DatasetConfig]:
+    """Those named on the command line; all where none is."""
+    known = [config.name for config in configs]
+    for name in names or []:
+        if name not in known:
+            raise RefusedError(f"--dataset {name}: not in the config; it has {', '.join(known)}")
+    return [config for config in configs if not names or config.name in names]
+
+
+def run(arguments: argparse.Namespace, stop: StopRequest) -> int:
+    """Check everything that can be refused, for all datasets; then do the work. Returns the exit code."""
+    overrides = {
+        "device": arguments.device,
+        "batch_size": arguments.batch_size,
+        "force_rebuild": arguments.force_rebuild or None,
+    }
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    configs = select_datasets(load_config(arguments.config, overrides), arguments.dataset)
+    with contextlib.ExitStack() as locks:
+        for config in configs:
+            if not config.data_folder.is_dir():
+                raise RefusedError(
+                    f"datasets.{config.name}.data_folder: {config.data_folder} is not a folder; is the disk mounted?"
+                )
+            if not arguments.dry_run:
+                locks.enter_context(locked_cache(config.cache_dir))
+        datasets = [prepare_dataset(config, arguments.limit, stop, writes=not arguments.dry_run) for config in configs]
+        for dataset in datasets:
+            resolve_spec(dataset)
+        if arguments.dry_run:
+            for dataset in datasets:
+                print_forecast(dataset, estimate_work(dataset, stop))
+            return 0
+        for dataset in datasets:
+            confirm_changes(
+                dataset, spec_differences(dataset.progress.processing_config, dataset.spec), yes=arguments.yes
+            )
+        for dataset in datasets:
+            estimate_work(dataset, stop)
+        check_disk(datasets)
+        load_encoders(datasets, stop)
+        for dataset in datasets:
+            confirm_changes(dataset, weights_differences(dataset), yes=arguments.yes)
+        stop.check()
+        return run_datasets(datasets, stop)
+
+
+@contextlib.contextmanager
+def locked_cache(cache_dir: Path) -> Iterator[None]:
+    """Make the cache folder and hold its lock."""
+    try:
+        make_directories_durably(cache_dir)
+    except OSError as error:
+        raise RefusedError(f"cache_dir {cache_dir}: cannot make it: {error.strerror}") from error
+    with cache_lock(cache_dir):
+        yield
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    0 everything completed; 1 some trajectories failed; 2 refused, nothing started; 3 stopped by storage, device or an
+    unexpected error, resumable; 4 another run holds the cache; 5 --max-hours or --limit left work; 130, 143 signals.
+    """
+    arguments = build_parser().parse_args(argv)
+    stop = StopRequest(arguments.max_hours)
+    stop.install()
+    set_up_process()
+    try:
+        return run(arguments, stop)
+    except DinoCacheError as error:
+        LOG.error("error: %s", error)
+        return error.exit_code
+    except Exception as error:
+        LOG.error("error: unexpected: %r", error)
+        logging.lastResort.handle(LOG.makeRecord(LOG.name, logging.ERROR, "", 0, "traceback", (), sys.exc_info()))
+        return EXIT_STOPPED_BY_FAULT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,623 @@
+#!/usr/bin/env python3
+"""Read and edit the progress record of a dino_cache.
+
+    python progress_utils.py show         --cache-dir D [--json] [--all]
+    python progress_utils.py list         [--root .] [--json]
+    python progress_utils.py reset-failed --cache-dir D
+    python progress_utils.py reset        --cache-dir D [--yes]
+
+This file owns three things, which dino_cache.py imports from here:
+
+    durable writing   write_durably, fsync_directory: every file that must survive a crash passes through them
+    the lock          cache_lock: one run, or one edit, per cache
+    the record        Progress: what <cache_dir>/progress.json holds, how it is checked, loaded and saved
+
+Reading commands never write and never lock; editing commands take the lock and are refused while a run holds it.
+Exit codes: 0 fine, 1 problems found, 2 could not do it, 4 a run holds the cache.
+
+A save survives a killed process and, as far as the disk keeps its word about fsync, a power cut. The copy before it stays
+as progress.json.bak. Only the standard library is imported at the top, so that every command starts at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypedDict
+
+# ======================================================================================================================
+# Constants: the names of a cache's own files
+# ======================================================================================================================
+
+PROGRESS_FILE = "progress.json"
+BACKUP_FILE = "progress.json.bak"
+LOCK_FILE = ".lock"
+LOCK_OWNER_FILE = ".lock.owner"  # who holds the lock: pid, host, start time; advisory, the lock itself decides
+
+PROGRESS_FORMAT_VERSION = 1
+SAVE_SHARE = 0.02  # saves may take this share of a run's time before they are spaced
+READABLE_ENTRIES = 1000  # up to here progress.json is indented; json's indenting encoder is 10 times slower
+SHOWN_FAILURES = 10
+
+# ======================================================================================================================
+# Errors: each carries the exit code that it ends a command with
+# ======================================================================================================================
+
+
+class DinoCacheError(Exception):
+    """An error with a message for the user: what is wrong, with which file or value, and the way on."""
+
+    exit_code = 3
+
+
+class RefusedError(DinoCacheError):
+    """Configuration, usage or an unusable record: nothing was started, nothing changed."""
+
+    exit_code = 2
+
+
+class CacheLockedError(DinoCacheError):
+    """Another run or edit holds the cache."""
+
+    exit_code = 4
+
+
+# ======================================================================================================================
+# Durable writing: temp beside the target, fsync, rename, fsync the folder
+# ======================================================================================================================
+
+
+def fsync_path(path: Path) -> None:
+    """Force a file's bytes, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directories_durably(directory: Path) -> None:
+    """Create a folder and its missing parents, each entry forced to the disk."""
+    if directory.is_dir():
+        return
+    make_directories_durably(directory.parent)
+    directory.mkdir(exist_ok=True)
+    fsync_path(directory.parent)
+
+
+def write_durably(path: Path, data: bytes, *, backup: Path | None = None) -> None:
+    """Replace a file by `data` so that at every moment the path holds the old bytes or the new, never a part.
+
+    With `backup`, the bytes replaced stay under that name. Survives a killed process; survives a power cut as far as the
+    disk keeps its word about fsync.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    if backup is not None and path.exists():
+        keep_copy(path, backup)
+    os.replace(temporary, path)
+    fsync_path(path.parent)
+
+
+def keep_copy(path: Path, copy: Path) -> None:
+    """Give the file's present bytes a second name, replacing what had it; `path` is there all the while."""
+    temporary = copy.with_name(copy.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # no hard links here (exFAT, some network mounts)
+        shutil.copyfile(path, temporary)
+        fsync_path(temporary)
+    os.replace(temporary, copy)
+    temporary.unlink(missing_ok=True)  # rename(2) leaves both names where they already were one file
+
+
+# ======================================================================================================================
+# The lock: one run, or one edit, per cache
+# ======================================================================================================================
+
+
+@contextlib.contextmanager
+def cache_lock(cache_dir: Path) -> Iterator[None]:
+    """Hold the cache for this process. The system drops the lock with the process, so a dead one leaves no stale lock.
+
+    Raises:
+        CacheLockedError: another process holds it; the message says who.
+        RefusedError: the folder cannot be written, or its filesystem cannot lock.
+    """
+    from filelock import FileLock, Timeout  # here: 50 ms that reading commands need not pay
+
+    lock = FileLock(cache_dir / LOCK_FILE, timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise CacheLockedError(f"{cache_dir}: another run holds this cache ({lock_owner(cache_dir)})") from None
+    except (OSError, NotImplementedError) as error:
+        raise RefusedError(
+            f"{cache_dir / LOCK_FILE}: cannot lock: {error}. Make the folder writable, or put cache_dir on a filesystem "
+            "that supports flock (on NFS: mount with locking enabled)."
+        ) from error
+    owner = cache_dir / LOCK_OWNER_FILE
+    try:
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started}))
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def lock_owner(cache_dir: Path) -> str:
+    """Who holds the lock, in words; the file is advisory and may be missing for a moment."""
+    try:
+        owner = json.loads((cache_dir / LOCK_OWNER_FILE).read_text())
+        return f"pid {owner['pid']} on {owner['host']}, since {owner['started']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its holder left no name"
+
+
+# ======================================================================================================================
+# The record: progress.json, checked when read, durable when saved
+# ======================================================================================================================
+
+
+class TrajectoryRecord(TypedDict):
+    """A completed trajectory: enough to index its chunks, or to see that a file is missing, without opening one."""
+
+    fingerprint: str  # of the spec it was made with, a key of `specs`
+    spans: list[list[int]]  # per chunk, half-open [start, stop) in kept frames
+    bytes: list[int]  # per chunk, the file's size
+    checksum_kind: str  # stat | content: what its entry in trajectory_checksums was computed from
+
+
+class Failure(TypedDict):
+    """A trajectory that could not be cached, with the reason of its last attempt."""
+
+    reason: str
+    error_type: str
+    attempts: int
+    time: float  # epoch seconds of the last attempt
+    checksum: str | None  # of the data that failed; null where it could not be read
+    checksum_kind: str
+
+
+class Progress:
+    """The record of one cache: what is completed, what failed and why, and the configuration in force.
+
+    Safe to use from the run's main thread and its writer thread. Nothing reaches the disk before `save`.
+    """
+
+    def __init__(self, cache_dir: Path, dataset_name: str | None):
+        now = time.time()
+        self.cache_dir = cache_dir
+        self.dataset_name = dataset_name
+        self.start_time = now
+        self.last_update = now
+        self.elapsed_s = 0.0  # working time of all runs
+        self.checksum_kind = "stat"
+        self.rebuild_started: float | None = None
+        self.processing_config: dict[str, Any] = {}
+        self.weights: dict[str, Any] | None = None  # source, size, mtime, digest
+        self.specs: dict[str, dict[str, Any]] = {}
+        self.checksums: dict[str, str] = {}
+        self.records: dict[str, TrajectoryRecord] = {}
+        self.failures: dict[str, Failure] = {}
+        self._lock = threading.RLock()
+        self._saves_s = 0.0
+        self._last_save_s = 0.0
+        self._last_save_end = 0.0
+
+    @property
+    def total_chunks(self) -> int:
+        """Chunk files of all completed trajectories."""
+        return sum(len(record["spans"]) for record in self.records.values())
+
+    @property
+    def fingerprints(self) -> set[str]:
+        """Fingerprints in use; more than one means that the cache is mixed."""
+        return {record["fingerprint"] for record in self.records.values()}
+
+    def complete(self, name: str, checksum: str, record: TrajectoryRecord) -> None:
+        """Record a trajectory whose chunks are durable."""
+        with self._lock:
+            self.failures.pop(name, None)
+            self.checksums[name] = checksum
+            self.records[name] = record
+
+    def fail(self, name: str, failure: Failure) -> None:
+        """Record a trajectory as failed, and so no longer as completed."""
+        with self._lock:
+            self.forget(name)
+            self.failures[name] = failure
+
+    def forget(self, name: str) -> bool:
+        """Un-record a completed trajectory; says whether it was recorded."""
+        with self._lock:
+            self.checksums.pop(name, None)
+            return self.records.pop(name, None) is not None
+
+    def empty(self) -> None:
+        """Forget every trajectory and the configuration that they were made with."""
+        with self._lock:
+            for entries in (self.checksums, self.records, self.failures, self.specs, self.processing_config):
+                entries.clear()
+            self.weights = None
+            self.elapsed_s = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The file's content, key by key."""
+        in_use = self.fingerprints
+        return {
+            "format_version": PROGRESS_FORMAT_VERSION,
+            "dataset_name": self.dataset_name,
+            "start_time": self.start_time,
+            "last_update": self.last_update,
+            "elapsed_s": self.elapsed_s,
+            "total_chunks": self.total_chunks,
+            "checksum_kind": self.checksum_kind,
+            "rebuild_started": self.rebuild_started,
+            "processing_config": self.processing_config,
+            "weights": self.weights,
+            "specs": {key: spec for key, spec in self.specs.items() if key in in_use},
+            "completed_trajectories": list(self.records),
+            "failed_trajectories": list(self.failures),
+            "trajectory_checksums": self.checksums,
+            "trajectory_records": self.records,
+            "failures": self.failures,
+        }
+
+    @classmethod
+    def load(cls, cache_dir: Path) -> Progress | None:
+        """The record in `cache_dir`, or None where there is no progress.json.
+
+        Raises:
+            RefusedError: there is one, but it is unreadable, corrupt, unversioned or of a newer version. It is never
+                taken for "no progress".
+        """
+        path = cache_dir / PROGRESS_FILE
+        try:
+            data = json.loads(path.read_bytes().decode("utf-8"))
+            _check_progress(data)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise RefusedError(f"{path}: cannot read: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise RefusedError(f"{path}: not a usable progress record: {error}. {_ways_out(cache_dir)}") from error
+        progress = cls(cache_dir, data["dataset_name"])
+        for key in _PLAIN_KEYS:
+            setattr(progress, key, data[key])
+        progress.checksums = data["trajectory_checksums"]
+        progress.records = data["trajectory_records"]
+        return progress
+
+    def save(self) -> None:
+        """Write progress.json atomically and durably; the copy before stays as progress.json.bak."""
+        with self._lock:
+            begin = time.monotonic()
+            self.last_update = time.time()
+            data = self.to_json()
+            indent = 1 if len(self.records) + len(self.failures) <= READABLE_ENTRIES else None
+            text = json.dumps(data, indent=indent, ensure_ascii=False) + "\n"
+            write_durably(self.cache_dir / PROGRESS_FILE, text.encode(), backup=self.cache_dir / BACKUP_FILE)
+            self._last_save_end = time.monotonic()
+            self._last_save_s = self._last_save_end - begin
+            self._saves_s += self._last_save_s
+
+    def save_spaced(self, run_time_s: float) -> None:
+        """Save, unless saves have taken over 2 % of the run's time; then at most 50 times one save's duration apart."""
+        with self._lock:
+            since_last_s = time.monotonic() - self._last_save_end
+            if self._saves_s <= SAVE_SHARE * run_time_s or since_last_s >= self._last_save_s / SAVE_SHARE:
+                self.save()
+
+
+_PLAIN_KEYS = (  # stored under the name of the attribute
+    "start_time last_update elapsed_s checksum_kind rebuild_started processing_config weights specs failures".split()
+)
+_NUMBER = (int, float)
+_NULL = type(None)
+_KEY_TYPES: dict[str, tuple[type, ...]] = {
+    "dataset_name": (str, _NULL),
+    "start_time": _NUMBER,
+    "last_update": _NUMBER,
+    "elapsed_s": _NUMBER,
+    "total_chunks": (int,),
+    "checksum_kind": (str,),
+    "rebuild_started": (*_NUMBER, _NULL),
+    "processing_config": (dict,),
+    "weights": (dict, _NULL),
+    "specs": (dict,),
+    "completed_trajectories": (list,),
+    "failed_trajectories": (list,),
+    "trajectory_checksums": (dict,),
+    "trajectory_records": (dict,),
+    "failures": (dict,),
+}
+
+
+def _check_progress(data: Any) -> None:
+    """Raise ValueError, naming the key, unless `data` is a progress record of this version that agrees with itself."""
+    if not isinstance(data, dict) or "format_version" not in data:
+        raise ValueError("it has no format_version")
+    version = data["format_version"]
+    if version != PROGRESS_FORMAT_VERSION:
+        raise ValueError(f"format_version is {version!r}, this program knows {PROGRESS_FORMAT_VERSION}")
+    for key, types in _KEY_TYPES.items():
+        if key not in data:
+            raise ValueError(f"key {key} is missing")
+        if not isinstance(data[key], types) or isinstance(data[key], bool):
+            raise ValueError(f"key {key} has the wrong type ({type(data[key]).__name__})")
+    for name, record in data["trajectory_records"].items():
+        _check_record(name, record, data["specs"])
+    for name, failure in data["failures"].items():
+        _check_fields(f"failures[{name!r}]", failure, Failure)
+    if set(data["completed_trajectories"]) != set(data["trajectory_records"]):
+        raise ValueError("completed_trajectories and trajectory_records name different trajectories")
+    if set(data["trajectory_checksums"]) != set(data["trajectory_records"]):
+        raise ValueError("trajectory_checksums and trajectory_records name different trajectories")
+    if set(data["failed_trajectories"]) != set(data["failures"]):
+        raise ValueError("failed_trajectories and failures name different trajectories")
+
+
+def _check_record(name: str, record: Any, specs: dict[str, Any]) -> None:
+    _check_fields(f"trajectory_records[{name!r}]", record, TrajectoryRecord)
+    spans, sizes = record["spans"], record["bytes"]
+    pairs = all(isinstance(span, list) and len(span) == 2 and all(type(i) is int for i in span) for span in spans)
+    if not spans or not pairs or len(spans) != len(sizes) or not all(type(size) is int for size in sizes):
+        raise ValueError(f"trajectory_records[{name!r}]: spans and bytes do not describe chunk files")
+    if record["fingerprint"] not in specs:
+        raise ValueError(f"trajectory_records[{name!r}]: fingerprint {record['fingerprint']!r} is not in specs")
+
+
+_FIELD_TYPES = {"spans": list, "bytes": list, "attempts": int, "time": _NUMBER, "checksum": (str, _NULL)}
+
+
+def _check_fields(where: str, entry: Any, shape: type) -> None:
+    for field in shape.__annotations__:
+        if not isinstance(entry, dict) or not isinstance(entry.get(field, ...), _FIELD_TYPES.get(field, str)):
+            raise ValueError(f"{where}: {field} is missing or has the wrong type")
+
+
+def _ways_out(cache_dir: Path) -> str:
+    return (
+        f"Nothing was changed. Ways out: put {cache_dir / BACKUP_FILE} in its place, or start the record afresh with "
+        f"`progress_utils.py reset --cache-dir {cache_dir}` (keeps the file aside; every trajectory is redone)"
+    )
+
+
+# ======================================================================================================================
+# Command line
+# ======================================================================================================================
+
+
+def load_or_refuse(cache_dir: Path) -> Progress:
+    """The record in `cache_dir`; RefusedError where there is none."""
+    progress = Progress.load(cache_dir)
+    if progress is None:
+        raise RefusedError(f"{cache_dir}: no {PROGRESS_FILE} here; --cache-dir takes the folder that holds it")
+    return progress
+
+
+def show(cache_dir: Path, *, as_json: bool, show_all: bool) -> int:
+    """Print the state of one cache."""
+    progress = load_or_refuse(cache_dir)
+    if as_json:
+        mixed = len(progress.fingerprints) > 1
+        print(json.dumps({"cache_dir": str(cache_dir), "mixed": mixed, **progress.to_json()}, ensure_ascii=False))
+        return 0
+    print(f"📊 Progress Status for {cache_dir}")
+    print("=" * 60)
+    print(f"Dataset: {progress.dataset_name}")
+    print(f"Completed trajectories: {len(progress.records)}")
+    print(f"Failed trajectories: {len(progress.failures)}")
+    print(f"Total chunks generated: {progress.total_chunks}")
+    print(f"Processing time: {progress.elapsed_s / 3600:.1f} hours")
+    print(f"Last update: {time.ctime(progress.last_update)}")
+    for line in _state_remarks(progress):
+        print(line)
+    print()
+    print("Processing Configuration:")
+    for key, value in progress.processing_config.items():
+        print(f"  {key}: {value}")
+    if progress.failures:
+        _print_failures(progress.failures, show_all)
+    return 0
+
+
+def _state_remarks(progress: Progress) -> list[str]:
+    remarks = []
+    if progress.rebuild_started is not None:
+        remarks.append(f"Rebuild under way since {time.ctime(progress.rebuild_started)}: the next run goes on with it")
+    if len(progress.fingerprints) > 1:
+        remarks.append(
+            f"⚠️ Mixed cache: its chunks were made with {len(progress.fingerprints)} different configurations"
+        )
+    return remarks
+
+
+def _print_failures(failures: dict[str, Failure], show_all: bool) -> None:
+    print()
+    print(f"❌ Failed Trajectories ({len(failures)}):")
+    shown = len(failures) if show_all else SHOWN_FAILURES
+    for name, failure in list(failures.items())[:shown]:
+        print(f"  - {name}: {failure['reason']}")
+    if len(failures) > shown:
+        print(f"  ... and {len(failures) - shown} more")
+
+
+def list_caches(root: Path, *, as_json: bool) -> int:
+    """Print one line for every cache below `root`; exit code 1 where a record is unreadable."""
+    if not root.is_dir():
+        raise RefusedError(f"{root}: no such folder; --root takes the folder to search")
+    rows = [_cache_row(cache_dir) for cache_dir in find_caches(root)]
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False))
+    elif not rows:
+        print(f"No caches below {root}")
+    else:
+        _print_table(rows)
+    return 1 if any("error" in row for row in rows) else 0
+
+
+def find_caches(root: Path) -> Iterator[Path]:
+    """Folders below `root` that hold a progress.json, in order; nothing below one of them is searched."""
+    for folder, subfolders, files in os.walk(root):
+        subfolders.sort()
+        if PROGRESS_FILE in files:
+            subfolders.clear()
+            yield Path(folder)
+
+
+def _cache_row(cache_dir: Path) -> dict[str, Any]:
+    try:
+        progress = load_or_refuse(cache_dir)
+    except RefusedError as error:
+        return {"cache_dir": str(cache_dir), "error": str(error)}
+    return {
+        "cache_dir": str(cache_dir),
+        "dataset_name": progress.dataset_name,
+        "completed": len(progress.records),
+        "failed": len(progress.failures),
+        "chunks": progress.total_chunks,
+        "last_update": progress.last_update,
+    }
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    lines = [("Dataset", "Completed", "Failed", "Chunks", "Last update", "Cache folder")]
+    for row in rows:
+        if "error" in row:
+            lines.append(("unreadable", "?", "?", "?", "?", row["error"]))
+        else:
+            counts = (str(row["completed"]), str(row["failed"]), str(row["chunks"]))
+            lines.append((str(row["dataset_name"]), *counts, time.ctime(row["last_update"]), row["cache_dir"]))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        cells = [
+            cell.rjust(width) if 1 <= i <= 3 else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths))
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def reset(cache_dir: Path, *, yes: bool) -> int:
+    """Replace the record by an empty one, keeping the old one aside, so that the next run redoes every trajectory."""
+    if not (cache_dir / PROGRESS_FILE).exists():
+        raise RefusedError(f"{cache_dir}: no {PROGRESS_FILE} here, nothing to reset")
+    with cache_lock(cache_dir):
+        try:
+            old = load_or_refuse(cache_dir)
+            remark, dataset_name = (
+                f"{len(old.records)} completed, {len(old.failures)} failed trajectories",
+                old.dataset_name,
+            )
+        except RefusedError as error:
+            remark, dataset_name = str(error), None
+        print(
+            f"{cache_dir}: the record ({remark}) is set aside; the next run redoes every trajectory.", file=sys.stderr
+        )
+        if not yes and not ask("Reset the record?", otherwise="--yes"):
+            return 2
+        kept = cache_dir / f"{PROGRESS_FILE}.reset-{time.strftime('%Y%m%d-%H%M%S')}"
+        keep_copy(cache_dir / PROGRESS_FILE, kept)
+        Progress(cache_dir, dataset_name).save()
+    print(f"Reset {cache_dir}; the old record is {kept.name}")
+    return 0
+
+
+def reset_failed(cache_dir: Path) -> int:
+    """Forget failures and their attempts, so that the next run tries those trajectories again."""
+    load_or_refuse(cache_dir)
+    with cache_lock(cache_dir):
+        progress = load_or_refuse(cache_dir)  # again: a run may have ended in between
+        count = len(progress.failures)
+        progress.failures.clear()
+        if count:
+            progress.save()
+    print(f"Forgot {count} failed trajectories; the next run tries them again")
+    return 0
+
+
+def ask(question: str, *, otherwise: str) -> bool:
+    """Ask on the terminal; the default is no.
+
+    Raises:
+        RefusedError: there is no terminal to ask on; the message names the option that answers, `otherwise`.
+    """
+    if not sys.stdin or not sys.stdin.isatty():
+        raise RefusedError(
+            f"{question} There is no terminal to ask on: give {otherwise} to go ahead. Nothing was changed."
+        )
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: one subcommand an action."""
+    parser = argparse.ArgumentParser(
+        prog="progress_utils.py",
+        description="Read and edit the progress record of a dino_cache.",
+        epilog="Example: python progress_utils.py show --cache-dir /data/my_robot/dino_cache_large",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, summary: str, example: str) -> argparse.ArgumentParser:
+        example = f"Example: python progress_utils.py {name} {example}"
+        return commands.add_parser(name, help=summary, description=summary, epilog=example)
+
+    cache_dir = {"type": Path, "required": True, "metavar": "D", "help": "the folder that holds progress.json"}
+    show_parser = command("show", "Print the state of one cache.", "--cache-dir D")
+    show_parser.add_argument("--cache-dir", **cache_dir)
+    show_parser.add_argument("--json", action="store_true", help="print the whole record as JSON")
+    show_parser.add_argument("--all", action="store_true", help="print all failures, not just the first ten")
+    list_parser = command("list", "List the caches below a folder.", "--root /data")
+    list_parser.add_argument("--root", type=Path, default=Path("."), help="the folder to search (default: here)")
+    list_parser.add_argument("--json", action="store_true", help="print the list as JSON")
+    reset_parser = command(
+        "reset", "Start the record afresh, so that every trajectory is redone.", "--cache-dir D --yes"
+    )
+    reset_parser.add_argument("--cache-dir", **cache_dir)
+    reset_parser.add_argument("--yes", action="store_true", help="do not ask")
+    failed_parser = command("reset-failed", "Forget failures, so that they are tried again.", "--cache-dir D")
+    failed_parser.add_argument("--cache-dir", **cache_dir)
+    return parser
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    if arguments.command == "show":
+        return show(arguments.cache_dir, as_json=arguments.json, show_all=arguments.all)
+    if arguments.command == "list":
+        return list_caches(arguments.root, as_json=arguments.json)
+    if arguments.command == "reset":
+        return reset(arguments.cache_dir, yes=arguments.yes)
+    return reset_failed(arguments.cache_dir)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a cron job's locale may have no emoji
+    try:
+        return run_command(build_parser().parse_args(argv))
+    except DinoCacheError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
