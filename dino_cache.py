@@ -19,9 +19,9 @@ The output, one folder a trajectory, one HDF5 file a chunk of travelled distance
         register_tokens     (L, R, D) float16      frame_index         (L,) int64, row of the source's poses
         (those asked for)                          travelled_distance  (L,) float64 [m] from frame 0
 
-What is guaranteed: a file under a final name is complete and was forced to the disk before it was recorded; a killed run
-loses the work in flight and nothing else; a broken trajectory fails alone, with its reason; changed data is redone; a
-changed configuration never mixes in unasked. What is not: protection against a disk that lies about fsync, or against
+What is guaranteed: a file under a final name is complete and was forced to the disk before it was recorded; a killed
+run loses the work in flight and nothing else; a broken trajectory fails alone, with its reason; changed data is redone;
+a changed configuration never mixes in unasked. What is not: protection against a disk that lies about fsync, or against
 JPEG bytes that are damaged in a way that still decodes.
 
 Sections, each using only those above it: constants - errors - configuration - trajectories - chunk plan - decoding -
@@ -55,7 +55,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -114,6 +114,7 @@ MAX_SCALED_PIXELS = 64  # a frame scaled to cover the input may be this many tim
 LOST_MOUNT_ERRNOS = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENXIO)
 LOST_MOUNT_FAILURES = 20  # in a row, without a success between them
 SHOWN_NAMES = 10  # of a list of names in a message
+SHOW_INTERVAL_S = 0.2  # between two looks at the progress shown: counting a large cache's chunks takes milliseconds
 
 Token = Literal["cls", "patch", "register"]
 ModelType = Literal["small", "small_reg", "base", "base_reg", "large", "large_reg", "giant", "giant_reg"]
@@ -282,7 +283,7 @@ def load_config(path: Path, overrides: dict[str, Any]) -> list[DatasetConfig]:
     datasets = top.pop("datasets", None)
     if not isinstance(datasets, dict) or not datasets:
         raise RefusedError(
-            f"{path}: datasets: needs at least one dataset, as `datasets: {{my_robot: {{data_folder: /data/my_robot}}}}`"
+            f"{path}: datasets: needs a dataset, like `datasets: {{my_robot: {{data_folder: /data/my_robot}}}}`"
         )
     _refuse_unknown_keys(path, "", top, _SHARED_KEYS)
     configs = [_load_dataset(path, name, top, section, overrides) for name, section in datasets.items()]
@@ -318,11 +319,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _refuse_unknown_keys(path: Path, prefix: str, section: dict[str, Any], known: Iterable[str]) -> None:
     known = tuple(known)
-    for key in section:
+    for key, value in section.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
-            raise RefusedError(f"{path}: unknown key {prefix}{key}: {section[key]!r}; {hint}")
+            raise RefusedError(f"{path}: unknown key {prefix}{key}: {value!r}; {hint}")
 
 
 def _load_dataset(path: Path, name: Any, top: dict[str, Any], section: Any, overrides: dict[str, Any]) -> DatasetConfig:
@@ -429,7 +430,7 @@ class TrajectoryListing:
 
 
 def find_trajectories(data_folder: Path) -> Iterator[Trajectory]:
-    """Trajectories below `data_folder`, sorted by name. A folder with a pose file is a leaf: nothing below it is searched.
+    """Trajectories below `data_folder`, sorted by name. A folder with a pose file is a leaf: nothing below is searched.
 
     Links to folders are followed, except back to a folder that holds them. A folder that cannot be listed is yielded
     as a trajectory, so that it fails with that reason.
@@ -453,7 +454,16 @@ def find_trajectories(data_folder: Path) -> Iterator[Trajectory]:
 def _list_folder(folder: Path) -> dict[str, bool]:
     """Entry name -> whether it is a folder, sorted by name."""
     with os.scandir(folder) as entries:
-        return {entry.name: entry.is_dir() for entry in sorted(entries, key=lambda entry: entry.name)}
+        return {entry.name: _is_folder(entry) for entry in sorted(entries, key=lambda entry: entry.name)}
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link to itself
+            return False
+        raise
 
 
 def _walk(folder: Path, prefix: str, entries: dict[str, bool], ancestors: tuple[str, ...]) -> Iterator[Trajectory]:
@@ -517,13 +527,15 @@ def list_trajectory(trajectory: Trajectory, frame_pattern: str) -> TrajectoryLis
 def _regular_size(entry: os.DirEntry[str]) -> int:
     try:
         status = entry.stat()
-    except FileNotFoundError:  # a broken link
-        return -1
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):  # a broken link
+            return -1
+        raise
     return status.st_size if stat.S_ISREG(status.st_mode) else -1
 
 
 def read_file(path: Path) -> np.ndarray:
-    """A regular file's bytes, (N,) uint8. Anything else (a pipe, a device, a folder) is refused without waiting on it."""
+    """A regular file's bytes, (N,) uint8. Anything else (a pipe, a device) is refused without waiting on it."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise InputError(f"{path}: not a regular file")
@@ -818,7 +830,7 @@ def plan_trajectory(
 class FrameDecoder:
     """Reads a frame file as (3, H, W) uint8 RGB at the input size. Safe to call from many threads.
 
-    uint8 all the way: resizing float tensors is 8 times slower and overshoots; without antialiasing features are ruined.
+    uint8 all the way: resizing float tensors is 8 times slower and overshoots; without antialias features are ruined.
     """
 
     def __init__(self, spec: CacheSpec):
@@ -926,7 +938,7 @@ def resolve_device(device: str) -> str:
 
 
 def resolve_precision(wanted: str, recorded: str | None, device: str) -> str:
-    """`auto` is what the cache has recorded; in a new one fp16 on CUDA, bf16 on a CPU with bf16 instructions, else fp32.
+    """`auto` is what the cache has recorded; in a new one what default_precision says.
 
     Raises:
         RefusedError: the result is fp16 and the device is not CUDA.
@@ -935,13 +947,14 @@ def resolve_precision(wanted: str, recorded: str | None, device: str) -> str:
     if precision == "fp16" and not device.startswith("cuda"):
         source = "recorded in this cache" if wanted == "auto" else "set in the config"
         raise RefusedError(
-            f"precision: fp16 ({source}) needs CUDA and the device is {device}. Ways on: run on a machine with a GPU, or "
-            "set precision: bf16 or fp32 (a changed configuration, for the trajectories still to do)"
+            f"precision: fp16 ({source}) needs CUDA and the device is {device}. Ways on: run on a machine with a GPU, "
+            "or set precision: bf16 or fp32 (a changed configuration, for the trajectories still to do)"
         )
     return precision
 
 
 def default_precision(device: str) -> str:
+    """fp16 on CUDA, bf16 on a CPU with bf16 instructions, else fp32."""
     import torch
 
     if device.startswith("cuda"):
@@ -965,8 +978,8 @@ def weights_source(spec: CacheSpec) -> dict[str, Any]:
         status = os.stat(spec.weights)
     except OSError as error:
         raise RefusedError(
-            f"weights: {spec.weights}: {error.strerror}; expected pretrained, random, or the path of an official .pth or "
-            ".safetensors file"
+            f"weights: {spec.weights}: {error.strerror}; expected pretrained, random, or the path of an official .pth "
+            "or .safetensors file"
         ) from error
     return {"source": spec.weights, "size": status.st_size, "mtime": status.st_mtime}
 
@@ -1015,7 +1028,7 @@ def _weights_advice(spec: CacheSpec, model_name: str, error: Exception) -> str:
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """16 hex digits over sorted tensor names, dtypes, shapes and bytes as loaded, so that .pth and .safetensors agree."""
+    """16 hex digits over sorted tensor names, dtypes, shapes and bytes as loaded: .pth and .safetensors agree."""
     digest = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -1027,8 +1040,8 @@ def resample_position_grid(model: torch.nn.Module, grid: tuple[int, int]) -> tor
     """Position embedding (1, P + h*w, D) for a patch grid (h, w), by the official rule, not timm's, which differs.
 
     Plain models: scale factors with an offset of 0.1, no antialias; register models: by size, antialias. Source:
-    facebookresearch/dinov2, DinoVisionTransformer.interpolate_pos_encoding with the settings of its hub models. P is the
-    number of prefix positions: 1 (CLS) in plain models, 0 in register models.
+    facebookresearch/dinov2, DinoVisionTransformer.interpolate_pos_encoding with the settings of its hub models. P is
+    the number of prefix positions: 1 (CLS) in plain models, 0 in register models.
     """
     import torch
 
@@ -1152,6 +1165,18 @@ class ChunkLabel:
     fingerprint: str
     weights_digest: str
     token_shapes: dict[str, tuple[int, ...]]
+
+
+@contextlib.contextmanager
+def storage_errors(cache_dir: Path) -> Iterator[None]:
+    """Turn what a failing disk raises (h5py reports a full one as either class) into StorageError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise StorageError(
+            f"{cache_dir}: cannot write: {error}. What is recorded is safe; free space or mend the disk, then run the "
+            "same command again"
+        ) from error
 
 
 @functools.cache
@@ -1330,19 +1355,22 @@ class ChunkStore:
         return replaced
 
     def remove_chunks(self, name: str) -> None:
-        """Delete a trajectory's chunk files, and its folder if nothing else is in it. They must not be recorded."""
+        """Delete a trajectory's chunk files, at once where nothing else is beside them. They must not be recorded."""
         folder = self.folder(name)
-        chunks = [file for file in self.chunk_sizes(name) if CHUNK_FILE_PATTERN.fullmatch(file)]
-        for file in chunks:
-            (folder / file).unlink()
-        if chunks:
-            with contextlib.suppress(OSError):  # something of the user's is in it
-                folder.rmdir()
-            fsync_path(folder.parent)
+        if not self.chunk_sizes(name):
+            return
+        if self.foreign_files(name):
+            for file in self.chunk_sizes(name).keys() - set(self.foreign_files(name)):
+                (folder / file).unlink()
+            return
+        removed = self.new_staging_folder() / "removed"
+        os.rename(folder, removed)
+        fsync_path(folder.parent)
+        shutil.rmtree(removed.parent)
 
     def has_chunks(self) -> bool:
         """Whether any trajectory's chunk lies in this cache."""
-        for folder, subfolders, files in os.walk(self.cache_dir):
+        for _folder, subfolders, files in os.walk(self.cache_dir):
             if STAGING_FOLDER in subfolders:
                 subfolders.remove(STAGING_FOLDER)
             if any(CHUNK_FILE_PATTERN.fullmatch(file) for file in files):
@@ -1406,7 +1434,7 @@ class EncodedBatch:
 
 @dataclass(frozen=True)
 class Hooks:
-    """How a run watches and steers the stream. `before_replacing` is called from the writer thread, the rest from here."""
+    """How a run watches and steers the stream. `before_replacing` is called from the writer thread."""
 
     stop: Callable[[], bool] = lambda: False  # true: finish or drop what is in flight
     on_frames: Callable[[int], None] = lambda count: None  # so many frames more are encoded
@@ -1414,7 +1442,7 @@ class Hooks:
 
 
 def prefetch(function: Callable[[Item], Result], items: Iterable[Item], pool: Executor, depth: int) -> Iterator[Result]:
-    """`function` of each item, in order, computed up to `depth` ahead; an exception comes out where its result would."""
+    """`function` of each item, in order, up to `depth` ahead; an exception comes out where its result would."""
     pending: deque = deque()
     try:
         for item in items:
@@ -1590,18 +1618,13 @@ class StreamWriter:
         Raises:
             StorageError: the cache's disk fails.
         """
-        try:
+        with storage_errors(self._store.cache_dir):
             if isinstance(item, TrajectoryResult):
                 if self._open is not None and self._open.plan.trajectory.name == item.name:
                     self.close()
                 return [item]
             runs = _runs_of_one_trajectory(item)
             return [result for run in runs for result in self._write_rows(*run)]
-        except (OSError, RuntimeError) as error:  # h5py reports a full disk as either
-            raise StorageError(
-                f"{self._store.cache_dir}: cannot write: {error}. What is recorded is safe; free space or mend the disk, "
-                "then run the same command again"
-            ) from error
 
     def _write_rows(self, plan: TrajectoryPlan, rows: np.ndarray, encoded: EncodedRows) -> list[TrajectoryResult]:
         if plan.trajectory.name in self._failed:
@@ -1857,8 +1880,8 @@ def prepare_dataset(config: DatasetConfig, limit: int | None, stop: StopRequest,
         progress.rebuild_started = time.time()
         if writes:
             LOG.warning(
-                "%s: force_rebuild: every trajectory is redone from the start (left True in the config file, this happens "
-                "on every run)",
+                "%s: force_rebuild: every trajectory is redone from the start (left True in the config file, every run "
+                "does so)",
                 config.name,
             )
     trajectories, missing = select_trajectories(config, stop)
@@ -1885,22 +1908,22 @@ def open_progress(config: DatasetConfig) -> Progress:
     """The cache's record, or an empty one.
 
     Raises:
-        RefusedError: it is unusable, of another dataset, missing beside chunks, or there although progress tracking is off.
+        RefusedError: it is unusable, of another dataset, missing beside chunks, or there although tracking is off.
     """
     options, cache_dir = config.options, config.cache_dir
     progress = Progress.load(cache_dir)
     if not options.enable_progress_tracking:
         if progress is not None:
             raise RefusedError(
-                f"{cache_dir}: has a {PROGRESS_FILE}, which a run with enable_progress_tracking: False would make untrue; "
-                "turn it on, or give the run another cache_dir"
+                f"{cache_dir}: has a {PROGRESS_FILE}, which a run with enable_progress_tracking: False would make "
+                "untrue; turn it on, or give the run another cache_dir"
             )
         return Progress(cache_dir, config.name)
     if progress is None:
         if not options.force_rebuild and ChunkStore(cache_dir).has_chunks():
             raise RefusedError(
-                f"{cache_dir}: holds chunk files but no {PROGRESS_FILE}. Ways on: `progress_utils.py rebuild --cache-dir "
-                f"{cache_dir}` makes it anew from the chunks, --force-rebuild redoes every trajectory"
+                f"{cache_dir}: holds chunk files but no {PROGRESS_FILE}. Ways on: `progress_utils.py rebuild "
+                f"--cache-dir {cache_dir}` makes it anew from the chunks, --force-rebuild redoes every trajectory"
             )
         return Progress(cache_dir, config.name)
     if progress.dataset_name not in (None, config.name):
@@ -1926,8 +1949,8 @@ def select_trajectories(config: DatasetConfig, stop: StopRequest) -> tuple[list[
     if not found:
         which = f" that split {config.split} names" if config.split else ""
         raise RefusedError(
-            f"datasets.{config.name}.data_folder: {config.data_folder}: no trajectories below it{which}; a trajectory is a "
-            f"folder with one of {', '.join(POSE_FILES)} and its frames. Is the disk mounted?"
+            f"datasets.{config.name}.data_folder: {config.data_folder}: no trajectories below it{which}; a trajectory "
+            f"is a folder with one of {', '.join(POSE_FILES)} and its frames. Is the disk mounted?"
         )
     return found, sorted(missing)
 
@@ -1936,7 +1959,7 @@ def resolve_spec(dataset: PreparedDataset) -> None:
     """Settle device, precision and model shape of a dataset with work to do.
 
     Raises:
-        RefusedError: the device is not there, the precision is not for it, or image_size is no multiple of the patch size.
+        RefusedError: the device is missing, the precision is not for it, or image_size is no multiple of the patches.
     """
     recorded = dataset.progress.processing_config.get("precision")
     wanted = dataset.spec.precision
@@ -1980,8 +2003,8 @@ def check_disk(datasets: list[PreparedDataset]) -> None:
         if needed > free:
             folders = ", ".join(str(dataset.config.cache_dir) for dataset in group)
             raise RefusedError(
-                f"{folders}: the cache will take {format_bytes(needed)} more and {format_bytes(free)} are free. Ways on: free "
-                "space, another cache_dir, fewer tokens (patch takes most), or --limit"
+                f"{folders}: the cache will take {format_bytes(needed)} more and {format_bytes(free)} are free. Ways "
+                "on: free space, another cache_dir, fewer tokens (patch takes most), or --limit"
             )
 
 
@@ -2016,7 +2039,7 @@ def format_names(names: list[str]) -> str:
 
 
 def confirm_changes(dataset: PreparedDataset, differences: list[tuple[str, Any, Any]], *, yes: bool) -> None:
-    """Let the user decide on a changed configuration; what is completed stays as it is, the rest is made with the new one.
+    """Let the user decide on a changed configuration: what is completed stays as it is, the rest is made with it.
 
     Raises:
         RefusedError: the answer is no, or there is neither --yes nor a terminal.
@@ -2027,8 +2050,8 @@ def confirm_changes(dataset: PreparedDataset, differences: list[tuple[str, Any, 
         lines = [f"  {key}: {old} -> {new}" for key, old, new in differences]
         change = "\n".join([f"{dataset.name}: the configuration changed since this cache was begun:", *lines])
         ways = (
-            "Ways on: --yes keeps what is completed and makes the rest with the new configuration; --force-rebuild redoes "
-            f"everything; or `progress_utils.py reset --cache-dir {dataset.config.cache_dir}`; or undo the change"
+            "Ways on: --yes keeps what is completed and makes the rest with the new configuration; --force-rebuild "
+            f"redoes everything, as `progress_utils.py reset --cache-dir {dataset.config.cache_dir}` does; or undo it"
         )
         LOG.warning("%s", change)
         if not yes and not ask_to_continue(ways):
@@ -2059,7 +2082,7 @@ _ENCODER_SETTINGS = ("dino_model_type", "weights", "tokens", "image_size", "pixe
 
 
 def load_encoders(datasets: list[PreparedDataset], stop: StopRequest) -> None:
-    """Give every dataset with work to do its encoder, one for all that compute the same, and know all weights' digests."""
+    """Give every dataset with work to do its encoder, one for all that compute the same, and know the digests."""
     loaded: dict[tuple, tuple[Encoder, str]] = {}
     for dataset in datasets:
         stop.check()
@@ -2085,6 +2108,9 @@ def weights_differences(dataset: PreparedDataset) -> list[tuple[str, Any, Any]]:
     return [("weights", *(f"{weights['source']} (digest {weights['digest']})" for weights in (old, new)))]
 
 
+_LOST_MOUNT = "the mount seems lost. None of them is recorded as failed; mount it and run the same command again"
+
+
 class DatasetRun:
     """One dataset's work: feeds the pipeline, records what it yields, and shows how far it is."""
 
@@ -2097,7 +2123,8 @@ class DatasetRun:
         self._unreadable = sum(bool(s.state == "completed" and s.remark) for s in dataset.standings)
         self._frames_total = sum(work.frames for work in dataset.work.values())
         self._frames_encoded = self._frames_finished = 0
-        self._begin = self._last_line = time.monotonic()
+        self._begin = self._last_line = self._last_shown = time.monotonic()
+        self._results = 0
         self._elapsed_before_s = dataset.progress.elapsed_s
         self._bar: tqdm | None = None
 
@@ -2119,6 +2146,10 @@ class DatasetRun:
         finally:
             self._save()
         return self._summarise()
+
+    @property
+    def _is_finished(self) -> bool:
+        return self._results == len(self._dataset.pending)
 
     def _announce(self) -> None:
         dataset, total = self._dataset, len(self._dataset.trajectories)
@@ -2159,9 +2190,10 @@ class DatasetRun:
                 name = standing.trajectory.name
                 record: TrajectoryRecord = {**progress.records[name], "checksum_kind": self._options.checksum}
                 progress.complete(name, standing.new_checksum, record)
-        with _storage_errors(self._store.cache_dir):
+        with storage_errors(self._store.cache_dir):
             self._store.empty_staging()
-        self._save()
+        if dataset.pending:
+            self._save()
 
     def _process(self) -> None:
         dataset = self._dataset
@@ -2173,7 +2205,7 @@ class DatasetRun:
         hooks = Hooks(self._stop, self._on_frames, self._withdraw)
         for result in cache_trajectories(dataset.pending, label, self._options, dataset.encoder, self._store, hooks):
             self._take(result, fingerprint)
-            self._show_progress()
+            self._show_progress(at_once=self._is_finished)
 
     def _end_record(self) -> None:
         if self._held_back:
@@ -2182,9 +2214,9 @@ class DatasetRun:
                 len(self._held_back),
                 format_names([str(result.error) for result in self._held_back]),
             )
-        if not self._stop() and not self._dataset.left_out:
+        if self._is_finished and not self._dataset.left_out:
             self._progress.rebuild_started = None
-        with _storage_errors(self._store.cache_dir):
+        with storage_errors(self._store.cache_dir):
             self._store.empty_staging()
 
     def _summarise(self) -> int:
@@ -2199,13 +2231,13 @@ class DatasetRun:
             len(failed),
             self._progress.total_chunks,
         )
-        for name, failure in list(failed.items())[:SHOWN_NAMES]:
+        for failure in list(failed.values())[:SHOWN_NAMES]:
             LOG.warning(
                 "  failed (%d of %d attempts): %s", failure["attempts"], self._options.max_attempts, failure["reason"]
             )
         if len(failed) > SHOWN_NAMES:
             LOG.warning("  ... and %d more; `progress_utils.py show --all` lists them", len(failed) - SHOWN_NAMES)
-        if self._stop():
+        if self._stop.signal_number is not None or not self._is_finished:
             LOG.warning("Stopped; run the same command again to go on")
             return self._stop.exit_code
         if left:
@@ -2215,6 +2247,7 @@ class DatasetRun:
 
     def _take(self, result: TrajectoryResult, fingerprint: str) -> None:
         """Record one result, or hold it back while it may be the mount's fault."""
+        self._results += 1
         self._frames_finished += self._dataset.work[result.name].frames
         if result.error is None:
             self._complete(result, fingerprint)
@@ -2222,27 +2255,22 @@ class DatasetRun:
             self._held_back.append(result)
             LOG.warning("Cannot read %s: %s", result.name, result.error)
             if len(self._held_back) >= LOST_MOUNT_FAILURES:
-                raise StorageError(
-                    f"{len(self._held_back)} trajectories in a row cannot be read ({result.error}): {self._lost_mount()}"
-                )
+                count = len(self._held_back)
+                raise StorageError(f"{count} trajectories in a row cannot be read ({result.error}): {_LOST_MOUNT}")
         else:
             self._fail(result)
 
     def _may_be_lost_mount(self, result: TrajectoryResult) -> bool:
-        """Whether an unreadable trajectory may be one of many. Raises StorageError where the data folder itself is gone."""
+        """Whether an unreadable trajectory may be one of many. Raises StorageError where the data folder is gone."""
         data_folder = self._dataset.config.data_folder
         try:
             with os.scandir(data_folder):
                 pass
         except OSError as error:
             raise StorageError(
-                f"data_folder {data_folder} no longer lists ({error.strerror}): {self._lost_mount()}"
+                f"data_folder {data_folder} no longer lists ({error.strerror}): {_LOST_MOUNT}"
             ) from error
         return result.error.errno in LOST_MOUNT_ERRNOS or not (data_folder / result.name).is_dir()
-
-    @staticmethod
-    def _lost_mount() -> str:
-        return "the mount seems lost. None of them is recorded as failed; mount it and run the same command again"
 
     def _complete(self, result: TrajectoryResult, fingerprint: str) -> None:
         for held_back in self._held_back:  # the mount is there, so it was their own fault
@@ -2283,7 +2311,7 @@ class DatasetRun:
         self._progress.fail(name, failure)
         self._save()
         if isinstance(error, InputError):
-            with _storage_errors(self._store.cache_dir):
+            with storage_errors(self._store.cache_dir):
                 self._store.remove_chunks(name)  # made from data that is no more
 
     def _withdraw(self, name: str) -> None:
@@ -2296,7 +2324,7 @@ class DatasetRun:
             return
         run_time_s = time.monotonic() - self._begin
         self._progress.elapsed_s = self._elapsed_before_s + run_time_s
-        with _storage_errors(self._store.cache_dir):
+        with storage_errors(self._store.cache_dir):
             if spaced:
                 self._progress.save_spaced(run_time_s)
             else:
@@ -2306,50 +2334,42 @@ class DatasetRun:
         self._frames_encoded += count
         self._show_progress()
 
-    def _show_progress(self) -> None:
-        frames_done = max(self._frames_encoded, self._frames_finished)
-        self._bar.update(min(frames_done, self._frames_total) - self._bar.n)
-        self._bar.set_postfix(trajectories=self._done, chunks=self._progress.total_chunks, refresh=False)
+    def _show_progress(self, *, at_once: bool = False) -> None:
         now = time.monotonic()
+        if now - self._last_shown < SHOW_INTERVAL_S and not at_once:
+            return
+        self._last_shown = now
+        frames_done = min(max(self._frames_encoded, self._frames_finished), self._frames_total)
+        chunks = self._progress.total_chunks
+        self._bar.set_postfix(trajectories=self._done, chunks=chunks, refresh=False)
+        self._bar.update(frames_done - self._bar.n)
         if now - self._last_line >= self._options.progress_interval_s:
             self._last_line = now
-            rate = self._frames_encoded / (now - self._begin)
-            left = self._frames_total - frames_done
-            total = len(self._dataset.trajectories)
-            LOG.info("%s", progress_line(self._done, total, self._progress.total_chunks, now - self._begin, left, rate))
+            elapsed_s = now - self._begin
+            done = (self._done, len(self._dataset.trajectories))
+            rate = self._frames_encoded / elapsed_s
+            LOG.info("%s", progress_line(*done, chunks, elapsed_s, self._frames_total - frames_done, rate))
 
 
 def progress_line(done: int, total: int, chunks: int, elapsed_s: float, frames_left: int, frames_per_s: float) -> str:
     """The periodic line; time left and rate once there is a rate to tell."""
-    line = f"Progress: {done}/{total} trajectories ({100 * done / total:.1f}%), {chunks} chunks, {elapsed_s / 3600:.1f}h elapsed"
+    percent = 100 * done / total
+    line = f"Progress: {done}/{total} trajectories ({percent:.1f}%), {chunks} chunks, {elapsed_s / 3600:.1f}h elapsed"
     if frames_per_s > 0 and elapsed_s > 2:
-        line += f", {max(frames_left, 0) / frames_per_s / 3600:.1f}h remaining, {frames_per_s:.0f} frames/s"
+        line += f", {frames_left / frames_per_s / 3600:.1f}h remaining, {frames_per_s:.0f} frames/s"
     return line
-
-
-@contextlib.contextmanager
-def _storage_errors(cache_dir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"{cache_dir}: cannot write: {error}. What is recorded is safe; mend the disk, then run the same command again"
-        ) from error
 
 
 def print_forecast(dataset: PreparedDataset, reasons: list[str]) -> None:
     """What a run would do, for --dry-run."""
-    work = dataset.work.values()
-    frames, chunks = sum(item.frames for item in work), sum(item.chunks for item in work)
+    work, new = dataset.work.values(), new_bytes(dataset)
     print(f"Dataset {dataset.name}: {dataset.config.data_folder} -> {dataset.config.cache_dir}")
-    print(
-        f"  trajectories: {len(dataset.trajectories)}, {dataset.count('completed')} completed, {len(dataset.pending)} to do now"
-    )
-    print(f"  frames to encode: {frames}")
-    print(f"  chunks to write: {chunks}")
-    print(
-        f"  bytes they take: {new_bytes(dataset)} ({format_bytes(new_bytes(dataset))}), replacing {format_bytes(replaced_bytes(dataset))}"
-    )
+    print(f"  trajectories: {len(dataset.trajectories)}")
+    print(f"  completed: {dataset.count('completed')}")
+    print(f"  to do now: {len(dataset.pending)}")
+    print(f"  frames to encode: {sum(item.frames for item in work)}")
+    print(f"  chunks to write: {sum(item.chunks for item in work)}")
+    print(f"  bytes they take: {new} ({format_bytes(new)}), replacing {format_bytes(replaced_bytes(dataset))}")
     print(f"  free space: {format_bytes(free_bytes(dataset.config.cache_dir))}")
     if dataset.progress.records:
         for key, old, new in spec_differences(dataset.progress.processing_config, dataset.spec):

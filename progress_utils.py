@@ -15,8 +15,8 @@ This file owns three things, which dino_cache.py imports from here:
 Reading commands never write and never lock; editing commands take the lock and are refused while a run holds it.
 Exit codes: 0 fine, 1 problems found, 2 could not do it, 4 a run holds the cache.
 
-A save survives a killed process and, as far as the disk keeps its word about fsync, a power cut. The copy before it stays
-as progress.json.bak. Only the standard library is imported at the top, so that every command starts at once.
+A save survives a killed process and, as far as the disk keeps its word about fsync, a power cut. The copy before it
+stays as progress.json.bak. Only the standard library is imported at the top, so that every command starts at once.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def make_directories_durably(directory: Path) -> None:
 def write_durably(path: Path, data: bytes, *, backup: Path | None = None) -> None:
     """Replace a file by `data` so that at every moment the path holds the old bytes or the new, never a part.
 
-    With `backup`, the bytes replaced stay under that name. Survives a killed process; survives a power cut as far as the
-    disk keeps its word about fsync.
+    With `backup`, the bytes replaced stay under that name. Survives a killed process; survives a power cut as far as
+    the disk keeps its word about fsync.
     """
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
@@ -146,8 +146,8 @@ def cache_lock(cache_dir: Path) -> Iterator[None]:
         raise CacheLockedError(f"{cache_dir}: another run holds this cache ({lock_owner(cache_dir)})") from None
     except (OSError, NotImplementedError) as error:
         raise RefusedError(
-            f"{cache_dir / LOCK_FILE}: cannot lock: {error}. Make the folder writable, or put cache_dir on a filesystem "
-            "that supports flock (on NFS: mount with locking enabled)."
+            f"{cache_dir / LOCK_FILE}: cannot lock: {error}. Make the folder writable, or put cache_dir on a "
+            "filesystem that supports flock (on NFS: mount with locking enabled)."
         ) from error
     owner = cache_dir / LOCK_OWNER_FILE
     try:
@@ -325,7 +325,15 @@ class Progress:
 
 
 _PLAIN_KEYS = (  # stored under the name of the attribute
-    "start_time last_update elapsed_s checksum_kind rebuild_started processing_config weights specs failures".split()
+    "start_time",
+    "last_update",
+    "elapsed_s",
+    "checksum_kind",
+    "rebuild_started",
+    "processing_config",
+    "weights",
+    "specs",
+    "failures",
 )
 _NUMBER = (int, float)
 _NULL = type(None)

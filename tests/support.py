@@ -1,0 +1,222 @@
+"""Datasets, runs and checks that the tests share.
+
+Frames made here are flat colours that say which frame of which trajectory they are: (trajectory id, number // 256,
+number % 256) in RGB. Decoding and resizing keep a flat PNG exactly, so StampEncoder can read the stamp back from the
+pixels that reached it and write it into the tokens; every row of every chunk can then be checked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from dino_cache import (
+    CacheSpec,
+    ChunkLabel,
+    ChunkStore,
+    EncodedRows,
+    Encoder,
+    Hooks,
+    ModelShape,
+    RunOptions,
+    TrajectoryResult,
+    cache_trajectories,
+    find_trajectories,
+    token_shapes,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL = ROOT.parent / "shared" / "data" / "real"
+STAMP_SHAPE = ModelShape(patch_size=14, width=4, num_registers=0)
+
+
+class StampEncoder:
+    """Tokens are the stamp that the pixels carry: (trajectory id, number // 256, number % 256, rows in the batch)."""
+
+    batches_in_flight = 0
+    default_batch_size = 8
+
+    def __init__(self, image_size: tuple[int, int] = (28, 42), tokens: tuple[str, ...] = ("cls",)):
+        self.image_size, self.tokens = image_size, tokens
+        self.batch_sizes: list[int] = []
+
+    def new_pixels(self, batch_size: int) -> torch.Tensor:
+        return torch.empty((batch_size, 3, *self.image_size), dtype=torch.uint8)
+
+    def encode(self, pixels: torch.Tensor) -> Callable[[], EncodedRows]:
+        self.batch_sizes.append(len(pixels))
+        stamps = pixels[:, :, 0, 0].to(torch.float16).numpy()  # (B, 3)
+        rows = np.concatenate([stamps, np.full((len(stamps), 1), len(stamps), np.float16)], axis=1)
+        height, width = (size // STAMP_SHAPE.patch_size for size in self.image_size)
+        tokens = {"cls_token": rows, "patch_tokens": np.tile(rows[:, None, None], (1, height, width, 1))}
+        wanted = {"cls": "cls_token", "patch": "patch_tokens"}
+        kept = {wanted[token]: tokens[wanted[token]] for token in self.tokens}
+        return lambda: EncodedRows(kept, np.ones(len(rows), bool))
+
+
+def straight_line(count: int, step_m: float = 0.25) -> np.ndarray:
+    """(count, 2) positions [m], `step_m` apart along x."""
+    return np.stack([np.arange(count) * step_m, np.zeros(count)], axis=1)
+
+
+def make_trajectory(
+    folder: Path, count: int = 20, *, stamp: int = 0, position: np.ndarray | None = None, yaw: np.ndarray | None = None
+) -> Path:
+    """A trajectory of `count` stamped 0.png ... frames with traj_data.pkl; returns its folder."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        write_frame(folder / f"{number}.png", stamp, number)
+    position = straight_line(count) if position is None else position
+    yaw = np.linspace(0, 1, count) if yaw is None else yaw
+    write_poses(folder, position, yaw)
+    return folder
+
+
+def write_frame(path: Path, stamp: int, number: int, size: tuple[int, int] = (32, 24)) -> None:
+    """A flat frame (width, height) in the stamp's colour; the format follows the file name."""
+    Image.new("RGB", size, (stamp, number // 256, number % 256)).save(path)
+
+
+def write_poses(folder: Path, position: Any, yaw: Any) -> None:
+    (folder / "traj_data.pkl").write_bytes(pickle.dumps({"position": position, "yaw": yaw}))
+
+
+def write_config(path: Path, data_folder: Path, dataset: str = "robot", **settings: Any) -> Path:
+    """A config of one dataset for StampEncoder; `settings` add to it, at the top level."""
+    config = {
+        "dino_model_type": "small",
+        "weights": "random",
+        "image_size": [28, 42],
+        "precision": "fp32",
+        "device": "cpu",
+        "max_chunk_distance_m": 2.0,
+        "overlap_distance_m": 0.5,
+        "min_chunk_distance_m": 0.3,
+        "batch_size": 8,
+        "decode_workers": 2,
+        **settings,
+        "datasets": {dataset: {"data_folder": str(data_folder)}},
+    }
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
+
+
+def cache_command(config: Path, *arguments: str, fake: bool = True) -> list[str]:
+    """The command line of a run; with `fake`, StampEncoder takes the model's place."""
+    script = ROOT / "tests" / "run_with_stamp_encoder.py" if fake else ROOT / "dino_cache.py"
+    return [sys.executable, str(script), "--config", str(config), *arguments]
+
+
+def run_cache(
+    config: Path, *arguments: str, fake: bool = True, env: dict[str, str] | None = None, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end, without a terminal."""
+    return subprocess.run(
+        cache_command(config, *arguments, fake=fake),
+        capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**os.environ, **(env or {})}, timeout=timeout,
+        check=False,
+    )  # fmt: skip
+
+
+def run_utils(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run progress_utils.py without a terminal."""
+    command = [sys.executable, str(ROOT / "progress_utils.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60, check=False)
+
+
+def chunk_files(cache_dir: Path) -> list[Path]:
+    """Chunk files under final names, sorted."""
+    return sorted(path for path in cache_dir.rglob("chunk_*.h5") if ".staging" not in path.parts)
+
+
+def read_chunk(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A chunk file's root attributes and datasets."""
+    with h5py.File(path) as file:
+        return dict(file.attrs), {name: file[name][...] for name in file}
+
+
+def cache_content(cache_dir: Path) -> dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]]:
+    """Relative chunk path -> (attributes without created_at and the digest over them, datasets)."""
+    content = {}
+    for path in chunk_files(cache_dir):
+        attributes, datasets = read_chunk(path)
+        for key in ("created_at", "attributes_digest"):
+            del attributes[key]
+        content[str(path.relative_to(cache_dir))] = (attributes, datasets)
+    return content
+
+
+def check_stamps(cache_dir: Path, name: str, stamp: int, frame_stride: int = 1) -> int:
+    """Assert that every row of a trajectory's chunks holds the tokens of its own frame; returns the number of rows."""
+    rows = 0
+    for path in sorted((cache_dir / name).glob("chunk_*.h5")):
+        attributes, datasets = read_chunk(path)
+        index = datasets["frame_index"]
+        expected = np.arange(attributes["start"], attributes["stop"]) * frame_stride
+        np.testing.assert_array_equal(index, expected)
+        cls = datasets["cls_token"].astype(int)
+        np.testing.assert_array_equal(cls[:, 0], np.full(len(index), stamp))
+        np.testing.assert_array_equal(cls[:, 1] * 256 + cls[:, 2], index)
+        rows += len(index)
+    return rows
+
+
+def stream_results(
+    data_folder: Path,
+    cache_dir: Path,
+    encoder: Encoder,
+    *,
+    hooks: Hooks | None = None,
+    batch_size: int = 8,
+    shape: ModelShape = STAMP_SHAPE,
+    **settings: Any,
+) -> Iterator[TrajectoryResult]:
+    """cache_trajectories on all trajectories below `data_folder`, by name, without a record; `settings` are the spec's.
+
+    `encoder` has the attributes of StampEncoder. Chunks are cut as write_config has them cut.
+    """
+    defaults = {
+        "dino_model_type": "small",
+        "weights": "random",
+        "precision": "fp32",
+        "max_chunk_distance_m": 2.0,
+        "overlap_distance_m": 0.5,
+    }
+    spec = CacheSpec(**{**defaults, "image_size": encoder.image_size, "tokens": encoder.tokens, **settings})
+    label = ChunkLabel("robot", spec, "f" * 16, "d" * 16, token_shapes(spec, shape))
+    options = RunOptions(batch_size=batch_size, decode_workers=2)
+    store = ChunkStore(cache_dir)
+    cache_dir.mkdir(exist_ok=True)
+    store.empty_staging()
+    return cache_trajectories(find_trajectories(data_folder), label, options, encoder, store, hooks or Hooks())
+
+
+def read_progress(cache_dir: Path) -> dict[str, Any]:
+    """What progress.json holds."""
+    return json.loads((cache_dir / "progress.json").read_text(encoding="utf-8"))
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Relative path -> bytes (None for a folder) of everything below `folder`, to tell that nothing was written."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 60) -> None:
+    """Wait for another process; AssertionError where the condition does not come true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
