@@ -44,7 +44,9 @@ import logging
 import math
 import os
 import pickle
+import pickletools
 import re
+import reprlib
 import resource
 import shutil
 import signal
@@ -52,6 +54,8 @@ import stat
 import sys
 import tempfile
 import time
+import traceback
+import zipfile
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -109,6 +113,9 @@ RANDOM_WEIGHTS_SEED = 0
 
 PLANS_AHEAD = 16  # trajectories whose poses are read before their frames are wanted
 BATCHES_TO_WRITE = 2  # encoded batches that may wait for the disk
+MAX_FILE_BYTES = 1 << 29  # a pose or frame file larger than this is refused unread
+MAX_POSE_NUMBERS = 50_000_000  # so many numbers in a pose file at most
+MAX_FRAME_PIXELS = 80_000_000  # a frame that claims more is refused undecoded
 MAX_SCALED_PIXELS = 64  # a frame scaled to cover the input may be this many times the input: 1x9000 px frames fail
 
 LOST_MOUNT_ERRNOS = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENXIO)
@@ -305,6 +312,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _brief(value: Any) -> str:
+    """A value in a message. YAML anchors can make a few lines of a file print as gigabytes."""
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = 200
+    return brief.repr(value)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
@@ -323,7 +337,7 @@ def _refuse_unknown_keys(path: Path, prefix: str, section: dict[str, Any], known
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
-            raise RefusedError(f"{path}: unknown key {prefix}{key}: {value!r}; {hint}")
+            raise RefusedError(f"{path}: unknown key {prefix}{key}: {_brief(value)}; {hint}")
 
 
 def _load_dataset(path: Path, name: Any, top: dict[str, Any], section: Any, overrides: dict[str, Any]) -> DatasetConfig:
@@ -361,7 +375,7 @@ def _explain(error: ValidationError, prefix_of: Callable[[str], str]) -> list[st
         reasons.setdefault(key, []).append(message)
         values.setdefault(key, fault["input"])
     return [
-        f"{prefix_of(key)}{key}: {values[key]!r}: {' or '.join(messages)}" if key else "; ".join(messages)
+        f"{prefix_of(key)}{key}: {_brief(values[key])}: {' or '.join(messages)}" if key else "; ".join(messages)
         for key, messages in reasons.items()
     ]
 
@@ -537,8 +551,11 @@ def _regular_size(entry: os.DirEntry[str]) -> int:
 def read_file(path: Path) -> np.ndarray:
     """A regular file's bytes, (N,) uint8. Anything else (a pipe, a device) is refused without waiting on it."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{path}: not a regular file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise InputError(f"{path}: {status.st_size} bytes is too large for a frame or a pose file")
         return np.fromfile(file, dtype=np.uint8)
 
 
@@ -591,6 +608,14 @@ class _PoseUnpickler(pickle.Unpickler):
         raise InputError("it asks for an object outside the file")
 
 
+def _unpickle_poses(data: bytes) -> Any:
+    """Load a pose pickle, after a look at its opcodes: a memo index far beyond the file would be allocated."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
+            raise InputError(f"memo index {argument} in {len(data)} bytes")
+    return _PoseUnpickler(io.BytesIO(data)).load()
+
+
 class _ArrayType:
     """Stands for numpy.ndarray in a pickle: named there, never called."""
 
@@ -616,7 +641,7 @@ _PICKLE_GLOBALS: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): _ArrayType,
     ("numpy", "dtype"): np.dtype,
     ("numpy._core.multiarray", "_reconstruct"): _empty_array,
-    ("numpy._core.multiarray", "scalar"): getattr(np, "_core", getattr(np, "core", None)).multiarray.scalar,
+    ("numpy._core.multiarray", "scalar"): np.float64().__reduce__()[0],  # wherever this numpy keeps it
     ("numpy._core.numeric", "_frombuffer"): _array_from_buffer,
     ("_codecs", "encode"): _encode_latin1,
 }
@@ -624,11 +649,15 @@ _PICKLE_GLOBALS: dict[tuple[str, str], Any] = {
 
 def _parse_pose_file(file_name: str, data: bytes) -> Any:
     if file_name.endswith(".pkl"):
-        return _PoseUnpickler(io.BytesIO(data)).load()
+        return _unpickle_poses(data)
     if file_name.endswith(".json"):
         return json.loads(data)
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > MAX_FILE_BYTES:
+        raise InputError(f"unpacks to {unpacked} bytes")
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        return dict(arrays)
+        return {key: arrays[key] for key in arrays.files if key in ("position", "yaw")}
 
 
 def read_poses(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -668,7 +697,7 @@ def _pose_array(where: str, poses: dict[str, Any], key: str) -> np.ndarray:
     if key not in poses:
         raise InputError(f"{where}: has no {key}; its keys are {', '.join(map(str, poses))[:200]}")
     try:
-        values = np.asarray(poses[key])
+        values = np.asarray(_plain_rows(poses[key]))
     except ValueError as error:  # rows of unequal length
         raise InputError(f"{where}: {key}: {error}") from error
     if values.dtype.kind not in "iuf":
@@ -678,6 +707,20 @@ def _pose_array(where: str, poses: dict[str, Any], key: str) -> np.ndarray:
     if not finite.all():
         row = tuple(np.argwhere(~finite)[0])
         raise InputError(f"{where}: {key}{list(map(int, row))} is {values[row]}")
+    return values
+
+
+def _plain_rows(values: Any) -> Any:
+    """The values themselves, unless they are nested lists that numpy would blow up: ten names for one list of ten names
+    for one list ... take few bytes in a pickle."""
+    if not isinstance(values, list | tuple):
+        return values
+    rows = [row if isinstance(row, list | tuple) else (row,) for row in values]
+    count = sum(map(len, rows))
+    if count > MAX_POSE_NUMBERS:
+        raise ValueError(f"holds {count} numbers")
+    if any(isinstance(number, list | tuple | dict) for row in rows for number in row):
+        raise ValueError("is nested deeper than a list of rows")
     return values
 
 
@@ -834,12 +877,14 @@ class FrameDecoder:
     """
 
     def __init__(self, spec: CacheSpec):
+        import PIL.Image
         import torch
         from torchvision.io import ImageReadMode, decode_image
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms.v2 import functional
 
         self._torch = torch
+        self._open_header = PIL.Image.open
         self._decode = functools.partial(decode_image, mode=ImageReadMode.RGB, apply_exif_orientation=True)
         self._resize = functools.partial(functional.resize, interpolation=InterpolationMode.BICUBIC, antialias=True)
         self._center_crop = functional.center_crop
@@ -854,6 +899,7 @@ class FrameDecoder:
             OSError: the file cannot be read.
         """
         data = read_file(path)
+        self._check_claim(data, name)
         try:
             image = self._decode(self._torch.from_numpy(data))
         except (RuntimeError, ValueError) as error:
@@ -864,6 +910,17 @@ class FrameDecoder:
         if image.dtype != self._torch.uint8:
             image = (image // 257).to(self._torch.uint8)  # 16-bit PNG: 65535 -> 255
         return self._fit(image, name)
+
+    def _check_claim(self, data: np.ndarray, name: str) -> None:
+        """Refuse a small file that claims to be a huge picture; Pillow reads just the header, in some 20 us."""
+        try:
+            width, height = self._open_header(io.BytesIO(data)).size
+        except Exception as error:  # hostile bytes can raise anything from a header parser
+            raise InputError(
+                f"{name}: cannot decode {len(data)} bytes: not an image ({type(error).__name__})"
+            ) from error
+        if width * height > MAX_FRAME_PIXELS:
+            raise InputError(f"{name}: claims to be {width}x{height} px, more than {MAX_FRAME_PIXELS} pixels")
 
     def _fit(self, image: torch.Tensor, name: str) -> torch.Tensor:
         """(3, h, w) to (3, H, W): stretched, or scaled to cover and cut at the centre."""
@@ -891,12 +948,10 @@ class ModelShape(NamedTuple):
 
 
 def model_shape(model_type: ModelType) -> ModelShape:
-    """Taken from the architecture itself, built without weights."""
+    """Taken from the architecture itself, built with one block and no weights to load."""
     import timm
-    import torch
 
-    with torch.device("meta"):
-        model = timm.create_model(MODEL_NAMES[model_type], pretrained=False, num_classes=0)
+    model = timm.create_model(MODEL_NAMES[model_type], pretrained=False, num_classes=0, depth=1)
     return ModelShape(model.patch_embed.patch_size[0], model.embed_dim, model.num_reg_tokens)
 
 
@@ -1651,7 +1706,13 @@ class StreamWriter:
             return _fail(
                 plan, InputError(f"{where}: holds files that are not chunks ({foreign[0]}); move them"), self._failed
             )
-        replaced = self._store.publish(writer.folder, name, self._before_replacing)
+        try:
+            replaced = self._store.publish(writer.folder, name, self._before_replacing)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            self.close()
+            return _fail(plan, InputError(f"{name}: the name is too long below {self._store.cache_dir}"), self._failed)
         self._open = None
         return TrajectoryResult(name, plan.checksum, plan.checksum_kind, plan.spans, writer.chunk_bytes, replaced)
 
@@ -2384,8 +2445,10 @@ def run_datasets(datasets: list[PreparedDataset], stop: StopRequest) -> int:
     """Run one dataset after the other; returns the exit code of the worst outcome."""
     codes = []
     for dataset in datasets:
-        with log_file(dataset.config.cache_dir):
+        with contextlib.ExitStack() as logs:
             try:
+                with storage_errors(dataset.config.cache_dir):
+                    logs.enter_context(log_file(dataset.config.cache_dir))
                 codes.append(DatasetRun(dataset, stop).run())
             except StorageError as error:  # another dataset may lie on another disk
                 LOG.error("error: %s", error, exc_info=error)
@@ -2434,6 +2497,7 @@ def set_up_process() -> None:
         stream.reconfigure(errors="backslashreplace")
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
+    logging.raiseExceptions = False  # a full disk shall not drown its own message in tracebacks of the log file
     if not LOG.handlers:
         LOG.addHandler(ConsoleHandler())
     _umask()
@@ -2553,7 +2617,7 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except Exception as error:
         LOG.error("error: unexpected: %r", error)
-        logging.lastResort.handle(LOG.makeRecord(LOG.name, logging.ERROR, "", 0, "traceback", (), sys.exc_info()))
+        traceback.print_exc()
         return EXIT_STOPPED_BY_FAULT
 
 
