@@ -72,6 +72,7 @@ from tqdm import tqdm
 from progress_utils import (
     LOCK_FILE,
     PROGRESS_FILE,
+    STAGING_FOLDER,
     DinoCacheError,
     Failure,
     Progress,
@@ -79,7 +80,9 @@ from progress_utils import (
     TrajectoryRecord,
     ask,
     cache_lock,
+    chunk_file_name,
     fsync_path,
+    is_chunk_file,
     make_directories_durably,
 )
 
@@ -95,9 +98,7 @@ __version__ = "0.1.0"
 FORMAT = "dino_cache"
 FORMAT_VERSION = 1
 LOG_FILE = "dino_cache.log"
-STAGING_FOLDER = ".staging"
 RESERVED_NAMES = (PROGRESS_FILE, LOG_FILE, LOCK_FILE, STAGING_FOLDER)  # no trajectory may begin with one of them
-CHUNK_FILE_PATTERN = re.compile(r"chunk_\d{5,}\.h5")
 CHUNK_OVERHEAD_BYTES = 12_000  # of an HDF5 file beside its datasets' bytes: headers and attributes, about
 
 POSE_FILES = ("traj_data.pkl", "traj_data.json", "traj_data.npz")  # the first one found is taken
@@ -145,6 +146,10 @@ class StorageError(DinoCacheError):
 
 class DeviceError(DinoCacheError):
     """The encoder's device fails: the run stops, no trajectory is blamed, a rerun resumes."""
+
+
+class DamagedChunkError(Exception):
+    """A chunk file is not what it was when it was written."""
 
 
 class StoppedError(DinoCacheError):
@@ -1257,7 +1262,7 @@ class ChunkWriter:
     """One chunk file, written row by row in frame order, its digests computed on the way."""
 
     def __init__(self, folder: Path, plan: TrajectoryPlan, chunk_index: int, label: ChunkLabel):
-        self._path = folder / f"chunk_{chunk_index:05d}.h5"
+        self._path = folder / chunk_file_name(chunk_index)
         self._plan, self._chunk_index, self._label = plan, chunk_index, label
         self._span = plan.spans[chunk_index]
         self._file = h5py.File(self._path, "x")
@@ -1388,7 +1393,7 @@ class ChunkStore:
 
     def foreign_files(self, name: str) -> list[str]:
         """What lies in a trajectory's folder and is not a chunk file: it would be lost if the folder were replaced."""
-        return sorted(file for file in self.chunk_sizes(name) if not CHUNK_FILE_PATTERN.fullmatch(file))
+        return sorted(file for file in self.chunk_sizes(name) if not is_chunk_file(file))
 
     def publish(self, staged: Path, name: str, before_replacing: Callable[[str], None]) -> Path | None:
         """Make a staged folder a trajectory's final one, durably; returns where the folder replaced lies now.
@@ -1428,7 +1433,7 @@ class ChunkStore:
         for _folder, subfolders, files in os.walk(self.cache_dir):
             if STAGING_FOLDER in subfolders:
                 subfolders.remove(STAGING_FOLDER)
-            if any(CHUNK_FILE_PATTERN.fullmatch(file) for file in files):
+            if any(is_chunk_file(file) for file in files):
                 return True
         return False
 
@@ -1439,6 +1444,105 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+class ChunkHeader(NamedTuple):
+    """What a chunk file says of itself; and its size [bytes]."""
+
+    attributes: dict[str, Any]
+    num_bytes: int
+
+
+POSE_SHAPES = {"position": (2,), "yaw": (), "frame_index": (), "travelled_distance": ()}
+POSE_TYPES = {"position": "<f8", "yaw": "<f8", "frame_index": "<i8", "travelled_distance": "<f8"}
+READ_BLOCK_BYTES = 1 << 24
+
+
+def read_chunk_header(path: Path, *, deep: bool) -> ChunkHeader:
+    """Check a chunk file against its own attributes and digests; with `deep`, every byte of its datasets too.
+
+    Raises:
+        DamagedChunkError: anything is not as it was written.
+        OSError: the file cannot be read.
+    """
+    num_bytes = path.stat().st_size
+    try:
+        with h5py.File(path) as file:
+            attributes = _plain_attributes(file.attrs)
+            _check_attributes(attributes, {name: str(file[name].attrs.get("digest")) for name in file})
+            datasets = {
+                name: _check_dataset(file, name, shape, attributes) for name, shape in _dataset_shapes(attributes)
+            }
+    except (
+        OSError,
+        RuntimeError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:  # h5py's, on damaged bytes
+        raise DamagedChunkError(f"cannot be read as HDF5: {error}") from error
+    if deep:
+        for name, (offset, size, dtype, digest) in datasets.items():
+            _check_bytes(path, name, offset, size, dtype, digest)
+    return ChunkHeader(attributes, num_bytes)
+
+
+def _plain_attributes(attributes: h5py.AttributeManager) -> dict[str, Any]:
+    return {key: value if isinstance(value, str) else int(value) for key, value in attributes.items()}
+
+
+def _check_attributes(attributes: dict[str, Any], dataset_digests: dict[str, str]) -> None:
+    stored = attributes.pop("attributes_digest", None)
+    if attributes.get("format") != FORMAT:
+        raise DamagedChunkError(f"format is {attributes.get('format')!r}, not {FORMAT!r}")
+    if attributes.get("format_version") != FORMAT_VERSION:
+        raise DamagedChunkError(f"format_version is {attributes.get('format_version')!r}, known is {FORMAT_VERSION}")
+    if stored != attributes_digest(attributes, dataset_digests):
+        raise DamagedChunkError("its attributes do not match their digest")
+
+
+def _dataset_shapes(attributes: dict[str, Any]) -> Iterator[tuple[str, tuple[int | None, ...]]]:
+    """(dataset name, shape) that a chunk's attributes promise; None where only the model knows."""
+    length = attributes["stop"] - attributes["start"]
+    for name, shape in POSE_SHAPES.items():
+        yield name, (length, *shape)
+    token_dimensions = {"cls": 1, "patch": 3, "register": 2}
+    for token in json.loads(attributes["spec"])["tokens"]:
+        yield TOKEN_DATASETS[token], (length, *[None] * token_dimensions[token])
+
+
+def _check_dataset(
+    file: h5py.File, name: str, shape: tuple[int | None, ...], attributes: dict[str, Any]
+) -> tuple[int, int, str, str]:
+    """Type, shape and place of a dataset; returns (offset, size [bytes], dtype, digest)."""
+    dataset = file[name]
+    expected_type = POSE_TYPES.get(name, "<f2")
+    fits = len(shape) == dataset.ndim and all(want in (None, got) for want, got in zip(shape, dataset.shape))
+    offset = dataset.id.get_offset()
+    if dataset.dtype.str != expected_type or not fits or offset is None:
+        raise DamagedChunkError(
+            f"{name} is {dataset.shape} {dataset.dtype.str}, expected {shape} {expected_type} in one piece"
+        )
+    return offset, dataset.nbytes, expected_type, dataset.attrs["digest"]
+
+
+def _check_bytes(path: Path, name: str, offset: int, size: int, dtype: str, digest: str) -> None:
+    """Read a dataset's bytes past HDF5, block by block: they must match the digest and be finite."""
+    running, finite = bytes_digest(), True
+    with open(path, "rb") as file:
+        file.seek(offset)
+        while size > 0:
+            block = file.read(min(size, READ_BLOCK_BYTES))
+            if not block:
+                raise DamagedChunkError(f"{name} ends early")
+            running.update(block)
+            finite &= dtype.startswith("<i") or bool(np.isfinite(np.frombuffer(block, dtype)).all())
+            size -= len(block)
+    if running.hexdigest() != digest:
+        raise DamagedChunkError(f"the bytes of {name} do not match their digest")
+    if not finite:
+        raise DamagedChunkError(f"{name} is not finite")
 
 
 # ======================================================================================================================
@@ -1875,10 +1979,8 @@ def _assess_completed(
         return Standing(trajectory, "pending", f"its data changed: {error}")
     except OSError as error:
         return Standing(trajectory, "completed", f"cannot be checked, stays as it is: {error}")
-    expected = {f"chunk_{index:05d}.h5": size for index, size in enumerate(record["bytes"])}
-    found = {
-        file: size for file, size in store.chunk_sizes(trajectory.name).items() if CHUNK_FILE_PATTERN.fullmatch(file)
-    }
+    expected = {chunk_file_name(index): size for index, size in enumerate(record["bytes"])}
+    found = {file: size for file, size in store.chunk_sizes(trajectory.name).items() if is_chunk_file(file)}
     if found != expected:
         return Standing(trajectory, "pending", _chunk_difference(expected, found))
     return Standing(trajectory, "completed", new_checksum=new_checksum)

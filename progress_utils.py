@@ -5,6 +5,8 @@
     python progress_utils.py list         [--root .] [--json]
     python progress_utils.py reset-failed --cache-dir D
     python progress_utils.py reset        --cache-dir D [--yes]
+    python progress_utils.py verify       --cache-dir D [--deep] [--json] [--repair [--yes]]
+    python progress_utils.py rebuild      --cache-dir D [--yes]
 
 This file owns three things, which dino_cache.py imports from here:
 
@@ -16,23 +18,28 @@ Reading commands never write and never lock; editing commands take the lock and 
 Exit codes: 0 fine, 1 problems found, 2 could not do it, 4 a run holds the cache.
 
 A save survives a killed process and, as far as the disk keeps its word about fsync, a power cut. The copy before it
-stays as progress.json.bak. Only the standard library is imported at the top, so that every command starts at once.
+stays as progress.json.bak. Only the standard library is imported at the top, so that every command starts at once; what knows chunk files (verify,
+rebuild) imports dino_cache when it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import calendar
 import contextlib
+import functools
+import itertools
 import json
 import os
+import re
 import shutil
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 # ======================================================================================================================
 # Constants: the names of a cache's own files
@@ -40,6 +47,7 @@ from typing import Any, TypedDict
 
 PROGRESS_FILE = "progress.json"
 BACKUP_FILE = "progress.json.bak"
+STAGING_FOLDER = ".staging"
 LOCK_FILE = ".lock"
 LOCK_OWNER_FILE = ".lock.owner"  # who holds the lock: pid, host, start time; advisory, the lock itself decides
 
@@ -47,6 +55,17 @@ PROGRESS_FORMAT_VERSION = 1
 SAVE_SHARE = 0.02  # saves may take this share of a run's time before they are spaced
 READABLE_ENTRIES = 1000  # up to here progress.json is indented; json's indenting encoder is 10 times slower
 SHOWN_FAILURES = 10
+
+
+def chunk_file_name(index: int) -> str:
+    """The file of a trajectory's chunk number `index`, from 0."""
+    return f"chunk_{index:05d}.h5"
+
+
+def is_chunk_file(name: str) -> bool:
+    """Whether a file's name is that of a chunk."""
+    return re.fullmatch(r"chunk_\d{5,}\.h5", name) is not None
+
 
 # ======================================================================================================================
 # Errors: each carries the exit code that it ends a command with
@@ -401,13 +420,14 @@ def _check_fields(where: str, entry: Any, shape: type) -> None:
 
 def _ways_out(cache_dir: Path) -> str:
     return (
-        f"Nothing was changed. Ways out: put {cache_dir / BACKUP_FILE} in its place, or start the record afresh with "
-        f"`progress_utils.py reset --cache-dir {cache_dir}` (keeps the file aside; every trajectory is redone)"
+        f"Nothing was changed. Ways out: `progress_utils.py rebuild --cache-dir {cache_dir}` makes it anew from the chunk "
+        f"files; or put {cache_dir / BACKUP_FILE} in its place; or `progress_utils.py reset --cache-dir {cache_dir}` "
+        "starts afresh and redoes every trajectory. Both commands keep the file aside"
     )
 
 
 # ======================================================================================================================
-# Command line
+# Showing and resetting the record
 # ======================================================================================================================
 
 
@@ -538,11 +558,19 @@ def reset(cache_dir: Path, *, yes: bool) -> int:
         )
         if not yes and not ask("Reset the record?", otherwise="--yes"):
             return 2
-        kept = cache_dir / f"{PROGRESS_FILE}.reset-{time.strftime('%Y%m%d-%H%M%S')}"
-        keep_copy(cache_dir / PROGRESS_FILE, kept)
+        kept = set_aside(cache_dir, "reset")
         Progress(cache_dir, dataset_name).save()
     print(f"Reset {cache_dir}; the old record is {kept.name}")
     return 0
+
+
+def set_aside(cache_dir: Path, why: str) -> Path:
+    """Give the present record a second name, progress.json.<why>-<time>, that no older one has; returns it."""
+    stem = f"{PROGRESS_FILE}.{why}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = itertools.chain([stem], (f"{stem}-{count}" for count in itertools.count(2)))
+    kept = next(cache_dir / name for name in names if not (cache_dir / name).exists())
+    keep_copy(cache_dir / PROGRESS_FILE, kept)
+    return kept
 
 
 def reset_failed(cache_dir: Path) -> int:
@@ -570,6 +598,269 @@ def ask(question: str, *, otherwise: str) -> bool:
         )
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+# ======================================================================================================================
+# Checking chunk files against the record, and making the record from them
+# ======================================================================================================================
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong with a cache."""
+
+    kind: str  # missing | damaged | unrecorded | leftover
+    trajectory: str | None
+    path: str  # relative to the cache folder
+    reason: str
+
+
+def verify(cache_dir: Path, *, deep: bool, as_json: bool, repair: bool, yes: bool) -> int:
+    """Check every recorded trajectory's chunk files; exit code 0 sound, 1 problems found (also when repaired)."""
+    load_or_refuse(cache_dir)
+    with cache_lock(cache_dir) if repair else contextlib.nullcontext():
+        progress = load_or_refuse(cache_dir)
+        findings = [*_check_recorded(progress, deep), *_find_unrecorded(progress), *_find_leftovers(cache_dir)]
+        mixed = len(progress.fingerprints) > 1
+        if as_json:
+            report = {"cache_dir": str(cache_dir), "deep": deep, "sound": not findings, "mixed": mixed}
+            print(json.dumps({**report, "findings": [finding._asdict() for finding in findings]}, ensure_ascii=False))
+        else:
+            _print_findings(progress, findings, deep=deep)
+        if repair and findings:
+            _repair(progress, findings, yes=yes)
+    return 1 if findings else 0
+
+
+def _check_recorded(progress: Progress, deep: bool) -> list[Finding]:
+    check = functools.partial(check_trajectory, progress.cache_dir, deep=deep)
+    tasks = [(name, record, progress.checksums[name]) for name, record in progress.records.items()]
+    return [finding for findings in _on_all_cores(check, tasks, "Verifying") for finding in findings]
+
+
+def check_trajectory(cache_dir: Path, task: tuple[str, TrajectoryRecord, str], *, deep: bool) -> list[Finding]:
+    """Compare one trajectory's chunk files with its record. Runs in a worker process."""
+    name, record, checksum = task
+    findings = []
+    expected = {chunk_file_name(index): index for index in range(len(record["spans"]))}
+    for file, index in expected.items():
+        path = f"{name}/{file}"
+        try:
+            _check_chunk(cache_dir / path, name, record, checksum, index, deep=deep)
+        except FileNotFoundError:
+            findings.append(Finding("missing", name, path, "recorded, but not there"))
+        except _ChunkProblemError as problem:
+            findings.append(Finding("damaged", name, path, str(problem)))
+    with contextlib.suppress(FileNotFoundError):
+        for file in sorted(set(filter(is_chunk_file, os.listdir(cache_dir / name))) - expected.keys()):
+            findings.append(Finding("damaged", name, f"{name}/{file}", "a chunk that the record does not know"))
+    return findings
+
+
+class _ChunkProblemError(Exception):
+    """Why a chunk file does not match its record."""
+
+
+def _check_chunk(path: Path, name: str, record: TrajectoryRecord, checksum: str, index: int, *, deep: bool) -> None:
+    from dino_cache import DamagedChunkError, read_chunk_header
+
+    try:
+        header = read_chunk_header(path, deep=deep)
+    except DamagedChunkError as error:
+        raise _ChunkProblemError(str(error)) from error
+    start, stop = record["spans"][index]
+    expected = {
+        "trajectory": name,
+        "chunk_index": index,
+        "num_chunks": len(record["spans"]),
+        "start": start,
+        "stop": stop,
+        "fingerprint": record["fingerprint"],
+    }
+    if header.attributes["checksum_kind"] == record["checksum_kind"]:  # else it was recorded anew with another kind
+        expected["trajectory_checksum"] = checksum
+    for key, value in expected.items():
+        if header.attributes[key] != value:
+            raise _ChunkProblemError(f"its {key} is {header.attributes[key]!r}, recorded is {value!r}")
+    if header.num_bytes != record["bytes"][index]:
+        raise _ChunkProblemError(f"it has {header.num_bytes} bytes, recorded are {record['bytes'][index]}")
+
+
+def _chunk_folders(cache_dir: Path) -> Iterator[str]:
+    """Names of trajectories that have chunk files here, recorded or not."""
+    for folder, subfolders, files in os.walk(cache_dir):
+        subfolders[:] = sorted(name for name in subfolders if name != STAGING_FOLDER)
+        if any(map(is_chunk_file, files)):
+            yield Path(folder).relative_to(cache_dir).as_posix()
+
+
+def _find_unrecorded(progress: Progress) -> list[Finding]:
+    return [
+        Finding("unrecorded", name, name, "chunk files that are not in the record")
+        for name in _chunk_folders(progress.cache_dir)
+        if name not in progress.records
+    ]
+
+
+def _find_leftovers(cache_dir: Path) -> list[Finding]:
+    staging = cache_dir / STAGING_FOLDER
+    paths = [*(sorted(staging.iterdir()) if staging.is_dir() else []), *sorted(cache_dir.glob("*.tmp"))]
+    return [
+        Finding("leftover", None, path.relative_to(cache_dir).as_posix(), "left by an interrupted run")
+        for path in paths
+    ]
+
+
+def _print_findings(progress: Progress, findings: list[Finding], *, deep: bool) -> None:
+    how = "every byte read" if deep else "names, sizes, shapes and attributes; --deep reads every byte"
+    print(
+        f"Verified {progress.cache_dir}: {len(progress.records)} trajectories, {progress.total_chunks} chunks ({how})"
+    )
+    if (progress.cache_dir / LOCK_OWNER_FILE).exists():
+        print(
+            f"Note: a run may be at work ({lock_owner(progress.cache_dir)}); what it has in flight shows as a problem"
+        )
+    if len(progress.fingerprints) > 1:
+        print(f"Note: mixed cache: made with {len(progress.fingerprints)} different configurations")
+    for finding in findings:
+        print(f"  {finding.kind}: {finding.path}: {finding.reason}")
+    if not findings:
+        print("Sound")
+    elif any(finding.kind == "unrecorded" for finding in findings):
+        print(
+            "Unrecorded chunks are redone by the next run where their data is there; `rebuild` takes them into the record"
+        )
+
+
+def _repair(progress: Progress, findings: list[Finding], *, yes: bool) -> None:
+    """Forget damaged trajectories, then remove leftovers; the next run does the rest."""
+    damaged = sorted({finding.trajectory for finding in findings if finding.kind in ("missing", "damaged")})
+    leftovers = [progress.cache_dir / finding.path for finding in findings if finding.kind == "leftover"]
+    if not damaged and not leftovers:
+        return
+    question = (
+        f"Forget {len(damaged)} trajectories, so that the next run redoes them, and remove {len(leftovers)} leftovers?"
+    )
+    if not yes and not ask(question, otherwise="--yes"):
+        return
+    for name in damaged:
+        progress.forget(name)
+    progress.save()
+    for path in leftovers:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    print(f"Forgot {len(damaged)} trajectories, removed {len(leftovers)} leftovers", file=sys.stderr)
+
+
+def rebuild(cache_dir: Path, *, yes: bool) -> int:
+    """Make progress.json anew from the chunk files; exit code 1 where some could not be taken into it."""
+    if not cache_dir.is_dir():
+        raise RefusedError(f"{cache_dir}: no such folder; --cache-dir takes the folder that holds the chunks")
+    with cache_lock(cache_dir):
+        names = list(_chunk_folders(cache_dir))
+        outcomes = _on_all_cores(functools.partial(read_trajectory, cache_dir), names, "Reading chunks")
+        found = [outcome for outcome in outcomes if isinstance(outcome, FoundTrajectory)]
+        problems = [outcome for outcome in outcomes if isinstance(outcome, Finding)]
+        for problem in problems:
+            print(f"  left out: {problem.path}: {problem.reason}", file=sys.stderr)
+        if not found:
+            raise RefusedError(f"{cache_dir}: no complete trajectory here to make a record from")
+        progress = _progress_from(cache_dir, found)
+        if len(progress.fingerprints) > 1:
+            print(f"Mixed cache: made with {len(progress.fingerprints)} different configurations", file=sys.stderr)
+        old = cache_dir / PROGRESS_FILE
+        question = f"{cache_dir}: record {len(found)} trajectories, {progress.total_chunks} chunks?"
+        if old.exists():
+            question += " The present record is set aside."
+        if not yes and not ask(question, otherwise="--yes"):
+            return 2
+        if old.exists():
+            set_aside(cache_dir, "rebuild")
+        progress.save()
+    print(f"Rebuilt {old}: {len(found)} trajectories, {progress.total_chunks} chunks")
+    return 1 if problems else 0
+
+
+class FoundTrajectory(NamedTuple):
+    """A trajectory whose chunk files are all there and intact."""
+
+    name: str
+    record: TrajectoryRecord
+    attributes: dict[str, Any]  # of its latest chunk
+    first_created_at: str
+
+
+def read_trajectory(cache_dir: Path, name: str) -> FoundTrajectory | Finding:
+    """Read every byte of one trajectory's chunks. Runs in a worker process."""
+    from dino_cache import DamagedChunkError, read_chunk_header
+
+    files = list(filter(is_chunk_file, os.listdir(cache_dir / name)))
+    expected = [chunk_file_name(index) for index in range(len(files))]
+    if set(files) != set(expected):
+        return Finding("missing", name, name, f"its chunks are not numbered from 0 on: {', '.join(sorted(files)[:10])}")
+    headers = []
+    for file in expected:
+        try:
+            headers.append(read_chunk_header(cache_dir / name / file, deep=True))
+        except (DamagedChunkError, OSError) as error:
+            return Finding("damaged", name, f"{name}/{file}", str(error))
+    chunks = [header.attributes for header in headers]
+    shared = ("dataset_name", "trajectory", "num_chunks", "fingerprint", "trajectory_checksum", "checksum_kind")
+    if any(attributes[key] != chunks[0][key] for attributes in chunks for key in shared):
+        return Finding("damaged", name, name, "its chunks are of different trajectories or configurations")
+    if chunks[0]["trajectory"] != name:
+        return Finding("damaged", name, name, f"its chunks are of trajectory {chunks[0]['trajectory']!r}")
+    if [attributes["chunk_index"] for attributes in chunks] != list(range(chunks[0]["num_chunks"])):
+        return Finding("missing", name, name, f"has {len(chunks)} of {chunks[0]['num_chunks']} chunks, or out of order")
+    record: TrajectoryRecord = {
+        "fingerprint": chunks[0]["fingerprint"],
+        "spans": [[attributes["start"], attributes["stop"]] for attributes in chunks],
+        "bytes": [header.num_bytes for header in headers],
+        "checksum_kind": chunks[0]["checksum_kind"],
+    }
+    latest = max(chunks, key=lambda attributes: attributes["created_at"])
+    return FoundTrajectory(name, record, latest, min(attributes["created_at"] for attributes in chunks))
+
+
+def _progress_from(cache_dir: Path, found: list[FoundTrajectory]) -> Progress:
+    """A record of the trajectories found; the configuration in force is that of the most recent chunk."""
+    from dino_cache import CacheSpec, weights_source
+
+    latest = max(found, key=lambda trajectory: trajectory.attributes["created_at"]).attributes
+    progress = Progress(cache_dir, latest["dataset_name"])
+    first = min(trajectory.first_created_at for trajectory in found)
+    progress.start_time = float(calendar.timegm(time.strptime(first, "%Y-%m-%dT%H:%M:%SZ")))
+    progress.processing_config = json.loads(latest["spec"])
+    spec = CacheSpec.model_validate(progress.processing_config)
+    unknown = {"source": spec.weights, "size": None, "mtime": None}  # a file may have changed since
+    source = weights_source(spec) if spec.weights in ("random", "pretrained") else unknown
+    progress.weights = {**source, "digest": latest["weights_digest"]}
+    progress.checksum_kind = latest["checksum_kind"]
+    for trajectory in sorted(found, key=lambda trajectory: (trajectory.first_created_at, trajectory.name)):
+        attributes = trajectory.attributes
+        progress.specs[attributes["fingerprint"]] = json.loads(attributes["spec"])
+        progress.complete(trajectory.name, attributes["trajectory_checksum"], trajectory.record)
+    return progress
+
+
+def _on_all_cores(function: Callable[[Any], Any], tasks: list[Any], title: str) -> list[Any]:
+    """`function` of each task, in order, in worker processes, with a progress bar on a terminal."""
+    from concurrent.futures import ProcessPoolExecutor
+
+    from tqdm import tqdm
+
+    bar = functools.partial(tqdm, total=len(tasks), desc=title, unit=" trajectories", disable=not sys.stderr.isatty())
+    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(tasks))
+    if workers <= 1:
+        return list(bar(map(function, tasks)))
+    with ProcessPoolExecutor(workers) as pool:
+        return list(bar(pool.map(function, tasks, chunksize=max(1, min(64, len(tasks) // (4 * workers))))))
+
+
+# ======================================================================================================================
+# Command line
+# ======================================================================================================================
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -600,6 +891,15 @@ def build_parser() -> argparse.ArgumentParser:
     reset_parser.add_argument("--yes", action="store_true", help="do not ask")
     failed_parser = command("reset-failed", "Forget failures, so that they are tried again.", "--cache-dir D")
     failed_parser.add_argument("--cache-dir", **cache_dir)
+    verify_parser = command("verify", "Check the chunk files against the record.", "--cache-dir D --deep")
+    verify_parser.add_argument("--cache-dir", **cache_dir)
+    verify_parser.add_argument("--deep", action="store_true", help="read every byte and check the digests")
+    verify_parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    verify_parser.add_argument("--repair", action="store_true", help="forget damaged trajectories, remove leftovers")
+    verify_parser.add_argument("--yes", action="store_true", help="do not ask before repairing")
+    rebuild_parser = command("rebuild", "Make the record anew from the chunk files.", "--cache-dir D")
+    rebuild_parser.add_argument("--cache-dir", **cache_dir)
+    rebuild_parser.add_argument("--yes", action="store_true", help="do not ask")
     return parser
 
 
@@ -610,6 +910,11 @@ def run_command(arguments: argparse.Namespace) -> int:
         return list_caches(arguments.root, as_json=arguments.json)
     if arguments.command == "reset":
         return reset(arguments.cache_dir, yes=arguments.yes)
+    if arguments.command == "verify":
+        how = {"deep": arguments.deep, "as_json": arguments.json, "repair": arguments.repair, "yes": arguments.yes}
+        return verify(arguments.cache_dir, **how)
+    if arguments.command == "rebuild":
+        return rebuild(arguments.cache_dir, yes=arguments.yes)
     return reset_failed(arguments.cache_dir)
 
 
@@ -628,4 +933,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import progress_utils  # itself under its own name: dino_cache's errors are then the classes that main catches
+
+    sys.exit(progress_utils.main())
