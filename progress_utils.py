@@ -18,8 +18,8 @@ Reading commands never write and never lock; editing commands take the lock and 
 Exit codes: 0 fine, 1 problems found, 2 could not do it, 4 a run holds the cache.
 
 A save survives a killed process and, as far as the disk keeps its word about fsync, a power cut. The copy before it
-stays as progress.json.bak. Only the standard library is imported at the top, so that every command starts at once; what knows chunk files (verify,
-rebuild) imports dino_cache when it runs.
+stays as progress.json.bak. Only the standard library is imported at the top, so that every command starts at once; what
+knows chunk files (verify, rebuild) imports dino_cache when it runs.
 """
 
 from __future__ import annotations
@@ -419,10 +419,11 @@ def _check_fields(where: str, entry: Any, shape: type) -> None:
 
 
 def _ways_out(cache_dir: Path) -> str:
+    command = f"progress_utils.py {{}} --cache-dir {cache_dir}"
     return (
-        f"Nothing was changed. Ways out: `progress_utils.py rebuild --cache-dir {cache_dir}` makes it anew from the chunk "
-        f"files; or put {cache_dir / BACKUP_FILE} in its place; or `progress_utils.py reset --cache-dir {cache_dir}` "
-        "starts afresh and redoes every trajectory. Both commands keep the file aside"
+        f"Nothing was changed. Ways out: `{command.format('rebuild')}` makes it anew from the chunk files; or put "
+        f"{BACKUP_FILE} in its place; or `{command.format('reset')}` starts afresh and redoes every trajectory. Both "
+        "commands keep the file aside"
     )
 
 
@@ -625,7 +626,7 @@ def verify(cache_dir: Path, *, deep: bool, as_json: bool, repair: bool, yes: boo
             report = {"cache_dir": str(cache_dir), "deep": deep, "sound": not findings, "mixed": mixed}
             print(json.dumps({**report, "findings": [finding._asdict() for finding in findings]}, ensure_ascii=False))
         else:
-            _print_findings(progress, findings, deep=deep)
+            _print_findings(progress, findings, deep=deep, repair=repair)
         if repair and findings:
             _repair(progress, findings, yes=yes)
     return 1 if findings else 0
@@ -710,12 +711,12 @@ def _find_leftovers(cache_dir: Path) -> list[Finding]:
     ]
 
 
-def _print_findings(progress: Progress, findings: list[Finding], *, deep: bool) -> None:
+def _print_findings(progress: Progress, findings: list[Finding], *, deep: bool, repair: bool) -> None:
     how = "every byte read" if deep else "names, sizes, shapes and attributes; --deep reads every byte"
     print(
         f"Verified {progress.cache_dir}: {len(progress.records)} trajectories, {progress.total_chunks} chunks ({how})"
     )
-    if (progress.cache_dir / LOCK_OWNER_FILE).exists():
+    if not repair and (progress.cache_dir / LOCK_OWNER_FILE).exists():
         print(
             f"Note: a run may be at work ({lock_owner(progress.cache_dir)}); what it has in flight shows as a problem"
         )
@@ -727,7 +728,7 @@ def _print_findings(progress: Progress, findings: list[Finding], *, deep: bool) 
         print("Sound")
     elif any(finding.kind == "unrecorded" for finding in findings):
         print(
-            "Unrecorded chunks are redone by the next run where their data is there; `rebuild` takes them into the record"
+            "Unrecorded chunks are redone by the next run if their data is there; `rebuild` takes them into the record"
         )
 
 
