@@ -57,7 +57,7 @@ import time
 import traceback
 import zipfile
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +112,7 @@ MODEL_NAMES = {
 }
 RANDOM_WEIGHTS_SEED = 0
 
+ASSESSED_TOGETHER = 64  # trajectories that one thread compares with the record at a time
 PLANS_AHEAD = 16  # trajectories whose poses are read before their frames are wanted
 BATCHES_TO_WRITE = 2  # encoded batches that may wait for the disk
 MAX_FILE_BYTES = 1 << 29  # a pose or frame file larger than this is refused unread
@@ -458,22 +459,29 @@ def find_trajectories(data_folder: Path) -> Iterator[Trajectory]:
         RefusedError: `data_folder` cannot be listed, or is itself a trajectory.
     """
     try:
-        entries = _list_folder(data_folder)
+        pose_file, subfolders = _look_into(data_folder)
     except OSError as error:
         raise RefusedError(f"data_folder {data_folder}: cannot list it: {error.strerror}") from error
-    for name in POSE_FILES:
-        if name in entries:
-            raise RefusedError(
-                f"data_folder {data_folder} is itself a trajectory (it holds {name}); data_folder is the folder above "
-                "the trajectories"
-            )
-    yield from _walk(data_folder, "", entries, (os.path.realpath(data_folder),))
+    if pose_file:
+        raise RefusedError(
+            f"data_folder {data_folder} is itself a trajectory (it holds {pose_file}); data_folder is the folder above "
+            "the trajectories"
+        )
+    yield from _walk(data_folder, "", subfolders, (os.path.realpath(data_folder),))
 
 
-def _list_folder(folder: Path) -> dict[str, bool]:
-    """Entry name -> whether it is a folder, sorted by name."""
+def _look_into(folder: Path) -> tuple[str | None, list[str]]:
+    """The folder's pose file, if it has one; else its subfolders, sorted, none where it is a cache of this tool."""
     with os.scandir(folder) as entries:
-        return {entry.name: _is_folder(entry) for entry in sorted(entries, key=lambda entry: entry.name)}
+        by_name = {entry.name: entry for entry in entries}
+    pose_file = _first_pose_file(by_name)
+    if pose_file or PROGRESS_FILE in by_name or STAGING_FOLDER in by_name:
+        return pose_file, []
+    return None, [name for name in sorted(by_name) if _is_folder(by_name[name])]
+
+
+def _first_pose_file(names: Container[str]) -> str | None:
+    return next((name for name in POSE_FILES if name in names), None)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -485,20 +493,20 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         raise
 
 
-def _walk(folder: Path, prefix: str, entries: dict[str, bool], ancestors: tuple[str, ...]) -> Iterator[Trajectory]:
-    for name in (name for name, is_folder in entries.items() if is_folder):
+def _walk(folder: Path, prefix: str, subfolders: list[str], ancestors: tuple[str, ...]) -> Iterator[Trajectory]:
+    for name in subfolders:
         child, child_name = folder / name, prefix + name
         try:
-            child_entries = _list_folder(child)
+            pose_file, below = _look_into(child)
         except OSError:
             yield Trajectory(_printable(child_name), child)
             continue
-        if any(pose_file in child_entries for pose_file in POSE_FILES):
+        if pose_file:
             yield Trajectory(_printable(child_name), child)
-        elif PROGRESS_FILE not in child_entries and STAGING_FOLDER not in child_entries:  # caches hold no trajectories
+        elif below:
             real = os.path.realpath(child)
             if real not in ancestors:
-                yield from _walk(child, child_name + "/", child_entries, (*ancestors, real))
+                yield from _walk(child, child_name + "/", below, (*ancestors, real))
 
 
 def _printable(name: str) -> str:
@@ -539,8 +547,7 @@ def list_trajectory(trajectory: Trajectory, frame_pattern: str) -> TrajectoryLis
             match = pattern.fullmatch(entry.name)
             if match and match[1].isdecimal():
                 frames.append(FrameFile(int(match[1]), entry.name, _regular_size(entry)))
-    pose_file = next((name for name in POSE_FILES if name in names), None)
-    return TrajectoryListing(trajectory, pose_file, sorted(frames))
+    return TrajectoryListing(trajectory, _first_pose_file(names), sorted(frames))
 
 
 def _regular_size(entry: os.DirEntry[str]) -> int:
@@ -553,15 +560,22 @@ def _regular_size(entry: os.DirEntry[str]) -> int:
     return status.st_size if stat.S_ISREG(status.st_mode) else -1
 
 
-def read_file(path: Path) -> np.ndarray:
+def read_file(path: Path | str) -> np.ndarray:
     """A regular file's bytes, (N,) uint8. Anything else (a pipe, a device) is refused without waiting on it."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        status = os.fstat(file.fileno())
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{path}: not a regular file")
         if status.st_size > MAX_FILE_BYTES:
             raise InputError(f"{path}: {status.st_size} bytes is too large for a frame or a pose file")
-        return np.fromfile(file, dtype=np.uint8)
+        data = np.empty(status.st_size, dtype=np.uint8)
+        filled = 0
+        while filled < len(data) and (count := os.readv(descriptor, [data[filled:]])):
+            filled += count
+        return data[:filled]
+    finally:
+        os.close(descriptor)
 
 
 def trajectory_checksum(listing: TrajectoryListing, kind: ChecksumKind) -> str:
@@ -571,11 +585,12 @@ def trajectory_checksum(listing: TrajectoryListing, kind: ChecksumKind) -> str:
     """
     digest = hashlib.sha256(kind.encode())
     if listing.pose_file is not None:
-        digest.update(listing.pose_file.encode() + read_file(listing.trajectory.folder / listing.pose_file).tobytes())
+        digest.update(listing.pose_file.encode())
+        digest.update(read_file(f"{listing.trajectory.folder}/{listing.pose_file}"))
     for frame in listing.frames:
         digest.update(f"\n{frame.file_name}\n{frame.size}\n".encode("utf-8", "surrogateescape"))
         if kind == "content" and frame.size >= 0:
-            digest.update(read_file(listing.trajectory.folder / frame.file_name))
+            digest.update(read_file(f"{listing.trajectory.folder}/{frame.file_name}"))
     return digest.hexdigest()[:16]
 
 
@@ -1386,7 +1401,7 @@ class ChunkStore:
     def chunk_sizes(self, name: str) -> dict[str, int]:
         """File name -> size [bytes] of everything in a trajectory's folder; empty where there is none."""
         try:
-            with os.scandir(self.folder(name)) as entries:
+            with os.scandir(f"{self.cache_dir}/{name}") as entries:
                 return {entry.name: entry.stat().st_size for entry in entries}
         except (FileNotFoundError, NotADirectoryError):
             return {}
@@ -2048,14 +2063,16 @@ def prepare_dataset(config: DatasetConfig, limit: int | None, stop: StopRequest,
                 config.name,
             )
     trajectories, missing = select_trajectories(config, stop)
+    refuse_case_collisions(config.cache_dir, trajectories)
     dataset = PreparedDataset(config, progress, trajectories, missing)
     with _pool(available_cores(), "assess") as pool:
         check = functools.partial(
             assess, progress=progress, store=dataset.store, spec=config.spec, options=config.options
         )
-        for standing in prefetch(check, trajectories, pool, 8 * PLANS_AHEAD):
+        groups = [trajectories[i : i + ASSESSED_TOGETHER] for i in range(0, len(trajectories), ASSESSED_TOGETHER)]
+        for standings in prefetch(lambda group: [check(trajectory) for trajectory in group], groups, pool, PLANS_AHEAD):
             stop.check()
-            dataset.standings.append(standing)
+            dataset.standings += standings
     todo = [
         standing.trajectory
         for state in ("pending", "retry")
@@ -2116,6 +2133,20 @@ def select_trajectories(config: DatasetConfig, stop: StopRequest) -> tuple[list[
             f"is a folder with one of {', '.join(POSE_FILES)} and its frames. Is the disk mounted?"
         )
     return found, sorted(missing)
+
+
+def refuse_case_collisions(cache_dir: Path, trajectories: list[Trajectory]) -> None:
+    """Raise RefusedError where two names differ only in case and the cache's filesystem makes one folder of them."""
+    if not (cache_dir / LOCK_FILE.upper()).exists():  # the lock file is held, so it exists under its own name
+        return
+    seen: dict[str, str] = {}
+    for name, _ in trajectories:
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            raise RefusedError(
+                f"trajectories {other} and {name} differ only in case, which the filesystem of cache_dir {cache_dir} does "
+                "not tell apart; give the cache another disk, or rename one"
+            )
 
 
 def resolve_spec(dataset: PreparedDataset) -> None:
@@ -2288,6 +2319,7 @@ class DatasetRun:
         self._frames_encoded = self._frames_finished = 0
         self._begin = self._last_line = self._last_shown = time.monotonic()
         self._results = 0
+        self._must_save = False  # a run that has nothing to do, and changes no setting, leaves the record as it is
         self._elapsed_before_s = dataset.progress.elapsed_s
         self._bar: tqdm | None = None
 
@@ -2307,7 +2339,8 @@ class DatasetRun:
                     self._process()
             self._end_record()
         finally:
-            self._save()
+            if self._must_save:
+                self._save()
         return self._summarise()
 
     @property
@@ -2344,19 +2377,27 @@ class DatasetRun:
     def _begin_record(self) -> None:
         """Put the configuration in force into the record, before any work."""
         dataset, progress = self._dataset, self._progress
+        before = self._settings()
         if dataset.pending or progress.records:
             progress.processing_config = dataset.spec.to_json()
             progress.weights = dataset.weights
         progress.checksum_kind = self._options.checksum
-        for standing in dataset.standings:
-            if standing.new_checksum is not None:
-                name = standing.trajectory.name
-                record: TrajectoryRecord = {**progress.records[name], "checksum_kind": self._options.checksum}
-                progress.complete(name, standing.new_checksum, record)
+        new_checksums = [standing for standing in dataset.standings if standing.new_checksum is not None]
+        for standing in new_checksums:
+            name = standing.trajectory.name
+            record: TrajectoryRecord = {**progress.records[name], "checksum_kind": self._options.checksum}
+            progress.complete(name, standing.new_checksum, record)
+        self._must_save = (
+            bool(dataset.pending or new_checksums or progress.rebuild_started) or before != self._settings()
+        )
         with storage_errors(self._store.cache_dir):
             self._store.empty_staging()
         if dataset.pending:
             self._save()
+
+    def _settings(self) -> tuple:
+        progress = self._progress
+        return progress.processing_config, progress.weights, progress.checksum_kind
 
     def _process(self) -> None:
         dataset = self._dataset

@@ -336,10 +336,11 @@ class Progress:
             self._saves_s += self._last_save_s
 
     def save_spaced(self, run_time_s: float) -> None:
-        """Save, unless saves have taken over 2 % of the run's time; then at most 50 times one save's duration apart."""
+        """Save, unless saves would then take over 2 % of the run's time; at most 50 times one save's duration apart."""
         with self._lock:
             since_last_s = time.monotonic() - self._last_save_end
-            if self._saves_s <= SAVE_SHARE * run_time_s or since_last_s >= self._last_save_s / SAVE_SHARE:
+            within_share = self._saves_s + self._last_save_s <= SAVE_SHARE * run_time_s
+            if within_share or since_last_s >= self._last_save_s / SAVE_SHARE:
                 self.save()
 
 
