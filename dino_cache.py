@@ -1954,7 +1954,7 @@ class Standing(NamedTuple):
     """Where a trajectory stands at the start of a run."""
 
     trajectory: Trajectory
-    state: Literal["completed", "pending", "retry", "exhausted"]
+    state: Literal["completed", "pending", "failed"]
     remark: str | None = None  # why a recorded one is redone, or what is odd
     new_checksum: str | None = None  # of the kind now asked for, where the recorded one is of the other
 
@@ -1976,7 +1976,7 @@ def assess(
         checksum = None
     if checksum != failure["checksum"]:
         return Standing(trajectory, "pending", "failed before; its data changed")
-    return Standing(trajectory, "retry" if failure["attempts"] < options.max_attempts else "exhausted")
+    return Standing(trajectory, "failed")
 
 
 def _assess_completed(
@@ -2023,7 +2023,9 @@ class PreparedDataset:
 
     def __init__(self, config: DatasetConfig, progress: Progress, trajectories: list[Trajectory], missing: list[str]):
         self.config = config
-        self.spec = config.spec
+        recorded = progress.processing_config.get("precision")
+        is_settled = config.spec.precision == "auto" and recorded is not None
+        self.spec = config.spec.model_copy(update={"precision": recorded}) if is_settled else config.spec
         self.progress = progress
         self.store = ChunkStore(config.cache_dir)
         self.trajectories = trajectories
@@ -2041,13 +2043,22 @@ class PreparedDataset:
     def name(self) -> str:
         return self.config.name
 
-    def count(self, state: str) -> int:
-        """Trajectories that stood so at the start."""
-        return sum(standing.state == state for standing in self.standings)
+    @property
+    def num_completed(self) -> int:
+        """Trajectories present and selected that stood completed at the start."""
+        return sum(standing.state == "completed" for standing in self.standings)
+
+    def choose_pending(self, limit: int | None) -> None:
+        """Take up what is to do: new and changed trajectories, then failed ones that have attempts left."""
+        failures, most = self.progress.failures, self.config.options.max_attempts
+        todo = [standing.trajectory for standing in self.standings if standing.state == "pending"]
+        failed = [standing.trajectory for standing in self.standings if standing.state == "failed"]
+        todo += [trajectory for trajectory in failed if failures[trajectory.name]["attempts"] < most]
+        self.pending, self.left_out = todo[:limit], len(todo[limit:]) if limit else 0
 
 
-def prepare_dataset(config: DatasetConfig, limit: int | None, stop: StopRequest, *, writes: bool) -> PreparedDataset:
-    """Read the record, list the trajectories, decide which are to do. Writes nothing.
+def prepare_dataset(config: DatasetConfig, stop: StopRequest) -> PreparedDataset:
+    """Read the record, list the trajectories, compare them. Writes nothing.
 
     Raises:
         RefusedError: the record is unusable or of another dataset, or there are no trajectories.
@@ -2056,12 +2067,10 @@ def prepare_dataset(config: DatasetConfig, limit: int | None, stop: StopRequest,
     if config.options.force_rebuild and progress.rebuild_started is None:
         progress.empty()
         progress.rebuild_started = time.time()
-        if writes:
-            LOG.warning(
-                "%s: force_rebuild: every trajectory is redone from the start (left True in the config file, every run "
-                "does so)",
-                config.name,
-            )
+        LOG.warning(
+            "%s: force_rebuild: every trajectory is redone from the start (left True in the config file, every run does so)",
+            config.name,
+        )
     trajectories, missing = select_trajectories(config, stop)
     refuse_case_collisions(config.cache_dir, trajectories)
     dataset = PreparedDataset(config, progress, trajectories, missing)
@@ -2073,14 +2082,6 @@ def prepare_dataset(config: DatasetConfig, limit: int | None, stop: StopRequest,
         for standings in prefetch(lambda group: [check(trajectory) for trajectory in group], groups, pool, PLANS_AHEAD):
             stop.check()
             dataset.standings += standings
-    todo = [
-        standing.trajectory
-        for state in ("pending", "retry")
-        for standing in dataset.standings
-        if standing.state == state
-    ]
-    dataset.pending = todo[:limit]
-    dataset.left_out = len(todo) - len(dataset.pending)
     return dataset
 
 
@@ -2144,27 +2145,23 @@ def refuse_case_collisions(cache_dir: Path, trajectories: list[Trajectory]) -> N
         other = seen.setdefault(name.casefold(), name)
         if other != name:
             raise RefusedError(
-                f"trajectories {other} and {name} differ only in case, which the filesystem of cache_dir {cache_dir} does "
+                f"trajectories {other} and {name} differ only in case, which the disk of cache_dir {cache_dir} does "
                 "not tell apart; give the cache another disk, or rename one"
             )
 
 
-def resolve_spec(dataset: PreparedDataset) -> None:
-    """Settle device, precision and model shape of a dataset with work to do.
+def resolve_device_and_precision(dataset: PreparedDataset) -> None:
+    """Settle what a dataset with work to do is encoded on and in.
 
     Raises:
         RefusedError: the device is missing, the precision is not for it, or image_size is no multiple of the patches.
     """
+    dataset.device = resolve_device(dataset.config.options.device)
     recorded = dataset.progress.processing_config.get("precision")
-    wanted = dataset.spec.precision
-    if dataset.pending:
-        dataset.device = resolve_device(dataset.config.options.device)
-        precision = resolve_precision(wanted, recorded, dataset.device)
-        dataset.shape = model_shape(dataset.spec.dino_model_type)
-        check_image_size(dataset.spec, dataset.shape)
-    else:
-        precision = recorded or wanted if wanted == "auto" else wanted
+    precision = resolve_precision(dataset.config.spec.precision, recorded, dataset.device)
     dataset.spec = dataset.spec.model_copy(update={"precision": precision})
+    dataset.shape = model_shape(dataset.spec.dino_model_type)
+    check_image_size(dataset.spec, dataset.shape)
 
 
 def estimate_work(dataset: PreparedDataset, stop: StopRequest) -> list[str]:
@@ -2232,7 +2229,7 @@ def format_names(names: list[str]) -> str:
     return ", ".join(names[:SHOWN_NAMES]) + more
 
 
-def confirm_changes(dataset: PreparedDataset, differences: list[tuple[str, Any, Any]], *, yes: bool) -> None:
+def confirm_changes(dataset: PreparedDataset, differences: list[tuple[str, Any, Any]], yes: bool) -> None:
     """Let the user decide on a changed configuration: what is completed stays as it is, the rest is made with it.
 
     Raises:
@@ -2312,7 +2309,7 @@ class DatasetRun:
         self._dataset, self._stop = dataset, stop
         self._progress, self._store = dataset.progress, dataset.store
         self._options = dataset.config.options
-        self._done = dataset.count("completed")  # of the trajectories present and selected
+        self._done = dataset.num_completed  # of the trajectories present and selected
         self._held_back: list[TrajectoryResult] = []
         self._unreadable = sum(bool(s.state == "completed" and s.remark) for s in dataset.standings)
         self._frames_total = sum(work.frames for work in dataset.work.values())
@@ -2569,7 +2566,7 @@ def print_forecast(dataset: PreparedDataset, reasons: list[str]) -> None:
     work, new = dataset.work.values(), new_bytes(dataset)
     print(f"Dataset {dataset.name}: {dataset.config.data_folder} -> {dataset.config.cache_dir}")
     print(f"  trajectories: {len(dataset.trajectories)}")
-    print(f"  completed: {dataset.count('completed')}")
+    print(f"  completed: {dataset.num_completed}")
     print(f"  to do now: {len(dataset.pending)}")
     print(f"  frames to encode: {sum(item.frames for item in work)}")
     print(f"  chunks to write: {sum(item.chunks for item in work)}")
@@ -2711,23 +2708,25 @@ def run(arguments: argparse.Namespace, stop: StopRequest) -> int:
                 )
             if not arguments.dry_run:
                 locks.enter_context(locked_cache(config.cache_dir))
-        datasets = [prepare_dataset(config, arguments.limit, stop, writes=not arguments.dry_run) for config in configs]
+        datasets = [prepare_dataset(config, stop) for config in configs]
+        if not arguments.dry_run:
+            for dataset in datasets:
+                changes = spec_differences(dataset.progress.processing_config, dataset.spec)
+                confirm_changes(dataset, changes, arguments.yes)
         for dataset in datasets:
-            resolve_spec(dataset)
+            dataset.choose_pending(arguments.limit)
+            if dataset.pending:
+                resolve_device_and_precision(dataset)
         if arguments.dry_run:
             for dataset in datasets:
                 print_forecast(dataset, estimate_work(dataset, stop))
-            return 0
-        for dataset in datasets:
-            confirm_changes(
-                dataset, spec_differences(dataset.progress.processing_config, dataset.spec), yes=arguments.yes
-            )
+            return EXIT_COMPLETED
         for dataset in datasets:
             estimate_work(dataset, stop)
         check_disk(datasets)
         load_encoders(datasets, stop)
         for dataset in datasets:
-            confirm_changes(dataset, weights_differences(dataset), yes=arguments.yes)
+            confirm_changes(dataset, weights_differences(dataset), arguments.yes)
         stop.check()
         return run_datasets(datasets, stop)
 
