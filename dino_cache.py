@@ -2068,7 +2068,7 @@ def prepare_dataset(config: DatasetConfig, stop: StopRequest) -> PreparedDataset
         progress.empty()
         progress.rebuild_started = time.time()
         LOG.warning(
-            "%s: force_rebuild: every trajectory is redone from the start (left True in the config file, every run does so)",
+            "%s: force_rebuild: every trajectory is redone (left True in the config file, every run does so)",
             config.name,
         )
     trajectories, missing = select_trajectories(config, stop)

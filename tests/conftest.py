@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support import STAMP_SHAPE, StampEncoder
 
 import dino_cache
+from support import STAMP_SHAPE, StampEncoder
 
 
 class Outcome(NamedTuple):

@@ -20,6 +20,7 @@ import dino_cache
 def stamp_encoder(spec: dino_cache.CacheSpec, device: str) -> tuple[dino_cache.Encoder, str]:
     """Takes load_encoder's place. Imported late, like torch itself."""
     import torch
+
     from support import StampEncoder
 
     class SlowStampEncoder(StampEncoder):
