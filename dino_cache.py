@@ -53,6 +53,7 @@ import signal
 import stat
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import zipfile
@@ -87,6 +88,7 @@ from progress_utils import (
 )
 
 if TYPE_CHECKING:
+    import PIL.Image
     import torch
 
 # ======================================================================================================================
@@ -264,9 +266,9 @@ class DatasetPaths(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data_folder: str
-    cache_dir: str | None = None
-    split: str | None = None
+    data_folder: Annotated[str, Field(min_length=1)]
+    cache_dir: Annotated[str, Field(min_length=1)] | None = None
+    split: Annotated[str, Field(min_length=1)] | None = None
 
 
 @dataclass(frozen=True)
@@ -293,12 +295,12 @@ def load_config(path: Path, overrides: dict[str, Any]) -> list[DatasetConfig]:
             the file, the key, the value and what is allowed. All faults of a dataset are reported together.
     """
     top = _read_yaml(path)
+    _refuse_unknown_keys(path, "", top, (*_SHARED_KEYS, "datasets"))
     datasets = top.pop("datasets", None)
     if not isinstance(datasets, dict) or not datasets:
         raise RefusedError(
             f"{path}: datasets: needs a dataset, like `datasets: {{my_robot: {{data_folder: /data/my_robot}}}}`"
         )
-    _refuse_unknown_keys(path, "", top, _SHARED_KEYS)
     configs = [_load_dataset(path, name, top, section, overrides) for name, section in datasets.items()]
     _refuse_shared_folders(path, configs)
     return configs
@@ -330,7 +332,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
         raise RefusedError(f"{path}: cannot read the config file: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # dates and keys that Python refuses, too
         raise RefusedError(f"{path}: not a YAML file: {error}") from error
     if not isinstance(data, dict):
         raise RefusedError(f"{path}: needs keys and values, as in config/data/dino_cache.yaml")
@@ -358,7 +360,8 @@ def _load_dataset(path: Path, name: Any, top: dict[str, Any], section: Any, over
         try:
             parsed.append(model.model_validate({key: values[key] for key in model.model_fields if key in values}))
         except ValidationError as error:
-            faults += _explain(error, lambda key: prefix if key in section or key in DatasetPaths.model_fields else "")
+            own_keys = (*section, *DatasetPaths.model_fields, "")  # "": a rule between keys, wherever they stand
+            faults += _explain(error, lambda key, own_keys=own_keys: prefix if key in own_keys else "")
     if faults:
         raise RefusedError("\n".join(f"{path}: {fault}" for fault in faults))
     spec, options, paths = parsed
@@ -381,7 +384,7 @@ def _explain(error: ValidationError, prefix_of: Callable[[str], str]) -> list[st
         reasons.setdefault(key, []).append(message)
         values.setdefault(key, fault["input"])
     return [
-        f"{prefix_of(key)}{key}: {_brief(values[key])}: {' or '.join(messages)}" if key else "; ".join(messages)
+        prefix_of(key) + (f"{key}: {_brief(values[key])}: {' or '.join(messages)}" if key else "; ".join(messages))
         for key, messages in reasons.items()
     ]
 
@@ -834,6 +837,12 @@ class TrajectoryPlan:
             yield from range(max(span.start, done), span.stop)
             done = span.stop
 
+    def left_out(self) -> list[Span]:
+        """Kept frames that lie in no chunk: pieces between pose jumps that travel too little."""
+        starts = [0, *(span.stop for span in self.spans)]
+        stops = [*(span.start for span in self.spans), len(self.frame_files)]
+        return [Span(start, stop) for start, stop in zip(starts, stops) if start < stop]
+
     @functools.cached_property
     def num_stored_frames(self) -> int:
         return sum(1 for _ in self.stored_frames())
@@ -893,19 +902,25 @@ def plan_trajectory(
 class FrameDecoder:
     """Reads a frame file as (3, H, W) uint8 RGB at the input size. Safe to call from many threads.
 
-    uint8 all the way: resizing float tensors is 8 times slower and overshoots; without antialias features are ruined.
+    JPEG is decoded by torchvision, which is fast and lets other threads run; the rest by Pillow, since torchvision's
+    PNG decoder brings the process down on a damaged file. uint8 all the way: resizing float tensors is 8 times slower
+    and overshoots; without antialias features are ruined.
     """
+
+    FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 
     def __init__(self, spec: CacheSpec):
         import PIL.Image
+        import PIL.ImageOps
         import torch
-        from torchvision.io import ImageReadMode, decode_image
+        from torchvision.io import ImageReadMode, decode_jpeg
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms.v2 import functional
 
         self._torch = torch
-        self._open_header = PIL.Image.open
-        self._decode = functools.partial(decode_image, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        self._open_picture = functools.partial(PIL.Image.open, formats=self.FORMATS)
+        self._transpose = PIL.ImageOps.exif_transpose
+        self._decode_jpeg = functools.partial(decode_jpeg, mode=ImageReadMode.RGB, apply_exif_orientation=True)
         self._resize = functools.partial(functional.resize, interpolation=InterpolationMode.BICUBIC, antialias=True)
         self._center_crop = functional.center_crop
         self._height, self._width = spec.image_size
@@ -915,34 +930,41 @@ class FrameDecoder:
         """Decode one frame; `name` is for messages.
 
         Raises:
-            InputError: the bytes are not a whole image.
+            InputError: the bytes are not one whole image, or claim to be a huge one.
             OSError: the file cannot be read.
         """
         data = read_file(path)
-        self._check_claim(data, name)
         try:
-            image = self._decode(self._torch.from_numpy(data))
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0].rsplit(", ", 1)[-1]
+            picture = self._open_picture(io.BytesIO(data))  # reads just the header, in some 20 us
+            self._check_header(picture)
+            if picture.format in ("JPEG", "MPO"):  # MPO: JPEG with a second picture behind it, as some cameras write
+                image = self._decode_jpeg(self._torch.from_numpy(data))
+            else:
+                image = self._torch.from_numpy(self._to_rgb(picture)).permute(2, 0, 1)
+            return self._fit(image)
+        except Exception as error:  # hostile bytes can raise anything from a decoder; whatever it is, it is this file's
+            reason = str(error).splitlines()[0].rsplit(", ", 1)[-1] if str(error) else type(error).__name__
+            if type(error).__name__ == "UnidentifiedImageError":
+                reason = "not a JPEG, PNG, WebP or BMP image"
             raise InputError(f"{name}: cannot decode {len(data)} bytes: {reason}") from error
-        if image.ndim != 3:
-            raise InputError(f"{name}: an animation of shape {tuple(image.shape)}, expected one image")
-        if image.dtype != self._torch.uint8:
-            image = (image // 257).to(self._torch.uint8)  # 16-bit PNG: 65535 -> 255
-        return self._fit(image, name)
 
-    def _check_claim(self, data: np.ndarray, name: str) -> None:
-        """Refuse a small file that claims to be a huge picture; Pillow reads just the header, in some 20 us."""
-        try:
-            width, height = self._open_header(io.BytesIO(data)).size
-        except Exception as error:  # hostile bytes can raise anything from a header parser
-            raise InputError(
-                f"{name}: cannot decode {len(data)} bytes: not an image ({type(error).__name__})"
-            ) from error
+    @staticmethod
+    def _check_header(picture: PIL.Image.Image) -> None:
+        width, height = picture.size
         if width * height > MAX_FRAME_PIXELS:
-            raise InputError(f"{name}: claims to be {width}x{height} px, more than {MAX_FRAME_PIXELS} pixels")
+            raise ValueError(f"it claims {width}x{height} px; more than {MAX_FRAME_PIXELS} pixels are refused")
+        if getattr(picture, "is_animated", False) and picture.format != "MPO":
+            raise ValueError(f"it is an animation of {picture.n_frames} pictures")
 
-    def _fit(self, image: torch.Tensor, name: str) -> torch.Tensor:
+    def _to_rgb(self, picture: PIL.Image.Image) -> np.ndarray:
+        """(h, w, 3) uint8, turned as its EXIF orientation says; 16-bit grey is scaled, 65535 to 255."""
+        picture = self._transpose(picture)
+        if not picture.mode.startswith("I"):
+            return np.array(picture.convert("RGB"))
+        grey = (np.asarray(picture).astype(np.uint32) + 128) // 257
+        return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
+
+    def _fit(self, image: torch.Tensor) -> torch.Tensor:
         """(3, h, w) to (3, H, W): stretched, or scaled to cover and cut at the centre."""
         if not self._crops:
             return self._resize(image, [self._height, self._width])
@@ -950,7 +972,7 @@ class FrameDecoder:
         scale = max(self._height / height, self._width / width)
         covering = [max(self._height, round(height * scale)), max(self._width, round(width * scale))]
         if math.prod(covering) > MAX_SCALED_PIXELS * self._height * self._width:
-            raise InputError(f"{name}: {width}x{height} px is too narrow to crop to {self._width}x{self._height}")
+            raise ValueError(f"{width}x{height} px is too narrow to crop to {self._width}x{self._height}")
         return self._center_crop(self._resize(image, covering), [self._height, self._width])
 
 
@@ -1273,6 +1295,37 @@ def attributes_digest(attributes: dict[str, Any], dataset_digests: dict[str, str
     return bytes_digest(content.encode()).hexdigest()
 
 
+class ChunkFile(io.FileIO):
+    """A new file for HDF5 to write, whose write errors wait in `error`: HDF5 brings the process down when it cannot
+    write what it still holds while it closes."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all of `data`, or nothing more after an error."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        try:
+            while rest and self.error is None:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.error = error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the size."""
+        try:
+            return super().truncate(size) if self.error is None else size or 0
+        except OSError as error:
+            self.error = error
+            return size or 0
+
+    def check(self) -> None:
+        """Raise the first error there was."""
+        if self.error is not None:
+            raise self.error
+
+
 class ChunkWriter:
     """One chunk file, written row by row in frame order, its digests computed on the way."""
 
@@ -1280,7 +1333,8 @@ class ChunkWriter:
         self._path = folder / chunk_file_name(chunk_index)
         self._plan, self._chunk_index, self._label = plan, chunk_index, label
         self._span = plan.spans[chunk_index]
-        self._file = h5py.File(self._path, "x")
+        self._raw = ChunkFile(self._path, "x+")
+        self._file = h5py.File(self._raw, "w")
         length = self._span.stop - self._span.start
         self._tokens = {
             name: self._file.create_dataset(
@@ -1297,6 +1351,7 @@ class ChunkWriter:
             start = first - self._span.start
             dataset[start : start + len(rows)] = rows
             self._digests[name].update(rows)
+            self._raw.check()
 
     def finish(self) -> int:
         """Add poses, attributes and digests, force the file to the disk; returns its size in bytes."""
@@ -1316,7 +1371,9 @@ class ChunkWriter:
         attributes = self._attributes()
         self._file.attrs.update({**attributes, "attributes_digest": attributes_digest(attributes, digests)})
         self._file.close()
-        fsync_path(self._path)
+        self._raw.check()
+        os.fsync(self._raw.fileno())
+        self._raw.close()
         return self._path.stat().st_size
 
     def _attributes(self) -> dict[str, Any]:
@@ -1341,8 +1398,9 @@ class ChunkWriter:
 
     def abandon(self) -> None:
         """Close the file as it is; its folder is about to be removed."""
-        with contextlib.suppress(OSError, RuntimeError, ValueError):
-            self._file.close()
+        self._raw.error = self._raw.error or OSError(errno.ECANCELED, "abandoned")  # nothing more is written
+        self._file.close()
+        self._raw.close()
 
 
 class TrajectoryWriter:
@@ -1384,6 +1442,7 @@ class ChunkStore:
     def __init__(self, cache_dir: Path):
         self.cache_dir = cache_dir
         self._staging = cache_dir / STAGING_FOLDER
+        self._durable_folders = {cache_dir}  # whose own entries this run has forced to the disk
 
     def empty_staging(self) -> None:
         """Remove what an interrupted run left half-made."""
@@ -1407,8 +1466,14 @@ class ChunkStore:
             return {}
 
     def foreign_files(self, name: str) -> list[str]:
-        """What lies in a trajectory's folder and is not a chunk file: it would be lost if the folder were replaced."""
-        return sorted(file for file in self.chunk_sizes(name) if not is_chunk_file(file))
+        """What lies where a trajectory's folder belongs and is not a chunk file: replacing the folder would lose it."""
+        try:
+            with os.scandir(self.folder(name)) as entries:
+                return sorted(entry.name for entry in entries if not (is_chunk_file(entry.name) and entry.is_file()))
+        except FileNotFoundError:
+            return []
+        except NotADirectoryError:
+            return [name]
 
     def publish(self, staged: Path, name: str, before_replacing: Callable[[str], None]) -> Path | None:
         """Make a staged folder a trajectory's final one, durably; returns where the folder replaced lies now.
@@ -1419,7 +1484,7 @@ class ChunkStore:
         target = self.folder(name)
         os.chmod(staged, 0o777 & ~_umask())  # mkdtemp's folders are private
         fsync_path(staged)
-        make_directories_durably(target.parent)
+        self._make_durable(target.parent)
         replaced = None
         if target.exists():
             before_replacing(name)
@@ -1429,13 +1494,22 @@ class ChunkStore:
         fsync_path(target.parent)
         return replaced
 
+    def _make_durable(self, folder: Path) -> None:
+        """Make a folder and force its entry to the disk, once a run: an earlier run may have died in between."""
+        if folder not in self._durable_folders:
+            self._make_durable(folder.parent)
+            folder.mkdir(exist_ok=True)
+            fsync_path(folder.parent)
+            self._durable_folders.add(folder)
+
     def remove_chunks(self, name: str) -> None:
         """Delete a trajectory's chunk files, at once where nothing else is beside them. They must not be recorded."""
         folder = self.folder(name)
-        if not self.chunk_sizes(name):
+        foreign, chunks = self.foreign_files(name), self.chunk_sizes(name)
+        if not chunks:
             return
-        if self.foreign_files(name):
-            for file in self.chunk_sizes(name).keys() - set(self.foreign_files(name)):
+        if foreign:
+            for file in chunks.keys() - set(foreign):
                 (folder / file).unlink()
             return
         removed = self.new_staging_folder() / "removed"
@@ -1577,6 +1651,7 @@ class TrajectoryResult:
     checksum_kind: ChecksumKind
     spans: list[Span] = field(default_factory=list)
     chunk_bytes: list[int] = field(default_factory=list)
+    left_out: list[Span] = field(default_factory=list)  # kept frames in no chunk, in pieces that travel too little
     replaced: Path | None = None  # the chunks that these replace, set aside
     error: Exception | None = None  # InputError or OSError
 
@@ -1604,6 +1679,24 @@ class EncodedBatch:
 
     frames: list[tuple[TrajectoryPlan, int]]
     rows: EncodedRows
+
+
+class Failed:
+    """Names of trajectories that failed under way, known to all threads of the stream."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._lock = threading.Lock()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def claim(self, name: str) -> bool:
+        """Count the trajectory as failed; true for the first thread that says so, which has to report it."""
+        with self._lock:
+            is_first = name not in self._names
+            self._names.add(name)
+            return is_first
 
 
 @dataclass(frozen=True)
@@ -1643,7 +1736,7 @@ def plan_or_fail(
         return TrajectoryResult(trajectory.name, checksum, checksum_kind, error=error)
 
 
-def decode_or_fail(item: Frame | TrajectoryResult, decoder: FrameDecoder, failed: set[str]) -> Frame | TrajectoryResult:
+def decode_or_fail(item: Frame | TrajectoryResult, decoder: FrameDecoder, failed: Failed) -> Frame | TrajectoryResult:
     """Decode a frame; a failure is a value."""
     if isinstance(item, TrajectoryResult) or item.plan.trajectory.name in failed:
         return item
@@ -1656,7 +1749,7 @@ def decode_or_fail(item: Frame | TrajectoryResult, decoder: FrameDecoder, failed
 
 
 def frame_stream(
-    plans: Iterable[TrajectoryPlan | TrajectoryResult], failed: set[str], stop: Callable[[], bool]
+    plans: Iterable[TrajectoryPlan | TrajectoryResult], failed: Failed, stop: Callable[[], bool]
 ) -> Iterator[Frame | TrajectoryResult]:
     """Every stored frame of every plan, in order; failures pass. The rest of a trajectory that failed is left out."""
     for plan in plans:
@@ -1675,7 +1768,7 @@ def full_batches(
     frames: Iterable[Frame | TrajectoryResult],
     new_pixels: Callable[[int], torch.Tensor],
     batch_size: int,
-    failed: set[str],
+    failed: Failed,
     stop: Callable[[], bool],
 ) -> Iterator[Batch | TrajectoryResult]:
     """Gather frames into batches of `batch_size`, across trajectory borders; only the last one may be smaller.
@@ -1692,7 +1785,7 @@ def full_batches(
         elif frame.plan.trajectory.name in failed:
             continue
         elif frame.error is not None:
-            yield _fail(frame.plan, frame.error, failed)
+            yield from _fail(frame.plan, frame.error, failed)
         else:
             pixels[len(members)] = frame.pixels
             members.append((frame.plan, frame.row))
@@ -1703,10 +1796,12 @@ def full_batches(
         yield Batch(members, pixels[: len(members)])
 
 
-def _fail(plan: TrajectoryPlan, error: Exception, failed: set[str]) -> TrajectoryResult:
-    """The result of a trajectory that fails under way; its other frames, wherever they are in the stream, are void."""
-    failed.add(plan.trajectory.name)
-    return TrajectoryResult(plan.trajectory.name, plan.checksum, plan.checksum_kind, error=error)
+def _fail(plan: TrajectoryPlan, error: Exception, failed: Failed) -> list[TrajectoryResult]:
+    """The result of a trajectory that fails under way, unless it failed already; its other frames, wherever they are in
+    the stream, are void."""
+    if not failed.claim(plan.trajectory.name):
+        return []
+    return [TrajectoryResult(plan.trajectory.name, plan.checksum, plan.checksum_kind, error=error)]
 
 
 def encode_batches(
@@ -1781,7 +1876,7 @@ class StreamWriter:
     Frames arrive in the order of the stream, so at most one trajectory is open.
     """
 
-    def __init__(self, store: ChunkStore, label: ChunkLabel, failed: set[str], before_replacing: Callable[[str], None]):
+    def __init__(self, store: ChunkStore, label: ChunkLabel, failed: Failed, before_replacing: Callable[[str], None]):
         self._store, self._label, self._failed = store, label, failed
         self._before_replacing = before_replacing
         self._open: TrajectoryWriter | None = None
@@ -1801,39 +1896,36 @@ class StreamWriter:
             return [result for run in runs for result in self._write_rows(*run)]
 
     def _write_rows(self, plan: TrajectoryPlan, rows: np.ndarray, encoded: EncodedRows) -> list[TrajectoryResult]:
-        if plan.trajectory.name in self._failed:
+        name = plan.trajectory.name
+        if name in self._failed:
             return []
         if not encoded.finite.all():
-            self.close()
             file_name = plan.frame_files[rows[int(np.argmin(encoded.finite))]]
-            return [
-                _fail(
-                    plan, InputError(f"{plan.trajectory.name}/{file_name}: its features are not finite"), self._failed
-                )
-            ]
+            return self._give_up(plan, f"{name}/{file_name}: its features are not finite")
         if self._open is None:
             self._open = TrajectoryWriter(self._store.new_staging_folder(), plan, self._label)
         self._open.write(rows, encoded.tokens)
-        return [self._publish()] if self._open.is_complete else []
+        return self._publish() if self._open.is_complete else []
 
-    def _publish(self) -> TrajectoryResult:
+    def _publish(self) -> list[TrajectoryResult]:
         writer, plan = self._open, self._open.plan
         name = plan.trajectory.name
         if foreign := self._store.foreign_files(name):
-            self.close()
             where = self._store.folder(name)
-            return _fail(
-                plan, InputError(f"{where}: holds files that are not chunks ({foreign[0]}); move them"), self._failed
-            )
+            return self._give_up(plan, f"{name}: {where} holds what is not a chunk file ({foreign[0]}); move it away")
         try:
             replaced = self._store.publish(writer.folder, name, self._before_replacing)
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:
                 raise
-            self.close()
-            return _fail(plan, InputError(f"{name}: the name is too long below {self._store.cache_dir}"), self._failed)
+            return self._give_up(plan, f"{name}: the name is too long below {self._store.cache_dir}")
         self._open = None
-        return TrajectoryResult(name, plan.checksum, plan.checksum_kind, plan.spans, writer.chunk_bytes, replaced)
+        outcome = (plan.spans, writer.chunk_bytes, plan.left_out(), replaced)
+        return [TrajectoryResult(name, plan.checksum, plan.checksum_kind, *outcome)]
+
+    def _give_up(self, plan: TrajectoryPlan, reason: str) -> list[TrajectoryResult]:
+        self.close()
+        return _fail(plan, InputError(reason), self._failed)
 
     def close(self) -> None:
         """Drop the trajectory begun, if any."""
@@ -1891,7 +1983,7 @@ def cache_trajectories(
     Raises:
         StorageError, DeviceError: the fault is not a trajectory's; nothing further is yielded.
     """
-    spec, failed = label.spec, set()
+    spec, failed = label.spec, Failed()
     workers = available_cores() if options.decode_workers == "auto" else options.decode_workers
     batch_size = encoder.default_batch_size if options.batch_size == "auto" else options.batch_size
     plan = functools.partial(plan_or_fail, spec=spec, checksum_kind=options.checksum)
@@ -2485,6 +2577,9 @@ class DatasetRun:
         }
         self._progress.complete(result.name, result.checksum, record)
         self._done += 1
+        for start, stop in result.left_out:
+            why = f"less than min_chunk_distance_m {self._dataset.spec.min_chunk_distance_m} between pose jumps"
+            LOG.info("%s: kept frames %d to %d are not stored: %s", result.name, start, stop - 1, why)
         self._save(spaced=True)
         if result.replaced is not None:
             shutil.rmtree(result.replaced.parent, ignore_errors=True)

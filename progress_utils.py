@@ -105,12 +105,12 @@ def fsync_path(path: Path) -> None:
 
 
 def make_directories_durably(directory: Path) -> None:
-    """Create a folder and its missing parents, each entry forced to the disk."""
-    if directory.is_dir():
-        return
-    make_directories_durably(directory.parent)
+    """Create a folder and its missing parents, each entry forced to the disk; the folder's own also if it was there."""
+    if not directory.parent.is_dir():
+        make_directories_durably(directory.parent)
     directory.mkdir(exist_ok=True)
-    fsync_path(directory.parent)
+    with contextlib.suppress(PermissionError):  # a parent that may not be read
+        fsync_path(directory.parent)
 
 
 def write_durably(path: Path, data: bytes, *, backup: Path | None = None) -> None:
@@ -394,6 +394,8 @@ def _check_progress(data: Any) -> None:
         _check_fields(f"failures[{name!r}]", failure, Failure)
     if set(data["completed_trajectories"]) != set(data["trajectory_records"]):
         raise ValueError("completed_trajectories and trajectory_records name different trajectories")
+    if not all(isinstance(checksum, str) for checksum in data["trajectory_checksums"].values()):
+        raise ValueError("trajectory_checksums holds something that is not a text")
     if set(data["trajectory_checksums"]) != set(data["trajectory_records"]):
         raise ValueError("trajectory_checksums and trajectory_records name different trajectories")
     if set(data["failed_trajectories"]) != set(data["failures"]):
