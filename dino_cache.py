@@ -477,9 +477,10 @@ def _look_into(folder: Path) -> tuple[str | None, list[str]]:
     """The folder's pose file, if it has one; else its subfolders, sorted, none where it is a cache of this tool."""
     with os.scandir(folder) as entries:
         by_name = {entry.name: entry for entry in entries}
-    pose_file = _first_pose_file(by_name)
-    if pose_file or PROGRESS_FILE in by_name or STAGING_FOLDER in by_name:
+    if pose_file := _first_pose_file(by_name):
         return pose_file, []
+    if PROGRESS_FILE in by_name and STAGING_FOLDER in by_name and LOCK_FILE in by_name:
+        return None, []
     return None, [name for name in sorted(by_name) if _is_folder(by_name[name])]
 
 
@@ -548,7 +549,7 @@ def list_trajectory(trajectory: Trajectory, frame_pattern: str) -> TrajectoryLis
         for entry in entries:
             names.add(entry.name)
             match = pattern.fullmatch(entry.name)
-            if match and match[1].isdecimal():
+            if match and match[1] and match[1].isdecimal():
                 frames.append(FrameFile(int(match[1]), entry.name, _regular_size(entry)))
     return TrajectoryListing(trajectory, _first_pose_file(names), sorted(frames))
 
@@ -643,14 +644,49 @@ class _ArrayType:
     """Stands for numpy.ndarray in a pickle: named there, never called."""
 
 
-def _empty_array(array_type: type, shape: Any, typecode: Any) -> np.ndarray:
+class _NumberType:
+    """Stands for numpy.dtype in a pickle: a plain number type and its byte order. A real one would take any state that
+    the file gives it, object pointers included."""
+
+    def __init__(self, code: Any, *_: Any):
+        if not isinstance(code, str) or not re.fullmatch(r"[<>=|]?[a-zA-Z]\d{0,4}", code):
+            raise InputError(f"it holds values of type {reprlib.repr(code)}, expected numbers")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _PickledArray:
+    """Stands for an array while a pickle rebuilds it, from the state (version, shape, type, is_fortran, bytes)."""
+
+    values: np.ndarray | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, number_type, is_fortran, data = state
+        self.values = _array_from_buffer(data, number_type, shape, "F" if is_fortran else "C")
+
+
+def _empty_array(array_type: Any, shape: Any, typecode: Any) -> _PickledArray:
     """numpy's _reconstruct: the array that __setstate__ fills. A shape given here would be allocated; none is."""
-    return np.empty(0, np.uint8)
+    return _PickledArray()
 
 
-def _array_from_buffer(buffer: Any, dtype: Any, shape: Any, order: str, *_: Any) -> np.ndarray:
+def _array_from_buffer(buffer: Any, number_type: Any, shape: Any, order: str, *_: Any) -> np.ndarray:
     """numpy's _frombuffer (protocol 5)."""
-    return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order)
+    if not isinstance(number_type, _NumberType) or not isinstance(shape, tuple):
+        raise InputError("it holds an array without a number type and a shape")
+    if number_type.dtype.kind not in "iufb":
+        return np.empty(0, number_type.dtype)  # refused by its type, once it is known what it is for
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise InputError(f"it holds an array of shape {reprlib.repr(shape)}")
+    return np.frombuffer(buffer, number_type.dtype).reshape(shape, order="F" if order == "F" else "C")
+
+
+def _scalar(number_type: Any, data: Any) -> Any:
+    """numpy's scalar."""
+    return _array_from_buffer(data, number_type, (1,), "C")[0]
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:
@@ -662,9 +698,9 @@ def _encode_latin1(text: str, encoding: str) -> bytes:
 
 _PICKLE_GLOBALS: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): _ArrayType,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "dtype"): _NumberType,
     ("numpy._core.multiarray", "_reconstruct"): _empty_array,
-    ("numpy._core.multiarray", "scalar"): np.float64().__reduce__()[0],  # wherever this numpy keeps it
+    ("numpy._core.multiarray", "scalar"): _scalar,
     ("numpy._core.numeric", "_frombuffer"): _array_from_buffer,
     ("_codecs", "encode"): _encode_latin1,
 }
@@ -704,7 +740,9 @@ def read_poses(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
         raise
     except Exception as error:  # hostile bytes can raise anything; whatever it is, this file is not poses
         raise InputError(f"{where}: cannot read poses: {error or type(error).__name__}") from error
-    if not isinstance(poses, dict):
+    if isinstance(poses, dict):
+        poses = {key: _rebuilt(value) for key, value in poses.items() if isinstance(key, str)}
+    else:
         raise InputError(f"{where}: holds a {type(poses).__name__}, expected a mapping with position and yaw")
     position, yaw = (_pose_array(where, poses, key) for key in ("position", "yaw"))
     if position.ndim != 2 or position.shape[1] < 2:
@@ -714,6 +752,15 @@ def read_poses(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     if len(position) == 0:
         raise InputError(f"{where}: holds no poses")
     return np.ascontiguousarray(position[:, :2]), yaw.reshape(-1)
+
+
+def _rebuilt(values: Any) -> Any:
+    """Arrays in place of what stood for them while a pickle was read, also as rows of a list."""
+    if isinstance(values, _PickledArray):
+        return np.empty(0) if values.values is None else values.values
+    if isinstance(values, list | tuple) and any(isinstance(row, _PickledArray) for row in values):
+        return [_rebuilt(row) if isinstance(row, _PickledArray) else row for row in values]
+    return values
 
 
 def _pose_array(where: str, poses: dict[str, Any], key: str) -> np.ndarray:
@@ -742,7 +789,7 @@ def _plain_rows(values: Any) -> Any:
     count = sum(map(len, rows))
     if count > MAX_POSE_NUMBERS:
         raise ValueError(f"holds {count} numbers")
-    if any(isinstance(number, list | tuple | dict) for row in rows for number in row):
+    if any(isinstance(number, list | tuple | dict | _PickledArray) for row in rows for number in row):
         raise ValueError("is nested deeper than a list of rows")
     return values
 
@@ -940,10 +987,15 @@ class FrameDecoder:
             if picture.format in ("JPEG", "MPO"):  # MPO: JPEG with a second picture behind it, as some cameras write
                 image = self._decode_jpeg(self._torch.from_numpy(data))
             else:
+                self._open_picture(io.BytesIO(data)).verify()  # a PNG's checksums, which decoding does not look at
                 image = self._torch.from_numpy(self._to_rgb(picture)).permute(2, 0, 1)
             return self._fit(image)
+        except MemoryError:
+            raise
         except Exception as error:  # hostile bytes can raise anything from a decoder; whatever it is, it is this file's
-            reason = str(error).splitlines()[0].rsplit(", ", 1)[-1] if str(error) else type(error).__name__
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if "torchvision" in reason:  # decode_jpeg, <path of a C++ file>:<line>, <reason>
+                reason = reason.rsplit(", ", 1)[-1]
             if type(error).__name__ == "UnidentifiedImageError":
                 reason = "not a JPEG, PNG, WebP or BMP image"
             raise InputError(f"{name}: cannot decode {len(data)} bytes: {reason}") from error
@@ -1114,13 +1166,18 @@ def _weights_advice(spec: CacheSpec, model_name: str, error: Exception) -> str:
             f"weights: {spec.weights}: cannot be loaded into {model_name} (dino_model_type {spec.dino_model_type}): "
             f"{reason}. Expected an official DINOv2 .pth or .safetensors file of that model"
         )
+    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    downloaded = try_to_load_from_cache(f"timm/{model_name}", "model.safetensors")
+    if isinstance(downloaded, str):
+        return f"weights: pretrained: {downloaded} cannot be loaded: {reason}. Delete it and run again online"
     folder = Path(HF_HUB_CACHE) / f"models--timm--{model_name}"
     return (
         f"weights: pretrained: the file model.safetensors of timm/{model_name} is neither in {folder} nor could it be "
-        f"downloaded ({type(error).__name__}). Ways on: go online once and run again; or download the official .pth or "
-        ".safetensors elsewhere and set `weights: <its path>`; or set `weights: random` just to try things out"
+        f"downloaded ({type(error).__name__}: {reason}). Ways on: go online once and run again; or download the official "
+        ".pth or .safetensors elsewhere and set `weights: <its path>`; or set `weights: random` just to try things out"
     )
 
 
@@ -1446,6 +1503,8 @@ class ChunkStore:
 
     def empty_staging(self) -> None:
         """Remove what an interrupted run left half-made."""
+        for path in self.cache_dir.glob("*.tmp"):
+            path.unlink()
         if self._staging.exists():
             shutil.rmtree(self._staging)
         self._staging.mkdir()
@@ -1743,7 +1802,9 @@ def decode_or_fail(item: Frame | TrajectoryResult, decoder: FrameDecoder, failed
     file_name = item.plan.frame_files[item.row]
     try:
         trajectory = item.plan.trajectory
-        return item._replace(pixels=decoder(trajectory.folder / file_name, f"{trajectory.name}/{file_name}"))
+        return item._replace(
+            pixels=decoder(trajectory.folder / file_name, f"{trajectory.name}/{_printable(file_name)}")
+        )
     except (InputError, OSError) as error:
         return item._replace(error=error)
 
@@ -2015,6 +2076,7 @@ class StopRequest:
 
     def __init__(self, max_hours: float | None):
         self.signal_number: int | None = None
+        self.is_asking = False
         self._deadline = math.inf if max_hours is None else time.monotonic() + max_hours * 3600
 
     def install(self) -> None:
@@ -2026,6 +2088,8 @@ class StopRequest:
         if self.signal_number is not None:
             os._exit(128 + number)
         self.signal_number = number
+        if self.is_asking:  # Python would go on waiting for the answer
+            self.check()
         os.write(2, b"\nStopping: finishing what is in flight (once more to stop at once)\n")
 
     def __call__(self) -> bool:
@@ -2321,7 +2385,9 @@ def format_names(names: list[str]) -> str:
     return ", ".join(names[:SHOWN_NAMES]) + more
 
 
-def confirm_changes(dataset: PreparedDataset, differences: list[tuple[str, Any, Any]], yes: bool) -> None:
+def confirm_changes(
+    dataset: PreparedDataset, differences: list[tuple[str, Any, Any]], stop: StopRequest, *, yes: bool
+) -> None:
     """Let the user decide on a changed configuration: what is completed stays as it is, the rest is made with it.
 
     Raises:
@@ -2337,7 +2403,7 @@ def confirm_changes(dataset: PreparedDataset, differences: list[tuple[str, Any, 
             f"redoes everything, as `progress_utils.py reset --cache-dir {dataset.config.cache_dir}` does; or undo it"
         )
         LOG.warning("%s", change)
-        if not yes and not ask_to_continue(ways):
+        if not yes and not ask_to_continue(ways, stop):
             raise RefusedError(
                 f"{dataset.name}: not continued with the changed configuration. Nothing was changed. {ways}"
             )
@@ -2345,11 +2411,15 @@ def confirm_changes(dataset: PreparedDataset, differences: list[tuple[str, Any, 
         failure["attempts"] = 0
 
 
-def ask_to_continue(ways: str) -> bool:
+def ask_to_continue(ways: str, stop: StopRequest) -> bool:
+    """Ask on the terminal; a signal ends the question."""
+    stop.is_asking = True
     try:
         return ask("Continue with the changed configuration?", otherwise="--yes")
     except RefusedError as error:
         raise RefusedError(f"{error} {ways}") from None
+    finally:
+        stop.is_asking = False
 
 
 def load_encoder(spec: CacheSpec, device: str) -> tuple[Encoder, str]:
@@ -2402,6 +2472,7 @@ class DatasetRun:
         self._progress, self._store = dataset.progress, dataset.store
         self._options = dataset.config.options
         self._done = dataset.num_completed  # of the trajectories present and selected
+        self._unchanged_failures = {s.trajectory.name for s in dataset.standings if s.state == "failed"}
         self._held_back: list[TrajectoryResult] = []
         self._unreadable = sum(bool(s.state == "completed" and s.remark) for s in dataset.standings)
         self._frames_total = sum(work.frames for work in dataset.work.values())
@@ -2515,21 +2586,20 @@ class DatasetRun:
     def _summarise(self) -> int:
         failures, left = self._progress.failures, self._dataset.left_out
         present = {trajectory.name for trajectory in self._dataset.trajectories}
-        failed = {name: failure for name, failure in failures.items() if name in present}
         LOG.info(
             "%s: %d/%d trajectories completed, %d failed, %d chunks",
             self._dataset.name,
             self._done,
             len(present),
-            len(failed),
+            len(failures),
             self._progress.total_chunks,
         )
-        for failure in list(failed.values())[:SHOWN_NAMES]:
-            LOG.warning(
-                "  failed (%d of %d attempts): %s", failure["attempts"], self._options.max_attempts, failure["reason"]
-            )
-        if len(failed) > SHOWN_NAMES:
-            LOG.warning("  ... and %d more; `progress_utils.py show --all` lists them", len(failed) - SHOWN_NAMES)
+        for name, failure in list(failures.items())[:SHOWN_NAMES]:
+            gone = "" if name in present else f" ({name} is not among the data now; reset-failed forgets it)"
+            attempts = f"{failure['attempts']} of {self._options.max_attempts} attempts"
+            LOG.warning("  failed (%s): %s%s", attempts, failure["reason"], gone)
+        if len(failures) > SHOWN_NAMES:
+            LOG.warning("  ... and %d more; `progress_utils.py show --all` lists them", len(failures) - SHOWN_NAMES)
         if self._stop.signal_number is not None or not self._is_finished:
             LOG.warning("Stopped; run the same command again to go on")
             return self._stop.exit_code
@@ -2592,10 +2662,7 @@ class DatasetRun:
             self._unreadable += 1
             return
         before = self._progress.failures.get(name)
-        unchanged = before is not None and (before["checksum"], before["checksum_kind"]) == (
-            result.checksum,
-            result.checksum_kind,
-        )
+        unchanged = before is not None and (name in self._unchanged_failures or before["checksum"] == result.checksum)
         failure: Failure = {
             "reason": str(error),
             "error_type": type(error).__name__,
@@ -2604,11 +2671,12 @@ class DatasetRun:
             "checksum": result.checksum,
             "checksum_kind": result.checksum_kind,
         }
-        self._progress.fail(name, failure)
-        self._save()
         if isinstance(error, InputError):
+            self._withdraw(name)
             with storage_errors(self._store.cache_dir):
                 self._store.remove_chunks(name)  # made from data that is no more
+        self._progress.fail(name, failure)
+        self._save()
 
     def _withdraw(self, name: str) -> None:
         """Un-record a trajectory before its folder is replaced. Called from the writer thread."""
@@ -2716,7 +2784,7 @@ class ConsoleHandler(logging.Handler):
 @contextlib.contextmanager
 def log_file(cache_dir: Path) -> Iterator[None]:
     """Everything that is logged goes to the cache's log file too, with times and tracebacks."""
-    handler = logging.FileHandler(cache_dir / LOG_FILE, encoding="utf-8")
+    handler = logging.FileHandler(cache_dir / LOG_FILE, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     LOG.addHandler(handler)
     try:
@@ -2807,7 +2875,7 @@ def run(arguments: argparse.Namespace, stop: StopRequest) -> int:
         if not arguments.dry_run:
             for dataset in datasets:
                 changes = spec_differences(dataset.progress.processing_config, dataset.spec)
-                confirm_changes(dataset, changes, arguments.yes)
+                confirm_changes(dataset, changes, stop, yes=arguments.yes)
         for dataset in datasets:
             dataset.choose_pending(arguments.limit)
             if dataset.pending:
@@ -2821,7 +2889,7 @@ def run(arguments: argparse.Namespace, stop: StopRequest) -> int:
         check_disk(datasets)
         load_encoders(datasets, stop)
         for dataset in datasets:
-            confirm_changes(dataset, weights_differences(dataset), arguments.yes)
+            confirm_changes(dataset, weights_differences(dataset), stop, yes=arguments.yes)
         stop.check()
         return run_datasets(datasets, stop)
 

@@ -241,12 +241,14 @@ class Progress:
     @property
     def total_chunks(self) -> int:
         """Chunk files of all completed trajectories."""
-        return sum(len(record["spans"]) for record in self.records.values())
+        with self._lock:
+            return sum(len(record["spans"]) for record in self.records.values())
 
     @property
     def fingerprints(self) -> set[str]:
         """Fingerprints in use; more than one means that the cache is mixed."""
-        return {record["fingerprint"] for record in self.records.values()}
+        with self._lock:
+            return {record["fingerprint"] for record in self.records.values()}
 
     def complete(self, name: str, checksum: str, record: TrajectoryRecord) -> None:
         """Record a trajectory whose chunks are durable."""
@@ -313,7 +315,7 @@ class Progress:
             return None
         except OSError as error:
             raise RefusedError(f"{path}: cannot read: {error}") from error
-        except (ValueError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise RefusedError(f"{path}: not a usable progress record: {error}. {_ways_out(cache_dir)}") from error
         progress = cls(cache_dir, data["dataset_name"])
         for key in _PLAIN_KEYS:
@@ -330,7 +332,11 @@ class Progress:
             data = self.to_json()
             indent = 1 if len(self.records) + len(self.failures) <= READABLE_ENTRIES else None
             text = json.dumps(data, indent=indent, ensure_ascii=False) + "\n"
-            write_durably(self.cache_dir / PROGRESS_FILE, text.encode(), backup=self.cache_dir / BACKUP_FILE)
+            write_durably(
+                self.cache_dir / PROGRESS_FILE,
+                text.encode(errors="backslashreplace"),
+                backup=self.cache_dir / BACKUP_FILE,
+            )
             self._last_save_end = time.monotonic()
             self._last_save_s = self._last_save_end - begin
             self._saves_s += self._last_save_s
@@ -388,6 +394,7 @@ def _check_progress(data: Any) -> None:
             raise ValueError(f"key {key} is missing")
         if not isinstance(data[key], types) or isinstance(data[key], bool):
             raise ValueError(f"key {key} has the wrong type ({type(data[key]).__name__})")
+    _check_values(data)
     for name, record in data["trajectory_records"].items():
         _check_record(name, record, data["specs"])
     for name, failure in data["failures"].items():
@@ -400,6 +407,22 @@ def _check_progress(data: Any) -> None:
         raise ValueError("trajectory_checksums and trajectory_records name different trajectories")
     if set(data["failed_trajectories"]) != set(data["failures"]):
         raise ValueError("failed_trajectories and failures name different trajectories")
+
+
+def _check_values(data: dict[str, Any]) -> None:
+    for key in ("start_time", "last_update", "elapsed_s"):
+        if not 0 <= data[key] < 1e11:  # NaN and what no calendar can show
+            raise ValueError(f"key {key} is {data[key]}")
+    for names in (data["completed_trajectories"], data["failed_trajectories"]):
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("a trajectory's name is not a text")
+    for fingerprint, spec in data["specs"].items():
+        if not isinstance(spec, dict) or not isinstance(spec.get("frame_pattern"), str):
+            raise ValueError(f"specs[{fingerprint!r}] is not a configuration")
+    if data["weights"] is not None and not {"source", "size", "mtime", "digest"} <= data["weights"].keys():
+        raise ValueError("weights lacks source, size, mtime or digest")
+    if both := set(data["trajectory_records"]) & set(data["failures"]):
+        raise ValueError(f"{min(both)!r} is both completed and failed")
 
 
 def _check_record(name: str, record: Any, specs: dict[str, Any]) -> None:
@@ -573,7 +596,10 @@ def set_aside(cache_dir: Path, why: str) -> Path:
     stem = f"{PROGRESS_FILE}.{why}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = itertools.chain([stem], (f"{stem}-{count}" for count in itertools.count(2)))
     kept = next(cache_dir / name for name in names if not (cache_dir / name).exists())
-    keep_copy(cache_dir / PROGRESS_FILE, kept)
+    try:
+        os.link(cache_dir / PROGRESS_FILE, kept)
+    except OSError:  # no hard links here
+        shutil.copyfile(cache_dir / PROGRESS_FILE, kept)
     return kept
 
 
@@ -652,7 +678,7 @@ def check_trajectory(cache_dir: Path, task: tuple[str, TrajectoryRecord, str], *
             _check_chunk(cache_dir / path, name, record, checksum, index, deep=deep)
         except FileNotFoundError:
             findings.append(Finding("missing", name, path, "recorded, but not there"))
-        except _ChunkProblemError as problem:
+        except (_ChunkProblemError, OSError) as problem:
             findings.append(Finding("damaged", name, path, str(problem)))
     with contextlib.suppress(FileNotFoundError):
         for file in sorted(set(filter(is_chunk_file, os.listdir(cache_dir / name))) - expected.keys()):
@@ -931,9 +957,14 @@ def main(argv: list[str] | None = None) -> int:
     except DinoCacheError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # `show | head` has seen enough
+        sys.stdout = None
+        return 0
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
