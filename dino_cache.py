@@ -1176,8 +1176,9 @@ def _weights_advice(spec: CacheSpec, model_name: str, error: Exception) -> str:
     folder = Path(HF_HUB_CACHE) / f"models--timm--{model_name}"
     return (
         f"weights: pretrained: the file model.safetensors of timm/{model_name} is neither in {folder} nor could it be "
-        f"downloaded ({type(error).__name__}: {reason}). Ways on: go online once and run again; or download the official "
-        ".pth or .safetensors elsewhere and set `weights: <its path>`; or set `weights: random` just to try things out"
+        f"downloaded ({type(error).__name__}: {reason}). Ways on: go online once and run again; or download the "
+        "official .pth or .safetensors elsewhere and set `weights: <its path>`; or set `weights: random` just to try "
+        "things out"
     )
 
 
