@@ -74,14 +74,17 @@ from progress_utils import (
     LOCK_FILE,
     PROGRESS_FILE,
     STAGING_FOLDER,
+    DamagedChunkError,
     DinoCacheError,
     Failure,
     Progress,
     RefusedError,
     TrajectoryRecord,
     ask,
+    available_cores,
     cache_lock,
     chunk_file_name,
+    chunk_folders,
     fsync_path,
     is_chunk_file,
     make_directories_durably,
@@ -151,10 +154,6 @@ class DeviceError(DinoCacheError):
     """The encoder's device fails: the run stops, no trajectory is blamed, a rerun resumes."""
 
 
-class DamagedChunkError(Exception):
-    """A chunk file is not what it was when it was written."""
-
-
 class StoppedError(DinoCacheError):
     """A signal or --max-hours ended the run before its work began; it carries the exit code."""
 
@@ -184,7 +183,7 @@ class CacheSpec(BaseModel):
     image_size: tuple[PositiveInt, PositiveInt] = (224, 308)  # height, width [px]
     resize: Literal["crop", "stretch"] = "crop"
     pixel_mean: ChannelValues = (0.485, 0.456, 0.406)
-    pixel_std: Annotated[ChannelValues, Field()] = (0.229, 0.224, 0.225)
+    pixel_std: ChannelValues = (0.229, 0.224, 0.225)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     max_chunk_distance_m: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] = 50.0
     overlap_distance_m: Metres = 1.0
@@ -1579,12 +1578,7 @@ class ChunkStore:
 
     def has_chunks(self) -> bool:
         """Whether any trajectory's chunk lies in this cache."""
-        for _folder, subfolders, files in os.walk(self.cache_dir):
-            if STAGING_FOLDER in subfolders:
-                subfolders.remove(STAGING_FOLDER)
-            if any(is_chunk_file(file) for file in files):
-                return True
-        return False
+        return any(chunk_folders(self.cache_dir))
 
 
 @functools.cache
@@ -1619,17 +1613,8 @@ def read_chunk_header(path: Path, *, deep: bool) -> ChunkHeader:
         with h5py.File(path) as file:
             attributes = _plain_attributes(file.attrs)
             _check_attributes(attributes, {name: str(file[name].attrs.get("digest")) for name in file})
-            datasets = {
-                name: _check_dataset(file, name, shape, attributes) for name, shape in _dataset_shapes(attributes)
-            }
-    except (
-        OSError,
-        RuntimeError,
-        KeyError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as error:  # h5py's, on damaged bytes
+            datasets = {name: _check_dataset(file[name], name, shape) for name, shape in _dataset_shapes(attributes)}
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:  # h5py's, of bad bytes
         raise DamagedChunkError(f"cannot be read as HDF5: {error}") from error
     if deep:
         for name, (offset, size, dtype, digest) in datasets.items():
@@ -1661,11 +1646,8 @@ def _dataset_shapes(attributes: dict[str, Any]) -> Iterator[tuple[str, tuple[int
         yield TOKEN_DATASETS[token], (length, *[None] * token_dimensions[token])
 
 
-def _check_dataset(
-    file: h5py.File, name: str, shape: tuple[int | None, ...], attributes: dict[str, Any]
-) -> tuple[int, int, str, str]:
+def _check_dataset(dataset: h5py.Dataset, name: str, shape: tuple[int | None, ...]) -> tuple[int, int, str, str]:
     """Type, shape and place of a dataset; returns (offset, size [bytes], dtype, digest)."""
-    dataset = file[name]
     expected_type = POSE_TYPES.get(name, "<f2")
     fits = len(shape) == dataset.ndim and all(want in (None, got) for want, got in zip(shape, dataset.shape))
     offset = dataset.id.get_offset()
@@ -2004,11 +1986,6 @@ def _runs_of_one_trajectory(batch: EncodedBatch) -> Iterator[tuple[TrajectoryPla
         tokens = {name: values[start:stop] for name, values in batch.rows.tokens.items()}
         rows = np.array([row for _, row in frames[start:stop]])
         yield frames[start][0], rows, EncodedRows(tokens, batch.rows.finite[start:stop])
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
@@ -2727,14 +2704,14 @@ def progress_line(done: int, total: int, chunks: int, elapsed_s: float, frames_l
 
 def print_forecast(dataset: PreparedDataset, reasons: list[str]) -> None:
     """What a run would do, for --dry-run."""
-    work, new = dataset.work.values(), new_bytes(dataset)
+    work, taken = dataset.work.values(), new_bytes(dataset)
     print(f"Dataset {dataset.name}: {dataset.config.data_folder} -> {dataset.config.cache_dir}")
     print(f"  trajectories: {len(dataset.trajectories)}")
     print(f"  completed: {dataset.num_completed}")
     print(f"  to do now: {len(dataset.pending)}")
     print(f"  frames to encode: {sum(item.frames for item in work)}")
     print(f"  chunks to write: {sum(item.chunks for item in work)}")
-    print(f"  bytes they take: {new} ({format_bytes(new)}), replacing {format_bytes(replaced_bytes(dataset))}")
+    print(f"  bytes they take: {taken} ({format_bytes(taken)}), replacing {format_bytes(replaced_bytes(dataset))}")
     print(f"  free space: {format_bytes(free_bytes(dataset.config.cache_dir))}")
     if dataset.progress.records:
         for key, old, new in spec_differences(dataset.progress.processing_config, dataset.spec):

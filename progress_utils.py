@@ -67,6 +67,19 @@ def is_chunk_file(name: str) -> bool:
     return re.fullmatch(r"chunk_\d{5,}\.h5", name) is not None
 
 
+def chunk_folders(cache_dir: Path) -> Iterator[str]:
+    """Names of trajectories that have chunk files here, recorded or not."""
+    for folder, subfolders, files in os.walk(cache_dir):
+        subfolders[:] = sorted(name for name in subfolders if name != STAGING_FOLDER)
+        if any(map(is_chunk_file, files)):
+            yield Path(folder).relative_to(cache_dir).as_posix()
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 # ======================================================================================================================
 # Errors: each carries the exit code that it ends a command with
 # ======================================================================================================================
@@ -82,6 +95,10 @@ class RefusedError(DinoCacheError):
     """Configuration, usage or an unusable record: nothing was started, nothing changed."""
 
     exit_code = 2
+
+
+class DamagedChunkError(Exception):
+    """A chunk file is not what it was when it was written, or not what the record says."""
 
 
 class CacheLockedError(DinoCacheError):
@@ -678,7 +695,7 @@ def check_trajectory(cache_dir: Path, task: tuple[str, TrajectoryRecord, str], *
             _check_chunk(cache_dir / path, name, record, checksum, index, deep=deep)
         except FileNotFoundError:
             findings.append(Finding("missing", name, path, "recorded, but not there"))
-        except (_ChunkProblemError, OSError) as problem:
+        except (DamagedChunkError, OSError) as problem:
             findings.append(Finding("damaged", name, path, str(problem)))
     with contextlib.suppress(FileNotFoundError):
         for file in sorted(set(filter(is_chunk_file, os.listdir(cache_dir / name))) - expected.keys()):
@@ -686,17 +703,10 @@ def check_trajectory(cache_dir: Path, task: tuple[str, TrajectoryRecord, str], *
     return findings
 
 
-class _ChunkProblemError(Exception):
-    """Why a chunk file does not match its record."""
-
-
 def _check_chunk(path: Path, name: str, record: TrajectoryRecord, checksum: str, index: int, *, deep: bool) -> None:
-    from dino_cache import DamagedChunkError, read_chunk_header
+    from dino_cache import read_chunk_header
 
-    try:
-        header = read_chunk_header(path, deep=deep)
-    except DamagedChunkError as error:
-        raise _ChunkProblemError(str(error)) from error
+    header = read_chunk_header(path, deep=deep)
     start, stop = record["spans"][index]
     expected = {
         "trajectory": name,
@@ -710,23 +720,15 @@ def _check_chunk(path: Path, name: str, record: TrajectoryRecord, checksum: str,
         expected["trajectory_checksum"] = checksum
     for key, value in expected.items():
         if header.attributes[key] != value:
-            raise _ChunkProblemError(f"its {key} is {header.attributes[key]!r}, recorded is {value!r}")
+            raise DamagedChunkError(f"its {key} is {header.attributes[key]!r}, recorded is {value!r}")
     if header.num_bytes != record["bytes"][index]:
-        raise _ChunkProblemError(f"it has {header.num_bytes} bytes, recorded are {record['bytes'][index]}")
-
-
-def _chunk_folders(cache_dir: Path) -> Iterator[str]:
-    """Names of trajectories that have chunk files here, recorded or not."""
-    for folder, subfolders, files in os.walk(cache_dir):
-        subfolders[:] = sorted(name for name in subfolders if name != STAGING_FOLDER)
-        if any(map(is_chunk_file, files)):
-            yield Path(folder).relative_to(cache_dir).as_posix()
+        raise DamagedChunkError(f"it has {header.num_bytes} bytes, recorded are {record['bytes'][index]}")
 
 
 def _find_unrecorded(progress: Progress) -> list[Finding]:
     return [
         Finding("unrecorded", name, name, "chunk files that are not in the record")
-        for name in _chunk_folders(progress.cache_dir)
+        for name in chunk_folders(progress.cache_dir)
         if name not in progress.records
     ]
 
@@ -788,7 +790,7 @@ def rebuild(cache_dir: Path, *, yes: bool) -> int:
     if not cache_dir.is_dir():
         raise RefusedError(f"{cache_dir}: no such folder; --cache-dir takes the folder that holds the chunks")
     with cache_lock(cache_dir):
-        names = list(_chunk_folders(cache_dir))
+        names = list(chunk_folders(cache_dir))
         outcomes = _on_all_cores(functools.partial(read_trajectory, cache_dir), names, "Reading chunks")
         found = [outcome for outcome in outcomes if isinstance(outcome, FoundTrajectory)]
         problems = [outcome for outcome in outcomes if isinstance(outcome, Finding)]
@@ -823,7 +825,7 @@ class FoundTrajectory(NamedTuple):
 
 def read_trajectory(cache_dir: Path, name: str) -> FoundTrajectory | Finding:
     """Read every byte of one trajectory's chunks. Runs in a worker process."""
-    from dino_cache import DamagedChunkError, read_chunk_header
+    from dino_cache import read_chunk_header
 
     files = list(filter(is_chunk_file, os.listdir(cache_dir / name)))
     expected = [chunk_file_name(index) for index in range(len(files))]
@@ -881,7 +883,7 @@ def _on_all_cores(function: Callable[[Any], Any], tasks: list[Any], title: str) 
     from tqdm import tqdm
 
     bar = functools.partial(tqdm, total=len(tasks), desc=title, unit=" trajectories", disable=not sys.stderr.isatty())
-    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(tasks))
+    workers = min(available_cores(), len(tasks))
     if workers <= 1:
         return list(bar(map(function, tasks)))
     with ProcessPoolExecutor(workers) as pool:
