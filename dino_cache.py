@@ -39,6 +39,7 @@ import functools
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import json
 import logging
 import math
@@ -58,7 +59,7 @@ import time
 import traceback
 import zipfile
 from collections import deque
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,8 +73,10 @@ from tqdm import tqdm
 
 from progress_utils import (
     LOCK_FILE,
+    LOCK_OWNER_FILE,
     PROGRESS_FILE,
     STAGING_FOLDER,
+    TEMPORARY_FILES,
     DamagedChunkError,
     DinoCacheError,
     Failure,
@@ -103,7 +106,7 @@ __version__ = "0.1.0"
 FORMAT = "dino_cache"
 FORMAT_VERSION = 1
 LOG_FILE = "dino_cache.log"
-RESERVED_NAMES = (PROGRESS_FILE, LOG_FILE, LOCK_FILE, STAGING_FOLDER)  # no trajectory may begin with one of them
+OWN_NAMES = (PROGRESS_FILE, LOG_FILE, LOCK_FILE, LOCK_OWNER_FILE, STAGING_FOLDER)  # in a cache folder
 CHUNK_OVERHEAD_BYTES = 12_000  # of an HDF5 file beside its datasets' bytes: headers and attributes, about
 
 POSE_FILES = ("traj_data.pkl", "traj_data.json", "traj_data.npz")  # the first one found is taken
@@ -122,10 +125,12 @@ PLANS_AHEAD = 16  # trajectories whose poses are read before their frames are wa
 BATCHES_TO_WRITE = 2  # encoded batches that may wait for the disk
 MAX_FILE_BYTES = 1 << 29  # a pose or frame file larger than this is refused unread
 MAX_POSE_NUMBERS = 50_000_000  # so many numbers in a pose file at most
+MAX_POSITION_M = 1e8  # no place on Earth is farther from any map's origin; one glitch of 1e16 m would swallow all steps
 MAX_FRAME_PIXELS = 80_000_000  # a frame that claims more is refused undecoded
 MAX_SCALED_PIXELS = 64  # a frame scaled to cover the input may be this many times the input: 1x9000 px frames fail
 
 LOST_MOUNT_ERRNOS = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENXIO)
+NAME_FAULTS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR)  # of one trajectory's place in the cache
 LOST_MOUNT_FAILURES = 20  # in a row, without a success between them
 SHOWN_NAMES = 10  # of a list of names in a message
 SHOW_INTERVAL_S = 0.2  # between two looks at the progress shown: counting a large cache's chunks takes milliseconds
@@ -398,19 +403,15 @@ def _resolve_path(config: Path, key: str, text: str) -> Path:
 
 def _refuse_shared_folders(path: Path, configs: list[DatasetConfig]) -> None:
     """No two caches in one folder, and no cache where its trajectory folders could be the data's own."""
-    owners: dict[Path, str] = {}
-    for config in configs:
+    for other, config in itertools.product(configs, configs):
+        fault = f"{path}: datasets.{config.name}.cache_dir: {config.cache_dir}"
         cache_dir = config.cache_dir.resolve()
-        other = owners.setdefault(cache_dir, config.name)
-        if other != config.name:
-            raise RefusedError(
-                f"{path}: datasets.{config.name}.cache_dir: {config.cache_dir} is also the cache_dir of {other}"
-            )
-        if config.data_folder.resolve().is_relative_to(cache_dir):
-            raise RefusedError(
-                f"{path}: datasets.{config.name}.cache_dir: {config.cache_dir} holds the data_folder itself; give the "
-                "cache a folder of its own"
-            )
+        if config is not other and other.cache_dir.resolve() == cache_dir:
+            raise RefusedError(f"{fault} is also the cache_dir of {other.name}")
+        if config is not other and other.cache_dir.resolve().is_relative_to(cache_dir):
+            raise RefusedError(f"{fault} holds the cache_dir of {other.name}; give each cache a folder of its own")
+        if other.data_folder.resolve().is_relative_to(cache_dir):
+            raise RefusedError(f"{fault} holds the data_folder of {other.name}; give the cache a folder of its own")
 
 
 def spec_differences(recorded: dict[str, Any], spec: CacheSpec) -> list[tuple[str, Any, Any]]:
@@ -432,6 +433,7 @@ class Trajectory(NamedTuple):
 
     name: str
     folder: Path
+    lacks_poses: bool = False  # frames and no pose file: not a trajectory, and worth a remark
 
 
 class FrameFile(NamedTuple):
@@ -451,36 +453,45 @@ class TrajectoryListing:
     frames: list[FrameFile]  # by number
 
 
-def find_trajectories(data_folder: Path) -> Iterator[Trajectory]:
+def find_trajectories(data_folder: Path, frame_pattern: str = FRAME_PATTERN) -> Iterator[Trajectory]:
     """Trajectories below `data_folder`, sorted by name. A folder with a pose file is a leaf: nothing below is searched.
 
     Links to folders are followed, except back to a folder that holds them. A folder that cannot be listed is yielded
-    as a trajectory, so that it fails with that reason.
+    as a trajectory, so that it fails with that reason. One with frames but no pose file is yielded with `lacks_poses`.
 
     Raises:
         RefusedError: `data_folder` cannot be listed, or is itself a trajectory.
     """
+    pattern = re.compile(frame_pattern)
     try:
-        pose_file, subfolders = _look_into(data_folder)
+        found = _look_into(data_folder, pattern)
     except OSError as error:
         raise RefusedError(f"data_folder {data_folder}: cannot list it: {error.strerror}") from error
-    if pose_file:
+    if found.pose_file:
         raise RefusedError(
-            f"data_folder {data_folder} is itself a trajectory (it holds {pose_file}); data_folder is the folder above "
-            "the trajectories"
+            f"data_folder {data_folder} is itself a trajectory (it holds {found.pose_file}); data_folder is the folder "
+            "above the trajectories"
         )
-    yield from _walk(data_folder, "", subfolders, (os.path.realpath(data_folder),))
+    yield from _walk(data_folder, "", found.subfolders, (os.path.realpath(data_folder),), pattern)
 
 
-def _look_into(folder: Path) -> tuple[str | None, list[str]]:
-    """The folder's pose file, if it has one; else its subfolders, sorted, none where it is a cache of this tool."""
+class _Folder(NamedTuple):
+    """What a folder holds, as far as finding trajectories goes."""
+
+    pose_file: str | None
+    has_frames: bool = False
+    subfolders: Sequence[str] = ()
+
+
+def _look_into(folder: Path, frame_pattern: re.Pattern[str]) -> _Folder:
     with os.scandir(folder) as entries:
         by_name = {entry.name: entry for entry in entries}
     if pose_file := _first_pose_file(by_name):
-        return pose_file, []
-    if PROGRESS_FILE in by_name and STAGING_FOLDER in by_name and LOCK_FILE in by_name:
-        return None, []
-    return None, [name for name in sorted(by_name) if _is_folder(by_name[name])]
+        return _Folder(pose_file)
+    if PROGRESS_FILE in by_name and STAGING_FOLDER in by_name and LOCK_FILE in by_name:  # a cache of this tool
+        return _Folder(None)
+    subfolders = [name for name in sorted(by_name) if name != "lost+found" and _is_folder(by_name[name])]
+    return _Folder(None, any(map(frame_pattern.fullmatch, by_name)), subfolders)
 
 
 def _first_pose_file(names: Container[str]) -> str | None:
@@ -496,20 +507,22 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         raise
 
 
-def _walk(folder: Path, prefix: str, subfolders: list[str], ancestors: tuple[str, ...]) -> Iterator[Trajectory]:
+def _walk(
+    folder: Path, prefix: str, subfolders: Sequence[str], ancestors: tuple[str, ...], frame_pattern: re.Pattern[str]
+) -> Iterator[Trajectory]:
     for name in subfolders:
         child, child_name = folder / name, prefix + name
         try:
-            pose_file, below = _look_into(child)
+            found = _look_into(child, frame_pattern)
         except OSError:
             yield Trajectory(_printable(child_name), child)
             continue
-        if pose_file:
-            yield Trajectory(_printable(child_name), child)
-        elif below:
+        if found.pose_file or found.has_frames:
+            yield Trajectory(_printable(child_name), child, lacks_poses=not found.pose_file)
+        if found.subfolders:
             real = os.path.realpath(child)
             if real not in ancestors:
-                yield from _walk(child, child_name + "/", below, (*ancestors, real))
+                yield from _walk(child, child_name + "/", found.subfolders, (*ancestors, real), frame_pattern)
 
 
 def _printable(name: str) -> str:
@@ -520,7 +533,7 @@ def _printable(name: str) -> str:
 def read_split(path: Path) -> list[str]:
     """Trajectory names of a traj_names.txt: one a line; blank lines and CRLF are tolerated."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # a byte order mark is Windows' way to say UTF-8
     except (OSError, UnicodeDecodeError) as error:
         raise RefusedError(f"split {path}: cannot read it: {error}") from error
     return [line.strip().strip("/") for line in lines if line.strip()]
@@ -532,8 +545,9 @@ def check_name(trajectory: Trajectory) -> None:
         os.fspath(trajectory.folder).encode("utf-8")
     except UnicodeEncodeError:
         raise InputError(f"{trajectory.name}: the folder's name is not UTF-8; rename it") from None
-    if trajectory.name.startswith(RESERVED_NAMES):
-        raise InputError(f"{trajectory.name}: the name begins like one of the cache's own files; rename the folder")
+    first = trajectory.name.partition("/")[0].casefold()
+    if first in OWN_NAMES or first.startswith(PROGRESS_FILE + "."):
+        raise InputError(f"{trajectory.name}: {first} is the name of one of the cache's own files; rename the folder")
 
 
 def list_trajectory(trajectory: Trajectory, frame_pattern: str) -> TrajectoryListing:
@@ -750,7 +764,19 @@ def read_poses(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(f"{where}: yaw is {yaw.shape}, expected ({len(position)},) like position {position.shape}")
     if len(position) == 0:
         raise InputError(f"{where}: holds no poses")
-    return np.ascontiguousarray(position[:, :2]), yaw.reshape(-1)
+    position, yaw = np.ascontiguousarray(position[:, :2]), yaw.reshape(-1)
+    _check_values(where, "position", position, MAX_POSITION_M)
+    _check_values(where, "yaw", yaw, math.inf)
+    return position, yaw
+
+
+def _check_values(where: str, key: str, values: np.ndarray, most: float) -> None:
+    """Raise InputError, naming the first, where a value is not finite or its size exceeds `most`."""
+    bad = np.argwhere(~(np.isfinite(values) & (np.abs(values) <= most)))
+    if len(bad):
+        row = tuple(bad[0])
+        allowed = f"; expected metres, at most {most:.0e}" if np.isfinite(values[row]) else ""
+        raise InputError(f"{where}: {key}{list(map(int, row))} is {values[row]}{allowed}")
 
 
 def _rebuilt(values: Any) -> Any:
@@ -771,12 +797,7 @@ def _pose_array(where: str, poses: dict[str, Any], key: str) -> np.ndarray:
         raise InputError(f"{where}: {key}: {error}") from error
     if values.dtype.kind not in "iuf":
         raise InputError(f"{where}: {key} holds {values.dtype} values, expected numbers")
-    values = values.astype(np.float64)
-    finite = np.isfinite(values)
-    if not finite.all():
-        row = tuple(np.argwhere(~finite)[0])
-        raise InputError(f"{where}: {key}{list(map(int, row))} is {values[row]}")
-    return values
+    return values.astype(np.float64)
 
 
 def _plain_rows(values: Any) -> Any:
@@ -988,7 +1009,6 @@ class FrameDecoder:
             else:
                 self._open_picture(io.BytesIO(data)).verify()  # a PNG's checksums, which decoding does not look at
                 image = self._torch.from_numpy(self._to_rgb(picture)).permute(2, 0, 1)
-            return self._fit(image)
         except MemoryError:
             raise
         except Exception as error:  # hostile bytes can raise anything from a decoder; whatever it is, it is this file's
@@ -998,6 +1018,7 @@ class FrameDecoder:
             if type(error).__name__ == "UnidentifiedImageError":
                 reason = "not a JPEG, PNG, WebP or BMP image"
             raise InputError(f"{name}: cannot decode {len(data)} bytes: {reason}") from error
+        return self._fit(image, name)
 
     @staticmethod
     def _check_header(picture: PIL.Image.Image) -> None:
@@ -1015,7 +1036,7 @@ class FrameDecoder:
         grey = (np.asarray(picture).astype(np.uint32) + 128) // 257
         return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
 
-    def _fit(self, image: torch.Tensor) -> torch.Tensor:
+    def _fit(self, image: torch.Tensor, name: str) -> torch.Tensor:
         """(3, h, w) to (3, H, W): stretched, or scaled to cover and cut at the centre."""
         if not self._crops:
             return self._resize(image, [self._height, self._width])
@@ -1023,7 +1044,7 @@ class FrameDecoder:
         scale = max(self._height / height, self._width / width)
         covering = [max(self._height, round(height * scale)), max(self._width, round(width * scale))]
         if math.prod(covering) > MAX_SCALED_PIXELS * self._height * self._width:
-            raise ValueError(f"{width}x{height} px is too narrow to crop to {self._width}x{self._height}")
+            raise InputError(f"{name}: {width}x{height} px is too narrow to crop to {self._width}x{self._height}")
         return self._center_crop(self._resize(image, covering), [self._height, self._width])
 
 
@@ -1323,10 +1344,10 @@ class ChunkLabel:
 
 @contextlib.contextmanager
 def storage_errors(cache_dir: Path) -> Iterator[None]:
-    """Turn what a failing disk raises (h5py reports a full one as either class) into StorageError."""
+    """Turn what a failing disk raises into StorageError."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise StorageError(
             f"{cache_dir}: cannot write: {error}. What is recorded is safe; free space or mend the disk, then run the "
             "same command again"
@@ -1456,8 +1477,10 @@ class ChunkWriter:
     def abandon(self) -> None:
         """Close the file as it is; its folder is about to be removed."""
         self._raw.error = self._raw.error or OSError(errno.ECANCELED, "abandoned")  # nothing more is written
-        self._file.close()
-        self._raw.close()
+        with contextlib.suppress(OSError, RuntimeError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self._raw.close()
 
 
 class TrajectoryWriter:
@@ -1484,7 +1507,8 @@ class TrajectoryWriter:
             if low < high:
                 chunk.write(int(rows[low]), {name: values[low:high] for name, values in tokens.items()})
             if rows[-1] >= spans[index].stop - 1:
-                self.chunk_bytes.append(self._open.pop(index).finish())
+                self.chunk_bytes.append(chunk.finish())
+                del self._open[index]
 
     def abandon(self) -> None:
         """Close what is open and remove the staging folder."""
@@ -1503,8 +1527,8 @@ class ChunkStore:
 
     def empty_staging(self) -> None:
         """Remove what an interrupted run left half-made."""
-        for path in self.cache_dir.glob("*.tmp"):
-            path.unlink()
+        for name in TEMPORARY_FILES:
+            (self.cache_dir / name).unlink(missing_ok=True)
         if self._staging.exists():
             shutil.rmtree(self._staging)
         self._staging.mkdir()
@@ -1960,9 +1984,10 @@ class StreamWriter:
         try:
             replaced = self._store.publish(writer.folder, name, self._before_replacing)
         except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:
+            if error.errno not in NAME_FAULTS:
                 raise
-            return self._give_up(plan, f"{name}: the name is too long below {self._store.cache_dir}")
+            where = self._store.folder(name)
+            return self._give_up(plan, f"{name}: cannot make {where}: {error.strerror}; rename it, or make way")
         self._open = None
         outcome = (plan.spans, writer.chunk_bytes, plan.left_out(), replaced)
         return [TrajectoryResult(name, plan.checksum, plan.checksum_kind, *outcome)]
@@ -2152,18 +2177,25 @@ class Work(NamedTuple):
     bytes: int
 
 
+class Selection(NamedTuple):
+    """What a dataset's trajectories are."""
+
+    trajectories: list[Trajectory]
+    missing: list[str]  # names in the split that are not in the data folder
+    lack_poses: list[str]  # folders with frames and no pose file, left out
+
+
 class PreparedDataset:
     """A dataset whose record, trajectories and configuration are checked, and nothing written yet."""
 
-    def __init__(self, config: DatasetConfig, progress: Progress, trajectories: list[Trajectory], missing: list[str]):
+    def __init__(self, config: DatasetConfig, progress: Progress, selection: Selection):
         self.config = config
         recorded = progress.processing_config.get("precision")
         is_settled = config.spec.precision == "auto" and recorded is not None
         self.spec = config.spec.model_copy(update={"precision": recorded}) if is_settled else config.spec
         self.progress = progress
         self.store = ChunkStore(config.cache_dir)
-        self.trajectories = trajectories
-        self.missing = missing  # names in the split that are not in the data folder
+        self.trajectories, self.missing, self.lack_poses = selection
         self.standings: list[Standing] = []
         self.pending: list[Trajectory] = []  # to do in this run, failed ones last
         self.left_out = 0  # pending too, beyond --limit
@@ -2205,9 +2237,10 @@ def prepare_dataset(config: DatasetConfig, stop: StopRequest) -> PreparedDataset
             "%s: force_rebuild: every trajectory is redone (left True in the config file, every run does so)",
             config.name,
         )
-    trajectories, missing = select_trajectories(config, stop)
+    selection = select_trajectories(config, stop)
+    trajectories = selection.trajectories
     refuse_case_collisions(config.cache_dir, trajectories)
-    dataset = PreparedDataset(config, progress, trajectories, missing)
+    dataset = PreparedDataset(config, progress, selection)
     with _pool(available_cores(), "assess") as pool:
         check = functools.partial(
             assess, progress=progress, store=dataset.store, spec=config.spec, options=config.options
@@ -2250,24 +2283,27 @@ def open_progress(config: DatasetConfig) -> Progress:
     return progress
 
 
-def select_trajectories(config: DatasetConfig, stop: StopRequest) -> tuple[list[Trajectory], list[str]]:
-    """The trajectories below data_folder that the split names (all without one), and the split's names not found."""
+def select_trajectories(config: DatasetConfig, stop: StopRequest) -> Selection:
+    """The trajectories below data_folder that the split names; without one, all that have a pose file."""
     found = []
-    for trajectory in find_trajectories(config.data_folder):
+    for trajectory in find_trajectories(config.data_folder, config.spec.frame_pattern):
         stop.check()
         found.append(trajectory)
-    missing: list[str] = []
+    missing, lack_poses = [], []
     if config.split is not None:
         wanted = dict.fromkeys(read_split(config.split))
-        missing = list(wanted.keys() - {trajectory.name for trajectory in found})
+        missing = sorted(wanted.keys() - {trajectory.name for trajectory in found})
         found = [trajectory for trajectory in found if trajectory.name in wanted]
+    else:
+        lack_poses = [trajectory.name for trajectory in found if trajectory.lacks_poses]
+        found = [trajectory for trajectory in found if not trajectory.lacks_poses]
     if not found:
         which = f" that split {config.split} names" if config.split else ""
         raise RefusedError(
             f"datasets.{config.name}.data_folder: {config.data_folder}: no trajectories below it{which}; a trajectory "
             f"is a folder with one of {', '.join(POSE_FILES)} and its frames. Is the disk mounted?"
         )
-    return found, sorted(missing)
+    return Selection(found, missing, lack_poses)
 
 
 def refuse_case_collisions(cache_dir: Path, trajectories: list[Trajectory]) -> None:
@@ -2275,7 +2311,7 @@ def refuse_case_collisions(cache_dir: Path, trajectories: list[Trajectory]) -> N
     if not (cache_dir / LOCK_FILE.upper()).exists():  # the lock file is held, so it exists under its own name
         return
     seen: dict[str, str] = {}
-    for name, _ in trajectories:
+    for name, *_ in trajectories:
         other = seen.setdefault(name.casefold(), name)
         if other != name:
             raise RefusedError(
@@ -2505,12 +2541,10 @@ class DatasetRun:
                 len(gone),
                 format_names(gone),
             )
-        if dataset.missing:
-            LOG.warning(
-                "%d names of the split are not in the data folder: %s",
-                len(dataset.missing),
-                format_names(dataset.missing),
-            )
+        if missing := dataset.missing:
+            LOG.warning("%d names of the split are not in the data folder: %s", len(missing), format_names(missing))
+        if bare := dataset.lack_poses:
+            LOG.warning("%d folders hold frames but no pose file, left out: %s", len(bare), format_names(bare))
 
     def _begin_record(self) -> None:
         """Put the configuration in force into the record, before any work."""
@@ -2722,6 +2756,14 @@ def print_forecast(dataset: PreparedDataset, reasons: list[str]) -> None:
             print(f"    {reason}")
 
 
+def begin_rebuild(dataset: PreparedDataset) -> None:
+    """Where everything is redone, withdraw the record before any dataset's work: a plain run then goes on with all."""
+    progress = dataset.progress
+    if progress.rebuild_started is not None and dataset.config.options.enable_progress_tracking:
+        with storage_errors(dataset.config.cache_dir):
+            progress.save()
+
+
 def run_datasets(datasets: list[PreparedDataset], stop: StopRequest) -> int:
     """Run one dataset after the other; returns the exit code of the worst outcome."""
     codes = []
@@ -2869,6 +2911,8 @@ def run(arguments: argparse.Namespace, stop: StopRequest) -> int:
         for dataset in datasets:
             confirm_changes(dataset, weights_differences(dataset), stop, yes=arguments.yes)
         stop.check()
+        for dataset in datasets:
+            begin_rebuild(dataset)
         return run_datasets(datasets, stop)
 
 

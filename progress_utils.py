@@ -37,7 +37,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -50,6 +50,7 @@ BACKUP_FILE = "progress.json.bak"
 STAGING_FOLDER = ".staging"
 LOCK_FILE = ".lock"
 LOCK_OWNER_FILE = ".lock.owner"  # who holds the lock: pid, host, start time; advisory, the lock itself decides
+TEMPORARY_FILES = (PROGRESS_FILE + ".tmp", BACKUP_FILE + ".tmp")  # what a save that was killed leaves
 
 PROGRESS_FORMAT_VERSION = 1
 SAVE_SHARE = 0.02  # saves may take this share of a run's time before they are spaced
@@ -179,29 +180,35 @@ def cache_lock(cache_dir: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise CacheLockedError(f"{cache_dir}: another run holds this cache ({lock_owner(cache_dir)})") from None
+        holder = lock_owner(cache_dir) or "its holder left no name"
+        raise CacheLockedError(f"{cache_dir}: another run holds this cache ({holder})") from None
     except (OSError, NotImplementedError) as error:
         raise RefusedError(
             f"{cache_dir / LOCK_FILE}: cannot lock: {error}. Make the folder writable, or put cache_dir on a "
             "filesystem that supports flock (on NFS: mount with locking enabled)."
         ) from error
     owner = cache_dir / LOCK_OWNER_FILE
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
     try:
-        started = time.strftime("%Y-%m-%d %H:%M:%S")
-        owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started}))
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+            owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started}))
         yield
     finally:
-        owner.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            owner.unlink(missing_ok=True)
         lock.release()
 
 
-def lock_owner(cache_dir: Path) -> str:
-    """Who holds the lock, in words; the file is advisory and may be missing for a moment."""
+def lock_owner(cache_dir: Path) -> str | None:
+    """Who seems to hold the lock, in words; None where it left no name, or was a process of this host that is dead."""
     try:
         owner = json.loads((cache_dir / LOCK_OWNER_FILE).read_text())
-        return f"pid {owner['pid']} on {owner['host']}, since {owner['started']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "its holder left no name"
+        if owner["host"] == socket.gethostname():
+            os.kill(owner["pid"], 0)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        if not isinstance(error, PermissionError):  # somebody else's process, and alive
+            return None
+    return f"pid {owner['pid']} on {owner['host']}, since {owner['started']}"
 
 
 # ======================================================================================================================
@@ -327,6 +334,7 @@ class Progress:
         path = cache_dir / PROGRESS_FILE
         try:
             data = json.loads(path.read_bytes().decode("utf-8"))
+            _refuse_newer(path, data)
             _check_progress(data)
         except FileNotFoundError:
             return None
@@ -341,8 +349,8 @@ class Progress:
         progress.records = data["trajectory_records"]
         return progress
 
-    def save(self) -> None:
-        """Write progress.json atomically and durably; the copy before stays as progress.json.bak."""
+    def save(self, *, keep_old: bool = True) -> None:
+        """Write progress.json atomically and durably; the copy before stays as progress.json.bak, if wanted."""
         with self._lock:
             begin = time.monotonic()
             self.last_update = time.time()
@@ -352,7 +360,7 @@ class Progress:
             write_durably(
                 self.cache_dir / PROGRESS_FILE,
                 text.encode(errors="backslashreplace"),
-                backup=self.cache_dir / BACKUP_FILE,
+                backup=self.cache_dir / BACKUP_FILE if keep_old else None,
             )
             self._last_save_end = time.monotonic()
             self._last_save_s = self._last_save_end - begin
@@ -397,6 +405,15 @@ _KEY_TYPES: dict[str, tuple[type, ...]] = {
     "trajectory_records": (dict,),
     "failures": (dict,),
 }
+
+
+def _refuse_newer(path: Path, data: Any) -> None:
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if type(version) is int and version > PROGRESS_FORMAT_VERSION:
+        raise RefusedError(
+            f"{path}: format_version is {version}, this program knows {PROGRESS_FORMAT_VERSION}: a newer dino_cache "
+            "made it. Update the program. Nothing was changed"
+        )
 
 
 def _check_progress(data: Any) -> None:
@@ -591,19 +608,15 @@ def reset(cache_dir: Path, *, yes: bool) -> int:
     with cache_lock(cache_dir):
         try:
             old = load_or_refuse(cache_dir)
-            remark, dataset_name = (
-                f"{len(old.records)} completed, {len(old.failures)} failed trajectories",
-                old.dataset_name,
-            )
-        except RefusedError as error:
-            remark, dataset_name = str(error), None
-        print(
-            f"{cache_dir}: the record ({remark}) is set aside; the next run redoes every trajectory.", file=sys.stderr
-        )
-        if not yes and not ask("Reset the record?", otherwise="--yes"):
+            dataset_name = old.dataset_name
+            remark = f"{len(old.records)} completed, {len(old.failures)} failed trajectories"
+        except RefusedError:
+            dataset_name, remark = None, "unusable"
+        question = f"{cache_dir}: set the record ({remark}) aside? The next run then redoes every trajectory."
+        if not yes and not ask(question, otherwise="--yes"):
             return 2
         kept = set_aside(cache_dir, "reset")
-        Progress(cache_dir, dataset_name).save()
+        Progress(cache_dir, dataset_name).save(keep_old=False)
     print(f"Reset {cache_dir}; the old record is {kept.name}")
     return 0
 
@@ -735,7 +748,8 @@ def _find_unrecorded(progress: Progress) -> list[Finding]:
 
 def _find_leftovers(cache_dir: Path) -> list[Finding]:
     staging = cache_dir / STAGING_FOLDER
-    paths = [*(sorted(staging.iterdir()) if staging.is_dir() else []), *sorted(cache_dir.glob("*.tmp"))]
+    temporary = [cache_dir / name for name in TEMPORARY_FILES if (cache_dir / name).exists()]
+    paths = [*(sorted(staging.iterdir()) if staging.is_dir() else []), *temporary]
     return [
         Finding("leftover", None, path.relative_to(cache_dir).as_posix(), "left by an interrupted run")
         for path in paths
@@ -747,10 +761,9 @@ def _print_findings(progress: Progress, findings: list[Finding], *, deep: bool, 
     print(
         f"Verified {progress.cache_dir}: {len(progress.records)} trajectories, {progress.total_chunks} chunks ({how})"
     )
-    if not repair and (progress.cache_dir / LOCK_OWNER_FILE).exists():
-        print(
-            f"Note: a run may be at work ({lock_owner(progress.cache_dir)}); what it has in flight shows as a problem"
-        )
+    holder = lock_owner(progress.cache_dir)
+    if holder and not repair:
+        print(f"Note: a run may be at work ({holder}); what it has in flight shows as a problem")
     if len(progress.fingerprints) > 1:
         print(f"Note: mixed cache: made with {len(progress.fingerprints)} different configurations")
     for finding in findings:
@@ -790,6 +803,7 @@ def rebuild(cache_dir: Path, *, yes: bool) -> int:
     if not cache_dir.is_dir():
         raise RefusedError(f"{cache_dir}: no such folder; --cache-dir takes the folder that holds the chunks")
     with cache_lock(cache_dir):
+        _refuse_unfinished_rebuild(cache_dir)
         names = list(chunk_folders(cache_dir))
         outcomes = _on_all_cores(functools.partial(read_trajectory, cache_dir), names, "Reading chunks")
         found = [outcome for outcome in outcomes if isinstance(outcome, FoundTrajectory)]
@@ -809,9 +823,29 @@ def rebuild(cache_dir: Path, *, yes: bool) -> int:
             return 2
         if old.exists():
             set_aside(cache_dir, "rebuild")
-        progress.save()
+        _make_entries_durable(cache_dir, progress.records)
+        progress.save(keep_old=False)
     print(f"Rebuilt {old}: {len(found)} trajectories, {progress.total_chunks} chunks")
     return 1 if problems else 0
+
+
+def _refuse_unfinished_rebuild(cache_dir: Path) -> None:
+    """A record made from the chunks that are there would take those that are still to be redone for finished."""
+    try:
+        progress = Progress.load(cache_dir)
+    except RefusedError:
+        return
+    if progress is not None and progress.rebuild_started is not None:
+        raise RefusedError(
+            f"{cache_dir}: its {PROGRESS_FILE} is sound, and a force_rebuild is under way: the next run goes on with "
+            "it. To keep the chunks as they are instead, move the file away and give this command again"
+        )
+
+
+def _make_entries_durable(cache_dir: Path, names: Iterable[str]) -> None:
+    """Force the entries of trajectories' folders to the disk: the run that made them may have died in between."""
+    for folder in {parent for name in names for parent in Path(name).parents}:
+        fsync_path(cache_dir / folder)
 
 
 class FoundTrajectory(NamedTuple):

@@ -296,6 +296,17 @@ def test_reader_of_an_old_chunk_keeps_reading_the_old_bytes(tmp_path):
     assert set(read_chunk(path)[1]["cls_token"][:, 0]) == {2}
 
 
+def test_a_trajectory_whose_place_in_the_cache_is_taken_fails_alone(tmp_path):
+    for name in ("a/t1", "t2"):
+        make_trajectory(tmp_path / "data" / name, stamp=2)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "a").symlink_to("gone")  # no folder, and nothing that a folder could be made over
+    failed, completed = stream_results(tmp_path / "data", tmp_path / "cache", StampEncoder())
+    assert (failed.name, completed.name, completed.error) == ("a/t1", "t2", None)
+    assert isinstance(failed.error, InputError)
+    assert str(tmp_path / "cache" / "a" / "t1") in str(failed.error)
+
+
 @pytest.mark.parametrize("foreign", ["t1/notes.txt", "t1/plots/a.png", "t1/chunk_00000.h5.bak", "t1"])
 def test_foreign_files_in_a_chunk_folder_fail_its_trajectory_and_stay_untouched(tmp_path, foreign):
     make_trajectory(tmp_path / "data" / "t2", stamp=2)

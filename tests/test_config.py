@@ -385,6 +385,26 @@ def test_a_cache_dir_that_holds_the_data_folder_is_refused(tmp_path: Path, cache
     assert "datasets.robot.cache_dir" in refusal(write(tmp_path, cache_dir=cache_dir))
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "blamed"),
+    [
+        ({"cache_dir": "c"}, {"cache_dir": "c/indoor"}, "outdoor"),
+        ({"cache_dir": "c/outdoor"}, {"cache_dir": "c"}, "indoor"),
+        ({"cache_dir": "c", "data_folder": "b"}, {"cache_dir": "e", "data_folder": "c/d"}, "outdoor"),
+    ],
+    ids=["a cache", "a cache, the other way round", "data"],
+)
+def test_a_cache_dir_that_holds_another_datasets_folder_is_refused(
+    tmp_path: Path, one: dict, other: dict, blamed: str
+) -> None:
+    path = tmp_path / "config.yaml"
+    datasets = {"indoor": {"data_folder": "a", **one}, "outdoor": {"data_folder": "b", **other}}
+    path.write_text(yaml.safe_dump({"datasets": datasets}))
+    message = refusal(path)
+    assert ".cache_dir" in message
+    assert f"of {blamed}" in message
+
+
 @pytest.mark.parametrize("cache_dir", ["data/cache", "data2", "dat", "data_cache/deep"])
 def test_a_cache_dir_beside_or_below_the_data_folder_is_fine(tmp_path: Path, cache_dir: str) -> None:
     assert load(tmp_path, cache_dir=cache_dir).cache_dir == tmp_path / cache_dir

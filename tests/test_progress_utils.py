@@ -231,8 +231,10 @@ def test_reset_empties_the_record_and_keeps_the_old_one(tmp_path):
 
 def test_reset_sets_an_unusable_record_aside(tmp_path):
     (tmp_path / "progress.json").write_bytes(b'{"half": ')
+    (tmp_path / "progress.json.bak").write_bytes(b"a good one")
     assert run_utils("reset", "--cache-dir", tmp_path, "--yes").returncode == 0
     check_reset(tmp_path, b'{"half": ', dataset_name=None)
+    assert (tmp_path / "progress.json.bak").read_bytes() == b"a good one"
 
 
 def test_two_resets_within_a_second_keep_both_records(tmp_path, monkeypatch):
@@ -426,7 +428,6 @@ UNUSABLE: dict[str, Any] = {
     "null": None,
     "no version": without(record(), "format_version"),
     "an older layout": {"completed_trajectories": ["a"], "failed_trajectories": [], "total_chunks": 1},
-    "a newer version": record(format_version=2),
     "version 0": record(format_version=0),
     **{f"no {key}": without(record(1), key) for key in sorted(KEYS)},
     **{f"{key} of a wrong type": with_wrong_type(key) for key in sorted(KEYS)},
@@ -474,6 +475,19 @@ def test_an_unusable_record_stops_everything_with_the_way_out_and_nothing_change
     assert outcome.code == 2
     check_way_out(cache_dir, outcome.err)
     assert without(tree(cache_dir), ".lock") == {"progress.json": data}
+
+
+def test_a_newer_record_stops_everything_and_asks_for_a_newer_program(tmp_path, run_here, capsys):
+    make_trajectory(tmp_path / "data" / "a", 3)
+    cache_dir = tmp_path / "data" / "dino_cache_small"
+    cache_dir.mkdir()
+    text = json.dumps({**record(), "format_version": 2, "unheard of": 1})
+    (cache_dir / "progress.json").write_text(text)
+    assert progress_utils.main(["show", "--cache-dir", str(cache_dir)]) == 2
+    for message in (capsys.readouterr().err, run_here(write_config(tmp_path / "c.yaml", tmp_path / "data")).err):
+        assert f"{cache_dir / 'progress.json'}: format_version is 2, this program knows 1" in message
+        assert "Update the program" in message
+    assert (cache_dir / "progress.json").read_text() == text
 
 
 def check_way_out(cache_dir: Path, message: str) -> None:

@@ -1062,6 +1062,25 @@ def test_one_refusal_starts_nothing(pair, run_here, encoders, spoil):
     assert not pair["lab"].cache.exists() or set(tree(pair["lab"].cache)) <= {".lock"}
 
 
+def test_a_rebuild_of_two_datasets_stopped_in_the_first_is_finished_by_a_plain_run(pair, run_here, encoders):
+    for robot in pair.values():
+        robot.add("t0", "t1")
+    config = pair["lab"].config
+    assert run_here(config).code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StampEncoder, "encode", failing_encode)
+        assert run_here(config, "--force-rebuild").code == 3
+    assert [read_progress(robot.cache)["completed_trajectories"] for robot in pair.values()] == [[], []]
+    encoders.clear()
+    assert run_here(config).code == 0
+    assert frames_encoded(encoders) == 4 * FRAMES
+    assert [read_progress(robot.cache)["rebuild_started"] for robot in pair.values()] == [None, None]
+
+
+def failing_encode(self: StampEncoder, pixels: Any) -> None:
+    raise RuntimeError("CUDA error: unspecified launch failure")
+
+
 def test_one_held_cache_starts_nothing(pair, run_here, encoders):
     for robot in pair.values():
         robot.add("t0")

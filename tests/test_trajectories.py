@@ -74,6 +74,11 @@ def names(data: Path) -> list[str]:
     return [trajectory.name for trajectory in find_trajectories(data)]
 
 
+def make_folder(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
+
+
 def make_poses(folder: Path) -> Path:
     """A folder that is a trajectory to the walk, which looks at no frame."""
     folder.mkdir(parents=True)
@@ -148,6 +153,25 @@ def test_a_cache_inside_its_data_folder_is_never_read_as_data(data: Path, run_he
     assert names(data) == ["t"]
 
 
+def test_folders_with_frames_and_no_pose_file_are_named_and_fail_nothing(data: Path, run_data: Callable) -> None:
+    make_trajectory(data / "t")
+    for name in ("a/bare", "a/bare/deeper", "plots"):
+        write_frame(make_folder(data / name) / "0.png", 0, 0)
+    write_frame(make_folder(data / "figures") / "overview.png", 0, 0)
+    outcome = run_data()
+    assert outcome.code == 0
+    assert "3 folders hold frames but no pose file, left out: a/bare, a/bare/deeper, plots" in outcome.err
+    (data.parent / "split.txt").write_text("a/bare\n")  # asked for by name, it is a broken trajectory
+    assert run_data(split=data.parent / "split.txt").code == 1
+    assert "no pose file" in read_progress(data.parent / "cache")["failures"]["a/bare"]["reason"]
+
+
+def test_lost_and_found_is_the_filesystems_and_never_searched(data: Path) -> None:
+    make_poses(data / "lost+found" / "t")
+    make_poses(data / "t")
+    assert names(data) == ["t"]
+
+
 def test_another_programs_progress_json_hides_no_trajectory(data: Path) -> None:
     for folder in (data, data / "downloaded"):
         make_poses(folder / "t")
@@ -187,8 +211,16 @@ def test_a_data_folder_without_trajectories_is_refused(data: Path, run_data: Cal
 
 @pytest.mark.parametrize(
     "text",
-    [b"a\nn/c\n", b"a\nn/c", b"\r\na\r\n\r\nn/c\r\n", b"  a \n\t\nn/c\n\n\n", b"n/c\na\na\n", b"n/c/\na/\n"],
-    ids=["plain", "no last newline", "CRLF and blank lines", "spaces", "twice", "slashes"],
+    [
+        b"a\nn/c\n",
+        b"a\nn/c",
+        b"\r\na\r\n\r\nn/c\r\n",
+        b"  a \n\t\nn/c\n\n\n",
+        b"n/c\na\na\n",
+        b"n/c/\na/\n",
+        b"\xef\xbb\xbfa\nn/c\n",
+    ],
+    ids=["plain", "no last newline", "CRLF and blank lines", "spaces", "twice", "slashes", "byte order mark"],
 )
 def test_a_split_selects_its_names(data: Path, run_data: Callable, text: bytes) -> None:
     for stamp, name in enumerate(("a", "b", "n/c", "n/d")):
@@ -301,6 +333,7 @@ POSES: dict[str, Callable[[Path], None]] = {
     "tuples": lambda folder: write_poses(folder, tuple(map(tuple, POSITION.tolist())), tuple(YAW.tolist())),
     "a list of arrays": lambda folder: write_poses(folder, list(POSITION), list(YAW)),  # arrays and numpy scalars
     "three columns": lambda folder: write_poses(folder, np.hstack([POSITION, HEIGHT]), YAW),
+    "unknown heights": lambda folder: write_poses(folder, np.hstack([POSITION, HEIGHT * math.nan]), YAW),
     "lists of seven": lambda folder: write_poses(folder, np.hstack([POSITION, *5 * [HEIGHT]]).tolist(), YAW),
     "yaw (T, 1)": lambda folder: write_poses(folder, POSITION, YAW[:, None]),
     "yaw [[a], [b]]": lambda folder: write_poses(folder, POSITION, YAW[:, None].tolist()),
@@ -427,6 +460,8 @@ FAILURES: dict[str, tuple[Callable[[Path], object], list[str]]] = {  # how to br
     "yaw -inf": (lambda bad: write_poses(bad, POSITION, with_value(YAW, 19, -math.inf)), [PKL, "yaw", "19", "-inf"]),
     "NaN in JSON": (lambda bad: write_json(bad, as_json(POSITION, with_value(YAW, 3, math.nan))),
                     [JSON, "yaw", "3", "nan"]),
+    "a glitch": (lambda bad: write_poses(bad, with_value(POSITION, (7, 1), -1.01e8), YAW),
+                 [PKL, "position", "7, 1", "-101000000.0", "1e+08"]),
     # frames and poses
     "one frame too few": (lambda bad: (bad / "19.png").unlink(), ["bad", "19 frames", "20 poses", "traj_data.pkl"]),
     "one frame too many": (lambda bad: write_frame(bad / "20.png", 0, 20), ["bad", "21 frames", "20 poses"]),
@@ -476,7 +511,10 @@ def test_moving_exactly_the_minimum_is_enough(data: Path, run_data: Callable, le
     assert read_progress(data.parent / "cache")["failed_trajectories"] == ["t"] * code
 
 
-RESERVED = ["progress.json", "progress.json.bak", "dino_cache.log", ".lock", ".lock.owner", ".staging", ".staging/t"]
+RESERVED = [
+    *("progress.json", "progress.json.bak", "progress.json.reset-20220110-153045/t", "Progress.JSON", "dino_cache.log"),
+    *(".lock", ".lock.owner", ".staging", ".staging/t"),
+]
 
 
 @pytest.mark.parametrize("name", RESERVED)
@@ -489,6 +527,15 @@ def test_a_name_that_collides_with_the_caches_own_files_fails(data: Path, run_da
     assert sorted(progress["completed_trajectories"]) == ["good", "nested/good"]
     assert list(progress["failures"]) == [name]
     assert name in progress["failures"][name]["reason"]
+
+
+@pytest.mark.parametrize("name", ["progress.jsonl", ".lockers/t", "dino_cache.log2", "a/progress.json", "t.tmp"])
+def test_a_name_that_only_resembles_the_caches_own_files_is_fine(data: Path, run_data: Callable, name: str) -> None:
+    make_trajectory(data / name, COUNT, stamp=2)
+    assert run_data().code == 0
+    os.utime(data / name / "traj_data.pkl", (1, 1))
+    assert run_data().code == 0  # nor does a later run's tidying touch it
+    assert check_stamps(data.parent / "cache", name, 2) >= COUNT
 
 
 def make_or_skip(folder: Path) -> Path:
