@@ -36,6 +36,7 @@ import contextlib
 import difflib
 import errno
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import io
@@ -72,6 +73,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tqdm import tqdm
 
 from progress_utils import (
+    GC_THRESHOLDS,
     LOCK_FILE,
     LOCK_OWNER_FILE,
     PROGRESS_FILE,
@@ -120,7 +122,8 @@ MODEL_NAMES = {
 }
 RANDOM_WEIGHTS_SEED = 0
 
-ASSESSED_TOGETHER = 64  # trajectories that one thread compares with the record at a time
+MEASURED_ITEMS = 64  # trajectories after which it is known whether their files are slow; a thread's share, if so
+FILE_THREADS = 16  # that wait for slow files
 PLANS_AHEAD = 16  # trajectories whose poses are read before their frames are wanted
 BATCHES_TO_WRITE = 2  # encoded batches that may wait for the disk
 MAX_FILE_BYTES = 1 << 29  # a pose or frame file larger than this is refused unread
@@ -472,7 +475,7 @@ def find_trajectories(data_folder: Path, frame_pattern: str = FRAME_PATTERN) -> 
             f"data_folder {data_folder} is itself a trajectory (it holds {found.pose_file}); data_folder is the folder "
             "above the trajectories"
         )
-    yield from _walk(data_folder, "", found.subfolders, (os.path.realpath(data_folder),), pattern)
+    yield from _walk(str(data_folder), "", found.subfolders, (os.path.realpath(data_folder),), pattern)
 
 
 class _Folder(NamedTuple):
@@ -483,7 +486,9 @@ class _Folder(NamedTuple):
     subfolders: Sequence[str] = ()
 
 
-def _look_into(folder: Path, frame_pattern: re.Pattern[str]) -> _Folder:
+def _look_into(folder: str | Path, frame_pattern: re.Pattern[str]) -> _Folder:
+    if os.path.lexists(f"{folder}/{POSE_FILES[0]}"):  # the usual case, without listing all frames
+        return _Folder(POSE_FILES[0])
     with os.scandir(folder) as entries:
         by_name = {entry.name: entry for entry in entries}
     if pose_file := _first_pose_file(by_name):
@@ -508,17 +513,17 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _walk(
-    folder: Path, prefix: str, subfolders: Sequence[str], ancestors: tuple[str, ...], frame_pattern: re.Pattern[str]
+    folder: str, prefix: str, subfolders: Sequence[str], ancestors: tuple[str, ...], frame_pattern: re.Pattern[str]
 ) -> Iterator[Trajectory]:
     for name in subfolders:
-        child, child_name = folder / name, prefix + name
+        child, child_name = f"{folder}/{name}", prefix + name
         try:
             found = _look_into(child, frame_pattern)
         except OSError:
-            yield Trajectory(_printable(child_name), child)
+            yield Trajectory(_printable(child_name), Path(child))
             continue
         if found.pose_file or found.has_frames:
-            yield Trajectory(_printable(child_name), child, lacks_poses=not found.pose_file)
+            yield Trajectory(_printable(child_name), Path(child), lacks_poses=not found.pose_file)
         if found.subfolders:
             real = os.path.realpath(child)
             if real not in ancestors:
@@ -527,7 +532,7 @@ def _walk(
 
 def _printable(name: str) -> str:
     """The name itself if it is UTF-8; else one that can be printed and recorded, and that check_name refuses."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return name if name.isascii() else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def read_split(path: Path) -> list[str]:
@@ -556,14 +561,15 @@ def list_trajectory(trajectory: Trajectory, frame_pattern: str) -> TrajectoryLis
     Raises:
         OSError: the folder cannot be listed.
     """
-    pattern = re.compile(frame_pattern)
+    fullmatch = re.compile(frame_pattern).fullmatch
     frames, names = [], set()
     with os.scandir(trajectory.folder) as entries:
         for entry in entries:
-            names.add(entry.name)
-            match = pattern.fullmatch(entry.name)
-            if match and match[1] and match[1].isdecimal():
-                frames.append(FrameFile(int(match[1]), entry.name, _regular_size(entry)))
+            name = entry.name
+            names.add(name)
+            match = fullmatch(name)
+            if match is not None and (number := match[1]) and number.isdecimal():
+                frames.append(FrameFile(int(number), name, _regular_size(entry)))
     return TrajectoryListing(trajectory, _first_pose_file(names), sorted(frames))
 
 
@@ -601,13 +607,16 @@ def trajectory_checksum(listing: TrajectoryListing, kind: ChecksumKind) -> str:
     Frames that frame_stride skips count too. Raises OSError where a file cannot be read.
     """
     digest = hashlib.sha256(kind.encode())
+    folder = os.fspath(listing.trajectory.folder)
     if listing.pose_file is not None:
         digest.update(listing.pose_file.encode())
-        digest.update(read_file(f"{listing.trajectory.folder}/{listing.pose_file}"))
-    for frame in listing.frames:
-        digest.update(f"\n{frame.file_name}\n{frame.size}\n".encode("utf-8", "surrogateescape"))
-        if kind == "content" and frame.size >= 0:
-            digest.update(read_file(f"{listing.trajectory.folder}/{frame.file_name}"))
+        digest.update(read_file(f"{folder}/{listing.pose_file}"))
+    names_and_sizes = "".join(f"\n{frame.file_name}\n{frame.size}\n" for frame in listing.frames)
+    digest.update(names_and_sizes.encode("utf-8", "surrogateescape"))
+    if kind == "content":
+        for frame in listing.frames:
+            if frame.size >= 0:
+                digest.update(read_file(f"{folder}/{frame.file_name}"))
     return digest.hexdigest()[:16]
 
 
@@ -2241,15 +2250,26 @@ def prepare_dataset(config: DatasetConfig, stop: StopRequest) -> PreparedDataset
     trajectories = selection.trajectories
     refuse_case_collisions(config.cache_dir, trajectories)
     dataset = PreparedDataset(config, progress, selection)
-    with _pool(available_cores(), "assess") as pool:
-        check = functools.partial(
-            assess, progress=progress, store=dataset.store, spec=config.spec, options=config.options
-        )
-        groups = [trajectories[i : i + ASSESSED_TOGETHER] for i in range(0, len(trajectories), ASSESSED_TOGETHER)]
-        for standings in prefetch(lambda group: [check(trajectory) for trajectory in group], groups, pool, PLANS_AHEAD):
-            stop.check()
-            dataset.standings += standings
+    check = functools.partial(assess, progress=progress, store=dataset.store, spec=config.spec, options=config.options)
+    for standing in map_files(check, trajectories):
+        stop.check()
+        dataset.standings.append(standing)
     return dataset
+
+
+def map_files(function: Callable[[Item], Result], items: list[Item]) -> Iterator[Result]:
+    """`function` of each item, in order; in threads where the files that it reads make it wait, as a network's do. A
+    local disk's answer so fast that threads would only contend for the interpreter's lock, at twice the time."""
+    first, rest = items[:MEASURED_ITEMS], items[MEASURED_ITEMS:]
+    wall_s, work_s = time.perf_counter(), time.thread_time()
+    yield from [function(item) for item in first]
+    if time.perf_counter() - wall_s < 2 * (time.thread_time() - work_s):
+        yield from map(function, rest)
+        return
+    with _pool(FILE_THREADS, "files") as pool:
+        groups = [rest[i : i + MEASURED_ITEMS] for i in range(0, len(rest), MEASURED_ITEMS)]
+        for results in prefetch(lambda group: [function(item) for item in group], groups, pool, 2 * FILE_THREADS):
+            yield from results
 
 
 def open_progress(config: DatasetConfig) -> Progress:
@@ -2816,6 +2836,7 @@ def log_file(cache_dir: Path) -> Iterator[None]:
 
 def set_up_process() -> None:
     """Console output, and as many open files as the system grants: overlapping chunks are open together."""
+    gc.set_threshold(*GC_THRESHOLDS)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
     LOG.setLevel(logging.INFO)

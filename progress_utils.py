@@ -28,6 +28,7 @@ import argparse
 import calendar
 import contextlib
 import functools
+import gc
 import itertools
 import json
 import os
@@ -56,6 +57,7 @@ PROGRESS_FORMAT_VERSION = 1
 SAVE_SHARE = 0.02  # saves may take this share of a run's time before they are spaced
 READABLE_ENTRIES = 1000  # up to here progress.json is indented; json's indenting encoder is 10 times slower
 SHOWN_FAILURES = 10
+GC_THRESHOLDS = (100_000, 20, 100)  # a large record is a million objects, not to be looked through every 700 new ones
 
 
 def chunk_file_name(index: int) -> str:
@@ -986,6 +988,7 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    gc.set_threshold(*GC_THRESHOLDS)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a cron job's locale may have no emoji
     try:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -1090,3 +1091,32 @@ def test_one_held_cache_starts_nothing(pair, run_here, encoders):
     assert encoders == []
     assert set(tree(pair["lab"].cache)) <= {".lock"}
     assert progress_utils.main(["show", "--cache-dir", str(pair["lab"].cache)]) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looking at many files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wait_s", [0, 0.0005], ids=["a quick disk", "a slow one"])
+@pytest.mark.parametrize("count", [0, 1, 64, 65, 300])
+def test_map_files_gives_every_result_in_order(count, wait_s):
+    threads = set()
+
+    def square(number: int) -> int:
+        threads.add(threading.get_ident())
+        time.sleep(wait_s)
+        return number * number
+
+    assert list(dino_cache.map_files(square, list(range(count)))) == [number * number for number in range(count)]
+    assert (len(threads) > 1) == (wait_s > 0 and count > 64)
+
+
+def test_map_files_raises_in_the_place_of_the_result():
+    def fail_at_200(number: int) -> int:
+        time.sleep(0.0005)
+        return 1 // (200 - number)
+
+    results = dino_cache.map_files(fail_at_200, list(range(300)))
+    with pytest.raises(ZeroDivisionError):
+        list(results)
