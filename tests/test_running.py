@@ -1105,11 +1105,13 @@ def test_map_files_gives_every_result_in_order(count, wait_s):
 
     def square(number: int) -> int:
         threads.add(threading.get_ident())
-        time.sleep(wait_s)
+        if wait_s:
+            time.sleep(wait_s)
         return number * number
 
     assert list(dino_cache.map_files(square, list(range(count)))) == [number * number for number in range(count)]
-    assert (len(threads) > 1) == (wait_s > 0 and count > 64)
+    if wait_s and count > 64:  # the other way round, a busy machine may make any function look slow
+        assert len(threads) > 1
 
 
 def test_map_files_raises_in_the_place_of_the_result():
