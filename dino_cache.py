@@ -93,6 +93,7 @@ from progress_utils import (
     fsync_path,
     is_chunk_file,
     make_directories_durably,
+    printable,
 )
 
 if TYPE_CHECKING:
@@ -331,6 +332,7 @@ def _brief(value: Any) -> str:
     """A value in a message. YAML anchors can make a few lines of a file print as gigabytes."""
     brief = reprlib.Repr()
     brief.maxstring = brief.maxother = 200
+    brief.maxlevel = 2
     return brief.repr(value)
 
 
@@ -486,6 +488,9 @@ class _Folder(NamedTuple):
     subfolders: Sequence[str] = ()
 
 
+_OF_A_CACHE = (PROGRESS_FILE, LOCK_FILE)  # files that, with the staging folder, tell a cache of this tool
+
+
 def _look_into(folder: str | Path, frame_pattern: re.Pattern[str]) -> _Folder:
     if os.path.lexists(f"{folder}/{POSE_FILES[0]}"):  # the usual case, without listing all frames
         return _Folder(POSE_FILES[0])
@@ -493,7 +498,7 @@ def _look_into(folder: str | Path, frame_pattern: re.Pattern[str]) -> _Folder:
         by_name = {entry.name: entry for entry in entries}
     if pose_file := _first_pose_file(by_name):
         return _Folder(pose_file)
-    if PROGRESS_FILE in by_name and STAGING_FOLDER in by_name and LOCK_FILE in by_name:  # a cache of this tool
+    if STAGING_FOLDER in by_name and all(name in by_name and by_name[name].is_file() for name in _OF_A_CACHE):
         return _Folder(None)
     subfolders = [name for name in sorted(by_name) if name != "lost+found" and _is_folder(by_name[name])]
     return _Folder(None, any(map(frame_pattern.fullmatch, by_name)), subfolders)
@@ -538,10 +543,10 @@ def _printable(name: str) -> str:
 def read_split(path: Path) -> list[str]:
     """Trajectory names of a traj_names.txt: one a line; blank lines and CRLF are tolerated."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()  # a byte order mark is Windows' way to say UTF-8
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a byte order mark is Windows' way to say UTF-8
     except (OSError, UnicodeDecodeError) as error:
         raise RefusedError(f"split {path}: cannot read it: {error}") from error
-    return [line.strip().strip("/") for line in lines if line.strip()]
+    return [line.strip().rstrip("/") for line in lines if line.strip()]
 
 
 def check_name(trajectory: Trajectory) -> None:
@@ -644,11 +649,25 @@ class _PoseUnpickler(pickle.Unpickler):
     """Admits numpy arrays, numpy scalars and plain containers. Pose files come from strangers: nothing else is even
     looked up, and what numpy's own rebuilding calls are given is checked before they allocate."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def __init__(self, data: bytes):
+        super().__init__(io.BytesIO(data))
+        self._text_left = len(data)
+
+    def find_class(self, module: str, name: str) -> _Rebuild:
         module = module.replace("numpy.core", "numpy._core")  # as numpy 1 wrote it
+        if (module, name) == ("_codecs", "encode"):
+            return _Rebuild(self._encode_latin1)
         if (module, name) not in _PICKLE_GLOBALS:
             raise InputError(f"it asks for {module}.{name}; only numpy arrays, numbers and plain containers are read")
-        return _PICKLE_GLOBALS[module, name]
+        return _Rebuild(_PICKLE_GLOBALS[module, name])
+
+    def _encode_latin1(self, text: str, encoding: str) -> bytes:
+        """_codecs.encode as protocols 0 to 2 use it for bytes. Other codecs could inflate or execute; so could one text
+        encoded again and again."""
+        self._text_left -= len(text)
+        if encoding != "latin1" or self._text_left < 0:
+            raise InputError(f"it asks for the codec {reprlib.repr(encoding)}, or for more text than it holds")
+        return text.encode("latin1")
 
     def persistent_load(self, pid: Any) -> Any:
         raise InputError("it asks for an object outside the file")
@@ -659,11 +678,23 @@ def _unpickle_poses(data: bytes) -> Any:
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
             raise InputError(f"memo index {argument} in {len(data)} bytes")
-    return _PoseUnpickler(io.BytesIO(data)).load()
+    return _PoseUnpickler(data).load()
 
 
-class _ArrayType:
-    """Stands for numpy.ndarray in a pickle: named there, never called."""
+class _Rebuild:
+    """A call that a pickle may make. Without attributes, and without the state that a pickle may give to anything it
+    names: set on a function, it would change the program and outlive the file."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise InputError("it gives a function a state")
 
 
 class _NumberType:
@@ -711,20 +742,17 @@ def _scalar(number_type: Any, data: Any) -> Any:
     return _array_from_buffer(data, number_type, (1,), "C")[0]
 
 
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    """_codecs.encode as protocols 0 to 2 use it for bytes; other codecs could inflate or execute."""
-    if encoding != "latin1":
-        raise InputError(f"it asks for the codec {encoding!r}")
-    return text.encode("latin1")
+def _array_type(*_: Any) -> Any:
+    """numpy.ndarray: named as an argument of _reconstruct, never called."""
+    raise InputError("it makes an array of its own")
 
 
-_PICKLE_GLOBALS: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): _ArrayType,
+_PICKLE_GLOBALS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("numpy", "ndarray"): _array_type,
     ("numpy", "dtype"): _NumberType,
     ("numpy._core.multiarray", "_reconstruct"): _empty_array,
     ("numpy._core.multiarray", "scalar"): _scalar,
     ("numpy._core.numeric", "_frombuffer"): _array_from_buffer,
-    ("_codecs", "encode"): _encode_latin1,
 }
 
 
@@ -761,7 +789,7 @@ def read_poses(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     except OSError:
         raise
     except Exception as error:  # hostile bytes can raise anything; whatever it is, this file is not poses
-        raise InputError(f"{where}: cannot read poses: {error or type(error).__name__}") from error
+        raise InputError(f"{where}: cannot read poses: {str(error) or type(error).__name__}") from error
     if isinstance(poses, dict):
         poses = {key: _rebuilt(value) for key, value in poses.items() if isinstance(key, str)}
     else:
@@ -802,24 +830,30 @@ def _pose_array(where: str, poses: dict[str, Any], key: str) -> np.ndarray:
         raise InputError(f"{where}: has no {key}; its keys are {', '.join(map(str, poses))[:200]}")
     try:
         values = np.asarray(_plain_rows(poses[key]))
-    except ValueError as error:  # rows of unequal length
+    except (ValueError, OverflowError) as error:  # rows of unequal length, numbers too large
         raise InputError(f"{where}: {key}: {error}") from error
     if values.dtype.kind not in "iuf":
         raise InputError(f"{where}: {key} holds {values.dtype} values, expected numbers")
+    if not 0 < values.size <= MAX_POSE_NUMBERS:
+        raise InputError(f"{where}: {key} is {values.shape}: holds no poses, or too many")
     return values.astype(np.float64)
 
 
 def _plain_rows(values: Any) -> Any:
-    """The values themselves, unless they are nested lists that numpy would blow up: ten names for one list of ten names
-    for one list ... take few bytes in a pickle."""
+    """The values themselves, unless they are what numpy would blow up: ten names for one list of ten names for one list
+    ... or for one long text or array take few bytes in a file."""
     if not isinstance(values, list | tuple):
         return values
-    rows = [row if isinstance(row, list | tuple) else (row,) for row in values]
-    count = sum(map(len, rows))
+    rows = [row if isinstance(row, list | tuple | np.ndarray) else (row,) for row in values]
+    count = sum(row.size if isinstance(row, np.ndarray) else len(row) for row in rows)
     if count > MAX_POSE_NUMBERS:
         raise ValueError(f"holds {count} numbers")
-    if any(isinstance(number, list | tuple | dict | _PickledArray) for row in rows for number in row):
-        raise ValueError("is nested deeper than a list of rows")
+    for row in rows:
+        if isinstance(row, np.ndarray):
+            if row.ndim > 1:
+                raise ValueError("is nested deeper than a list of rows")
+        elif not_numbers := {type(number) for number in row if not isinstance(number, int | float | np.number)}:
+            raise ValueError(f"holds a {not_numbers.pop().__name__}; expected rows of numbers")
     return values
 
 
@@ -1358,8 +1392,8 @@ def storage_errors(cache_dir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(
-            f"{cache_dir}: cannot write: {error}. What is recorded is safe; free space or mend the disk, then run the "
-            "same command again"
+            f"{cache_dir}: cannot write: {error}. What is recorded is safe; free space, or mend the disk or its "
+            "permissions, then run the same command again"
         ) from error
 
 
@@ -1554,18 +1588,22 @@ class ChunkStore:
         try:
             with os.scandir(f"{self.cache_dir}/{name}") as entries:
                 return {entry.name: entry.stat().st_size for entry in entries}
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
+        except OSError as error:
+            if error.errno in (errno.ENOENT, *NAME_FAULTS):
+                return {}
+            raise
 
     def foreign_files(self, name: str) -> list[str]:
         """What lies where a trajectory's folder belongs and is not a chunk file: replacing the folder would lose it."""
         try:
             with os.scandir(self.folder(name)) as entries:
                 return sorted(entry.name for entry in entries if not (is_chunk_file(entry.name) and entry.is_file()))
-        except FileNotFoundError:
-            return []
         except NotADirectoryError:
             return [name]
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
+                return []
+            raise
 
     def publish(self, staged: Path, name: str, before_replacing: Callable[[str], None]) -> Path | None:
         """Make a staged folder a trajectory's final one, durably; returns where the folder replaced lies now.
@@ -1918,7 +1956,7 @@ def _device_errors() -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         raise DeviceError(
-            f"the encoder failed: {error or type(error).__name__}. Nothing was blamed on a trajectory"
+            f"the encoder failed: {str(error) or type(error).__name__}. Nothing was blamed on a trajectory"
         ) from error
 
 
@@ -2817,7 +2855,7 @@ class ConsoleHandler(logging.Handler):
     """Messages without tracebacks, past the progress bar: information to stdout, warnings and errors to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(record.getMessage(), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout)
+        tqdm.write(printable(record.getMessage()), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout)
         sys.stdout.flush()
 
 
@@ -2831,7 +2869,8 @@ def log_file(cache_dir: Path) -> Iterator[None]:
         yield
     finally:
         LOG.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):  # a full disk: what is buffered cannot be written
+            handler.close()
 
 
 def set_up_process() -> None:

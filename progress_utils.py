@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import calendar
 import contextlib
+import errno
 import functools
 import gc
 import itertools
@@ -73,9 +74,15 @@ def is_chunk_file(name: str) -> bool:
 def chunk_folders(cache_dir: Path) -> Iterator[str]:
     """Names of trajectories that have chunk files here, recorded or not."""
     for folder, subfolders, files in os.walk(cache_dir):
-        subfolders[:] = sorted(name for name in subfolders if name != STAGING_FOLDER)
+        is_top = Path(folder) == cache_dir
+        subfolders[:] = sorted(name for name in subfolders if not (is_top and name == STAGING_FOLDER))
         if any(map(is_chunk_file, files)):
             yield Path(folder).relative_to(cache_dir).as_posix()
+
+
+def printable(text: str) -> str:
+    """A text for the terminal: names come from strangers' data, control characters in them do not reach it."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
 
 
 def available_cores() -> int:
@@ -192,8 +199,12 @@ def cache_lock(cache_dir: Path) -> Iterator[None]:
     owner = cache_dir / LOCK_OWNER_FILE
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     try:
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+        try:
             owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started}))
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise RefusedError(f"{owner}: cannot write: {error.strerror}. Make the folder writable") from error
+            # else a full disk, say: the lock holds without a name
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -338,10 +349,10 @@ class Progress:
             data = json.loads(path.read_bytes().decode("utf-8"))
             _refuse_newer(path, data)
             _check_progress(data)
-        except FileNotFoundError:
-            return None
         except OSError as error:
-            raise RefusedError(f"{path}: cannot read: {error}") from error
+            if isinstance(error, FileNotFoundError) and not path.is_symlink():
+                return None
+            raise RefusedError(f"{path}: cannot read: {error.strerror}. {_ways_out(cache_dir)}") from error
         except (ValueError, TypeError, RecursionError) as error:
             raise RefusedError(f"{path}: not a usable progress record: {error}. {_ways_out(cache_dir)}") from error
         progress = cls(cache_dir, data["dataset_name"])
@@ -544,7 +555,7 @@ def _print_failures(failures: dict[str, Failure], show_all: bool) -> None:
     print(f"❌ Failed Trajectories ({len(failures)}):")
     shown = len(failures) if show_all else SHOWN_FAILURES
     for name, failure in list(failures.items())[:shown]:
-        print(f"  - {name}: {failure['reason']}")
+        print(printable(f"  - {name}: {failure['reason']}"))
     if len(failures) > shown:
         print(f"  ... and {len(failures) - shown} more")
 
@@ -567,7 +578,7 @@ def find_caches(root: Path) -> Iterator[Path]:
     """Folders below `root` that hold a progress.json, in order; nothing below one of them is searched."""
     for folder, subfolders, files in os.walk(root):
         subfolders.sort()
-        if PROGRESS_FILE in files:
+        if PROGRESS_FILE in files or PROGRESS_FILE in subfolders:
             subfolders.clear()
             yield Path(folder)
 
@@ -769,7 +780,7 @@ def _print_findings(progress: Progress, findings: list[Finding], *, deep: bool, 
     if len(progress.fingerprints) > 1:
         print(f"Note: mixed cache: made with {len(progress.fingerprints)} different configurations")
     for finding in findings:
-        print(f"  {finding.kind}: {finding.path}: {finding.reason}")
+        print(printable(f"  {finding.kind}: {finding.path}: {finding.reason}"))
     if not findings:
         print("Sound")
     elif any(finding.kind == "unrecorded" for finding in findings):
