@@ -18,6 +18,7 @@ The output, one folder a trajectory, one HDF5 file a chunk of travelled distance
         patch_tokens        (L, h, w, D) float16   yaw                 (L,) float64 [rad]
         register_tokens     (L, R, D) float16      frame_index         (L,) int64, row of the source's poses
         (those asked for)                          travelled_distance  (L,) float64 [m] from frame 0
+    Its first 512 bytes (HDF5's user block) hold a digest of all bytes that are no dataset's; each dataset has its own.
 
 What is guaranteed: a file under a final name is complete and was forced to the disk before it was recorded; a killed
 run loses the work in flight and nothing else; a broken trajectory fails alone, with its reason; changed data is redone;
@@ -64,7 +65,7 @@ from collections.abc import Callable, Container, Hashable, Iterable, Iterator, S
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple, Protocol, TypeVar
 
 import h5py
 import numpy as np
@@ -110,6 +111,7 @@ FORMAT = "dino_cache"
 FORMAT_VERSION = 1
 LOG_FILE = "dino_cache.log"
 OWN_NAMES = (PROGRESS_FILE, LOG_FILE, LOCK_FILE, LOCK_OWNER_FILE, STAGING_FOLDER)  # in a cache folder
+READ_BLOCK_BYTES = 1 << 24  # of a chunk file at a time
 CHUNK_OVERHEAD_BYTES = 12_000  # of an HDF5 file beside its datasets' bytes: headers and attributes, about
 
 POSE_FILES = ("traj_data.pkl", "traj_data.json", "traj_data.npz")  # the first one found is taken
@@ -1416,6 +1418,20 @@ def attributes_digest(attributes: dict[str, Any], dataset_digests: dict[str, str
     return bytes_digest(content.encode()).hexdigest()
 
 
+SEAL_BYTES = 512  # HDF5's user block, before its own first byte
+
+
+def metadata_digest(file: BinaryIO, data: list[list[int]]) -> str:
+    """Digest over all bytes of a chunk file but the seal and its datasets', [offset, size] each, in order of offset."""
+    running, position = bytes_digest(json.dumps(data).encode()), SEAL_BYTES
+    for offset, size in [*data, [sys.maxsize, 0]]:
+        file.seek(position)
+        while block := file.read(min(READ_BLOCK_BYTES, max(0, offset - file.tell()))):
+            running.update(block)
+        position = offset + size
+    return running.hexdigest()
+
+
 class ChunkFile(io.FileIO):
     """A new file for HDF5 to write, whose write errors wait in `error`: HDF5 brings the process down when it cannot
     write what it still holds while it closes."""
@@ -1455,7 +1471,7 @@ class ChunkWriter:
         self._plan, self._chunk_index, self._label = plan, chunk_index, label
         self._span = plan.spans[chunk_index]
         self._raw = ChunkFile(self._path, "x+")
-        self._file = h5py.File(self._raw, "w")
+        self._file = h5py.File(self._raw, "w", userblock_size=SEAL_BYTES)
         length = self._span.stop - self._span.start
         self._tokens = {
             name: self._file.create_dataset(
@@ -1491,7 +1507,12 @@ class ChunkWriter:
             self._file[name].attrs["digest"] = digest
         attributes = self._attributes()
         self._file.attrs.update({**attributes, "attributes_digest": attributes_digest(attributes, digests)})
+        data = sorted([dataset.id.get_offset(), dataset.nbytes] for dataset in self._file.values())
         self._file.close()
+        self._raw.check()
+        seal = {"data": data, "digest": metadata_digest(self._raw, data)}
+        self._raw.seek(0)
+        self._raw.write(json.dumps(seal).encode().ljust(SEAL_BYTES))
         self._raw.check()
         os.fsync(self._raw.fileno())
         self._raw.close()
@@ -1572,6 +1593,8 @@ class ChunkStore:
         """Remove what an interrupted run left half-made."""
         for name in TEMPORARY_FILES:
             (self.cache_dir / name).unlink(missing_ok=True)
+        if self._staging.is_symlink():
+            self._staging.unlink()  # what it points to is not ours
         if self._staging.exists():
             shutil.rmtree(self._staging)
         self._staging.mkdir()
@@ -1669,7 +1692,6 @@ class ChunkHeader(NamedTuple):
 
 POSE_SHAPES = {"position": (2,), "yaw": (), "frame_index": (), "travelled_distance": ()}
 POSE_TYPES = {"position": "<f8", "yaw": "<f8", "frame_index": "<i8", "travelled_distance": "<f8"}
-READ_BLOCK_BYTES = 1 << 24
 
 
 def read_chunk_header(path: Path, *, deep: bool) -> ChunkHeader:
@@ -1680,6 +1702,7 @@ def read_chunk_header(path: Path, *, deep: bool) -> ChunkHeader:
         OSError: the file cannot be read.
     """
     num_bytes = path.stat().st_size
+    _check_metadata(path)  # first: damaged metadata can crash HDF5, or keep it in a loop
     try:
         with h5py.File(path) as file:
             attributes = _plain_attributes(file.attrs)
@@ -1693,8 +1716,20 @@ def read_chunk_header(path: Path, *, deep: bool) -> ChunkHeader:
     return ChunkHeader(attributes, num_bytes)
 
 
+def _check_metadata(path: Path) -> None:
+    """Compare all bytes that are not a dataset's with the seal, HDF5 unasked."""
+    with open(path, "rb") as file:
+        try:
+            seal = json.loads(file.read(SEAL_BYTES))
+            intact = seal["digest"] == metadata_digest(file, seal["data"])
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise DamagedChunkError(f"has no seal: {error}") from error
+    if not intact:
+        raise DamagedChunkError("its structure or attributes do not match their digest")
+
+
 def _plain_attributes(attributes: h5py.AttributeManager) -> dict[str, Any]:
-    return {key: value if isinstance(value, str) else int(value) for key, value in attributes.items()}
+    return {key: value if isinstance(value, str) else value.item() for key, value in attributes.items()}
 
 
 def _check_attributes(attributes: dict[str, Any], dataset_digests: dict[str, str]) -> None:

@@ -694,13 +694,13 @@ def verify(cache_dir: Path, *, deep: bool, as_json: bool, repair: bool, yes: boo
         progress = load_or_refuse(cache_dir)
         findings = [*_check_recorded(progress, deep), *_find_unrecorded(progress), *_find_leftovers(cache_dir)]
         mixed = len(progress.fingerprints) > 1
+        if not as_json:
+            _print_findings(progress, findings, deep=deep, repair=repair)
+        repaired = repair and _repair(progress, findings, yes=yes)
         if as_json:
             report = {"cache_dir": str(cache_dir), "deep": deep, "sound": not findings, "mixed": mixed}
-            print(json.dumps({**report, "findings": [finding._asdict() for finding in findings]}, ensure_ascii=False))
-        else:
-            _print_findings(progress, findings, deep=deep, repair=repair)
-        if repair and findings:
-            _repair(progress, findings, yes=yes)
+            report |= {"repaired": repaired, "findings": [finding._asdict() for finding in findings]}
+            print(json.dumps(report, ensure_ascii=False))
     return 1 if findings else 0
 
 
@@ -761,8 +761,11 @@ def _find_unrecorded(progress: Progress) -> list[Finding]:
 
 def _find_leftovers(cache_dir: Path) -> list[Finding]:
     staging = cache_dir / STAGING_FOLDER
-    temporary = [cache_dir / name for name in TEMPORARY_FILES if (cache_dir / name).exists()]
-    paths = [*(sorted(staging.iterdir()) if staging.is_dir() else []), *temporary]
+    paths = [cache_dir / name for name in TEMPORARY_FILES if os.path.lexists(cache_dir / name)]
+    if staging.is_symlink():
+        paths.append(staging)  # what it points to is not ours
+    elif staging.is_dir():
+        paths += sorted(staging.iterdir())
     return [
         Finding("leftover", None, path.relative_to(cache_dir).as_posix(), "left by an interrupted run")
         for path in paths
@@ -789,26 +792,28 @@ def _print_findings(progress: Progress, findings: list[Finding], *, deep: bool, 
         )
 
 
-def _repair(progress: Progress, findings: list[Finding], *, yes: bool) -> None:
-    """Forget damaged trajectories, then remove leftovers; the next run does the rest."""
+def _repair(progress: Progress, findings: list[Finding], *, yes: bool) -> bool:
+    """Forget damaged trajectories, then remove leftovers; the next run does the rest. Says whether it did."""
     damaged = sorted({finding.trajectory for finding in findings if finding.kind in ("missing", "damaged")})
     leftovers = [progress.cache_dir / finding.path for finding in findings if finding.kind == "leftover"]
     if not damaged and not leftovers:
-        return
+        return False
     question = (
         f"Forget {len(damaged)} trajectories, so that the next run redoes them, and remove {len(leftovers)} leftovers?"
     )
     if not yes and not ask(question, otherwise="--yes"):
-        return
+        return False
     for name in damaged:
         progress.forget(name)
-    progress.save()
+    if damaged:
+        progress.save()
     for path in leftovers:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
     print(f"Forgot {len(damaged)} trajectories, removed {len(leftovers)} leftovers", file=sys.stderr)
+    return True
 
 
 def rebuild(cache_dir: Path, *, yes: bool) -> int:
@@ -816,7 +821,7 @@ def rebuild(cache_dir: Path, *, yes: bool) -> int:
     if not cache_dir.is_dir():
         raise RefusedError(f"{cache_dir}: no such folder; --cache-dir takes the folder that holds the chunks")
     with cache_lock(cache_dir):
-        _refuse_unfinished_rebuild(cache_dir)
+        old = _readable_record(cache_dir)
         names = list(chunk_folders(cache_dir))
         outcomes = _on_all_cores(functools.partial(read_trajectory, cache_dir), names, "Reading chunks")
         found = [outcome for outcome in outcomes if isinstance(outcome, FoundTrajectory)]
@@ -826,33 +831,41 @@ def rebuild(cache_dir: Path, *, yes: bool) -> int:
         if not found:
             raise RefusedError(f"{cache_dir}: no complete trajectory here to make a record from")
         progress = _progress_from(cache_dir, found)
+        if old is not None:
+            progress.elapsed_s = old.elapsed_s
+            progress.failures = {name: old.failures[name] for name in old.failures.keys() - progress.records.keys()}
         if len(progress.fingerprints) > 1:
             print(f"Mixed cache: made with {len(progress.fingerprints)} different configurations", file=sys.stderr)
-        old = cache_dir / PROGRESS_FILE
+        path = cache_dir / PROGRESS_FILE
         question = f"{cache_dir}: record {len(found)} trajectories, {progress.total_chunks} chunks?"
-        if old.exists():
+        if path.exists():
             question += " The present record is set aside."
         if not yes and not ask(question, otherwise="--yes"):
             return 2
-        if old.exists():
+        if path.exists():
             set_aside(cache_dir, "rebuild")
         _make_entries_durable(cache_dir, progress.records)
         progress.save(keep_old=False)
-    print(f"Rebuilt {old}: {len(found)} trajectories, {progress.total_chunks} chunks")
+    print(f"Rebuilt {path}: {len(found)} trajectories, {progress.total_chunks} chunks")
     return 1 if problems else 0
 
 
-def _refuse_unfinished_rebuild(cache_dir: Path) -> None:
-    """A record made from the chunks that are there would take those that are still to be redone for finished."""
+def _readable_record(cache_dir: Path) -> Progress | None:
+    """The record that is to be replaced, where it can be read.
+
+    Raises:
+        RefusedError: it says that a force_rebuild is under way; chunks still to be redone would be taken for finished.
+    """
     try:
         progress = Progress.load(cache_dir)
     except RefusedError:
-        return
+        return None
     if progress is not None and progress.rebuild_started is not None:
         raise RefusedError(
             f"{cache_dir}: its {PROGRESS_FILE} is sound, and a force_rebuild is under way: the next run goes on with "
             "it. To keep the chunks as they are instead, move the file away and give this command again"
         )
+    return progress
 
 
 def _make_entries_durable(cache_dir: Path, names: Iterable[str]) -> None:
@@ -926,6 +939,7 @@ def _progress_from(cache_dir: Path, found: list[FoundTrajectory]) -> Progress:
 def _on_all_cores(function: Callable[[Any], Any], tasks: list[Any], title: str) -> list[Any]:
     """`function` of each task, in order, in worker processes, with a progress bar on a terminal."""
     from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
 
     from tqdm import tqdm
 
@@ -933,8 +947,11 @@ def _on_all_cores(function: Callable[[Any], Any], tasks: list[Any], title: str) 
     workers = min(available_cores(), len(tasks))
     if workers <= 1:
         return list(bar(map(function, tasks)))
-    with ProcessPoolExecutor(workers) as pool:
-        return list(bar(pool.map(function, tasks, chunksize=max(1, min(64, len(tasks) // (4 * workers))))))
+    try:
+        with ProcessPoolExecutor(workers) as pool:
+            return list(bar(pool.map(function, tasks, chunksize=max(1, min(64, len(tasks) // (4 * workers))))))
+    except BrokenProcessPool as error:
+        raise RefusedError("a worker process was killed, for want of memory perhaps; nothing was changed") from error
 
 
 # ======================================================================================================================

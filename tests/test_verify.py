@@ -1,0 +1,865 @@
+"""verify and rebuild: whatever is wrong with a cache is found, what is repaired ends as if nothing had happened."""
+
+import hashlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+import pytest
+
+import progress_utils
+from dino_cache import DamagedChunkError, read_chunk_header
+from progress_utils import cache_lock
+from support import cache_content, make_trajectory, read_progress, tree, write_config
+
+# 20 frames 0.25 m apart in chunks of 2 m that overlap by 0.5 m: [0, 9), [6, 15), [12, 20) of every trajectory
+FRAMES = 20
+STAMPS = {"t1": 1, "lab/t2": 2, "t3": 3}
+DATASETS = ("cls_token", "patch_tokens", "position", "yaw", "frame_index", "travelled_distance")
+TEXTS = (
+    "format", "dataset_name", "trajectory", "spec", "fingerprint", "weights_digest", "trajectory_checksum",
+    "checksum_kind", "versions", "created_at", "attributes_digest",
+)  # fmt: skip
+NUMBERS = ("format_version", "chunk_index", "num_chunks", "start", "stop")
+DIGESTS = tuple(f"{name}/digest" for name in DATASETS)
+CHUNK = "t1/chunk_00001.h5"
+OWN = ("notes.txt", "own.tmp", "plots/a.tmp", "lab/b.txt")  # the user's files, in the cache folder
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Problem(NamedTuple):
+    """A finding without its reason."""
+
+    kind: str
+    path: str
+
+
+class Robot:
+    """A dataset, its cache, and the commands on it."""
+
+    def __init__(self, root: Path, run: Callable[..., Any], capsys: pytest.CaptureFixture[str]):
+        self.data, self.cache, self.config = root / "data", root / "data" / "dino_cache_small", root / "robot.yaml"
+        self._run, self._capsys = run, capsys
+        self.configure()
+
+    def configure(self, **settings: Any) -> None:
+        write_config(self.config, self.data, **{"tokens": ["cls", "patch"], "batch_size": FRAMES, **settings})
+
+    def add(self, name: str, stamp: int) -> None:
+        make_trajectory(self.data / name, FRAMES, stamp=stamp)
+
+    def run(self, *arguments: str, code: int = 0) -> None:
+        outcome = self._run(self.config, *arguments)
+        assert outcome.code == code, outcome.err
+
+    def utils(self, command: str, *options: str) -> Outcome:
+        self._capsys.readouterr()
+        code = progress_utils.main([command, "--cache-dir", str(self.cache), *options])
+        return Outcome(code, *self._capsys.readouterr())
+
+    def verify(self, *options: str) -> dict[Problem, str]:
+        """What verify finds, with its reasons; its exit code agrees, and it changed nothing."""
+        before = tree(self.cache)
+        outcome = self.utils("verify", "--json", *options)
+        assert tree(self.cache) == before
+        report = json.loads(outcome.out)
+        assert report["sound"] == (report["findings"] == []) == (outcome.code == 0)
+        assert outcome.code in (0, 1)
+        return {Problem(finding["kind"], finding["path"]): finding["reason"] for finding in report["findings"]}
+
+    def edit_record(self, change: Callable[[dict[str, Any]], Any]) -> None:
+        record = read_progress(self.cache)
+        change(record)
+        (self.cache / "progress.json").write_text(json.dumps(record))
+
+    def state(self) -> list[Any]:
+        """Chunks and record, without times: for np.testing.assert_equal."""
+        record = read_progress(self.cache)
+        for key in ("start_time", "last_update", "elapsed_s"):
+            del record[key]
+        return [cache_content(self.cache), {**record, "completed_trajectories": set(record["completed_trajectories"])}]
+
+    def files(self) -> dict[str, bytes | None]:
+        """All of the cache but the lock file, which edits leave there."""
+        return {path: content for path, content in tree(self.cache).items() if path != ".lock"}
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("originals")
+
+
+def copy_of(original: Path, names: list[str], tmp_path: Path, run: Callable[..., Any], capsys: Any) -> Robot:
+    """A robot of its own with a complete cache of these trajectories, which is made once."""
+    if not original.exists():
+        original.mkdir()
+        robot = Robot(original, run, capsys)
+        for name in names:
+            robot.add(name, STAMPS[name])
+        robot.run()
+    shutil.copytree(original / "data", tmp_path / "data")
+    return Robot(tmp_path, run, capsys)
+
+
+@pytest.fixture
+def robot(originals, tmp_path, run_here, capsys) -> Robot:
+    """Three trajectories are cached."""
+    return copy_of(originals / "three", list(STAMPS), tmp_path, run_here, capsys)
+
+
+@pytest.fixture
+def single(originals, tmp_path, run_here, capsys) -> Robot:
+    """One trajectory is cached."""
+    return copy_of(originals / "one", ["t1"], tmp_path, run_here, capsys)
+
+
+def flip(path: Path, place: int, bits: int = 1) -> None:
+    """Change one byte of a file; doing it twice changes nothing."""
+    with open(path, "r+b") as file:
+        (byte,) = os.pread(file.fileno(), 1, place)
+        os.pwrite(file.fileno(), bytes([byte ^ bits]), place)
+
+
+def blake2b(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def reseal(path: Path, change: Callable[[h5py.File], Any]) -> None:
+    """Change a chunk file and make its digests agree again."""
+    with h5py.File(path, "r+") as file:
+        change(file)
+        digests = {name: blake2b(dataset[...].tobytes()) for name, dataset in file.items()}
+        for name, digest in digests.items():
+            file[name].attrs["digest"] = digest
+        attributes = {key: value if isinstance(value, str) else int(value) for key, value in file.attrs.items()}
+        del attributes["attributes_digest"]
+        file.attrs["attributes_digest"] = blake2b(json.dumps([attributes, digests], sort_keys=True).encode())
+    with h5py.File(path) as file:
+        data = sorted([it.id.get_offset(), it.nbytes] for it in file.values() if it.id.get_offset() is not None)
+    raw, rest, position = path.read_bytes(), json.dumps(data).encode(), 512
+    for offset, size in data:
+        rest, position = rest + raw[position:offset], offset + size
+    seal = {"data": data, "digest": blake2b(rest + raw[position:])}
+    path.write_bytes(json.dumps(seal).encode().ljust(512) + raw[512:])
+
+
+def set_attributes(**attributes: Any) -> Callable[[h5py.File], None]:
+    return lambda file: file.attrs.update(attributes)
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    """What is typed on the terminal."""
+    terminal = io.StringIO(line + "\n")
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", terminal)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# verify --deep: any changed byte of data or attributes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_deep_finds_a_flipped_byte_anywhere_in_a_dataset(single, name):
+    path = single.cache / CHUNK
+    with h5py.File(path) as file:
+        first, size = file[name].id.get_offset(), file[name].nbytes
+    within = random.Random(name).sample(range(1, size - 1), 3)
+    for place in (0, size - 1, *within):
+        flip(path, first + place)
+        found = single.verify("--deep")
+        assert found.keys() == {("damaged", CHUNK)}
+        assert name in found["damaged", CHUNK]
+        assert single.verify() == {}  # without --deep no data is read
+        flip(path, first + place)
+    assert single.verify("--deep") == {}
+
+
+@pytest.mark.parametrize("key", TEXTS + NUMBERS + DIGESTS)
+def test_a_changed_or_missing_attribute_is_found(single, key):
+    *dataset, key = key.split("/")
+    path, sound = single.cache / CHUNK, (single.cache / CHUNK).read_bytes()
+
+    def change(how: str) -> None:
+        with h5py.File(path, "r+") as file:
+            attributes = file[dataset[0]].attrs if dataset else file.attrs
+            old = attributes[key]
+            if how == "other":
+                attributes[key] = chr(ord(old[0]) ^ 1) + old[1:] if isinstance(old, str) else old + 1
+            elif how == "of another type":
+                attributes[key] = 7 if isinstance(old, str) else float(old) + 0.5
+            else:
+                del attributes[key]
+
+    for how in ("other", "of another type", "missing"):
+        change(how)
+        assert single.verify().keys() == {("damaged", CHUNK)}, how
+        with pytest.raises(DamagedChunkError):  # by the file itself, not just because its size is another
+            read_chunk_header(path, deep=False)
+        path.write_bytes(sound)
+
+
+@pytest.mark.parametrize("key", TEXTS + NUMBERS + DIGESTS)
+def test_a_flipped_byte_of_an_attribute_is_found(single, key):
+    path = single.cache / CHUNK
+    places = attribute_places(path, key)
+    for place in {places[0], places[-1], *random.Random(key).sample(places, min(3, len(places)))}:
+        flip(path, place)
+        assert single.verify().keys() == {("damaged", CHUNK)}, place - places[0]
+        flip(path, place)
+    assert single.verify() == {}
+
+
+def attribute_places(path: Path, key: str) -> list[int]:
+    """Where in the file the bytes of an attribute's value are; texts lie as they are in a heap."""
+    *dataset, key = key.split("/")
+    raw, copy = path.read_bytes(), path.with_name("copy")
+    with h5py.File(path) as file:
+        value = (file[dataset[0]] if dataset else file).attrs[key]
+    if isinstance(value, str):
+        found = [match.start() for match in re.finditer(re.escape(value.encode()), raw)]
+        return [start + i for start in found for i in range(len(value))]
+    copy.write_bytes(raw)
+    with h5py.File(copy, "r+") as file:
+        file.attrs.modify(key, value ^ 1)
+    (lowest,) = (i for i, (one, other) in enumerate(zip(raw, copy.read_bytes())) if one != other)
+    copy.unlink()
+    return [*range(lowest, lowest + 8)]  # <i8
+
+
+def flip_and_read(path: Path, places: Sequence[int], report: Path) -> None:
+    """Append a line for each place: before, and what came of reading the file with that byte flipped."""
+    sound = everything(path)
+    with open(report, "w", buffering=1) as lines:
+        for place, bits in itertools.product(places, (0x01, 0xFF)):
+            signal.alarm(20)  # ends this process where reading does not
+            lines.write(f"{place} {bits} ")
+            flip(path, place, bits)
+            try:
+                read_chunk_header(path, deep=True)
+                verdict = "as it was" if everything(path) == sound else "changed and not noticed"
+            except DamagedChunkError:
+                verdict = "found"
+            flip(path, place, bits)
+            lines.write(f"{verdict}\n")
+
+
+def everything(path: Path) -> dict[str, Any]:
+    """Values of all attributes and datasets, as a reader of the file gets them."""
+    with h5py.File(path) as file:
+        values = {f"{name} {key}": value for name in file for key, value in file[name].attrs.items()}
+        values |= {name: (dataset.shape, dataset.dtype, dataset[...].tobytes()) for name, dataset in file.items()}
+        return {**values, **file.attrs}
+
+
+def test_a_flipped_byte_anywhere_in_the_file_is_found_or_changes_nothing_that_can_be_read(single, tmp_path):
+    """In processes of their own: damaged metadata must not bring down, or hold up, who checks it."""
+    size = (single.cache / CHUNK).stat().st_size
+    places = range(size)
+    fork, work = multiprocessing.get_context("fork"), []
+    for number in range(2):
+        path, report = shutil.copy(single.cache / CHUNK, tmp_path / f"{number}.h5"), tmp_path / f"{number}.txt"
+        work.append((fork.Process(target=flip_and_read, args=(Path(path), places[number::2], report)), report))
+        work[-1][0].start()
+    for process, report in work:
+        process.join()
+        *_, last = lines = report.read_text().splitlines()
+        assert process.exitcode == 0, f"reading died at byte {last}"
+        assert [line for line in lines if not line.endswith((" found", " as it was"))] == []
+        assert any(line.endswith(" found") for line in lines)
+
+
+NOT_AS_WRITTEN: dict[str, Callable[[h5py.File], Any]] = {
+    "more": lambda file: file.create_dataset("more", data=np.zeros(9)),
+    "less": lambda file: file.__delitem__("yaw"),
+    "renamed": lambda file: file.move("yaw", "pitch"),
+    "swapped": lambda file: (file.move("yaw", "y"), file.move("cls_token", "yaw"), file.move("y", "cls_token")),
+    "a group": lambda file: (file.__delitem__("yaw"), file.create_group("yaw")),
+    "another version": set_attributes(format_version=2),
+    "another format": set_attributes(format="lab_cache"),
+    "one more attribute": set_attributes(comment="mine"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", NOT_AS_WRITTEN.values(), ids=NOT_AS_WRITTEN)
+def test_a_chunk_that_is_not_as_it_was_written_is_found(single, change):
+    with h5py.File(single.cache / CHUNK, "r+") as file:
+        change(file)
+    assert single.verify().keys() == {("damaged", CHUNK)}
+    with pytest.raises(DamagedChunkError):
+        read_chunk_header(single.cache / CHUNK, deep=False)
+
+
+def replaced(name: str, change: Callable[[np.ndarray], np.ndarray], **how: Any) -> Callable[[h5py.File], None]:
+    def replace(file: h5py.File) -> None:
+        values = change(file[name][...])
+        del file[name]
+        file.create_dataset(name, data=values, **how)
+
+    return replace
+
+
+WRONG_BUT_SEALED: dict[str, Callable[[h5py.File], Any]] = {
+    "yaw": replaced("yaw", lambda values: values.astype("f4")),
+    "position": replaced("position", lambda values: values[:-1]),
+    "cls_token": replaced("cls_token", lambda values: values.astype(">f2")),
+    "patch_tokens": replaced("patch_tokens", lambda values: values[:, 0]),
+    "frame_index": replaced("frame_index", lambda values: values, chunks=(3,)),
+    "travelled_distance": lambda file: file.__delitem__("travelled_distance"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_BUT_SEALED)
+def test_a_dataset_of_another_type_shape_or_layout_is_found_though_its_digests_match(single, name):
+    reseal(single.cache / CHUNK, WRONG_BUT_SEALED[name])
+    assert name in single.verify()["damaged", CHUNK]
+
+
+def with_value(name: str, place: int, value: float) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        values = file[name][...]
+        values.flat[place] = value
+        file[name][...] = values
+
+    return change
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", [name for name in DATASETS if name != "frame_index"])
+def test_deep_finds_what_is_not_finite_though_its_digests_match(single, name, value):
+    reseal(single.cache / CHUNK, with_value(name, -1, value))
+    assert single.verify("--deep") == {("damaged", CHUNK): f"{name} is not finite"}
+
+
+def test_deep_reads_datasets_larger_than_one_block(single, monkeypatch):
+    monkeypatch.setattr("dino_cache.READ_BLOCK_BYTES", 16)
+    assert single.verify("--deep") == {}
+    with h5py.File(single.cache / CHUNK) as file:
+        last = file["patch_tokens"].id.get_offset() + file["patch_tokens"].nbytes - 1
+    flip(single.cache / CHUNK, last)
+    assert "digest" in single.verify("--deep")["damaged", CHUNK]
+    reseal(single.cache / CHUNK, with_value("patch_tokens", 0, np.nan))
+    assert "finite" in single.verify("--deep")["damaged", CHUNK]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# verify: chunk files against the record
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def swap(cache: Path, one: str, other: str) -> None:
+    os.rename(cache / one, cache / "x")
+    os.rename(cache / other, cache / one)
+    os.rename(cache / "x", cache / other)
+
+
+def resize(path: Path, by: int) -> None:
+    os.truncate(path, path.stat().st_size + by)
+
+
+ALL_OF_T1 = [("damaged", f"t1/chunk_0000{index}.h5") for index in range(3)]
+FILES: dict[str, tuple[Callable[[Path], Any], list[Problem], str]] = {
+    "deleted": (lambda cache: (cache / CHUNK).unlink(), [("missing", CHUNK)], "not there"),
+    "deleted with its folder": (
+        lambda cache: shutil.rmtree(cache / "lab"),
+        [("missing", f"lab/t2/chunk_0000{index}.h5") for index in range(3)],
+        "not there",
+    ),
+    "a folder": (
+        lambda cache: ((cache / CHUNK).unlink(), (cache / CHUNK).mkdir()), [("damaged", CHUNK)], ""
+    ),
+    "empty": (lambda cache: os.truncate(cache / CHUNK, 0), [("damaged", CHUNK)], ""),
+    "half of it": (lambda cache: os.truncate(cache / CHUNK, 4000), [("damaged", CHUNK)], ""),
+    "one byte short": (lambda cache: resize(cache / CHUNK, -1), [("damaged", CHUNK)], ""),
+    "one byte more": (lambda cache: resize(cache / CHUNK, 1), [("damaged", CHUNK)], ""),
+    "another trajectory's": (
+        lambda cache: swap(cache, CHUNK, "lab/t2/chunk_00001.h5"),
+        [("damaged", CHUNK), ("damaged", "lab/t2/chunk_00001.h5")],
+        "trajectory is",
+    ),
+    "another place in its trajectory": (
+        lambda cache: swap(cache, CHUNK, "t1/chunk_00000.h5"), ALL_OF_T1[:2], "chunk_index is"
+    ),
+    "one more": (
+        lambda cache: shutil.copy(cache / CHUNK, cache / "t1/chunk_00003.h5"),
+        [("damaged", "t1/chunk_00003.h5")],
+        "the record does not know",
+    ),
+    "of an unrecorded trajectory": (
+        lambda cache: shutil.copytree(cache / "t1", cache / "lab/t9"), [("unrecorded", "lab/t9")], "not in the record"
+    ),
+    "half-made": (
+        lambda cache: shutil.copytree(cache / "t1", cache / ".staging/tmp1"), [("leftover", ".staging/tmp1")], "left"
+    ),
+    "half-made alone": (
+        lambda cache: shutil.copy(cache / CHUNK, cache / ".staging/x.h5"), [("leftover", ".staging/x.h5")], "left"
+    ),
+    "half a save": (
+        lambda cache: (cache / "progress.json.tmp").write_text("{"), [("leftover", "progress.json.tmp")], "left"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "expected", "reason"), FILES.values(), ids=FILES)
+def test_a_file_that_is_not_as_recorded_is_found(robot, damage, expected, reason):
+    damage(robot.cache)
+    found = robot.verify()
+    assert found.keys() == set(expected)
+    assert all(reason in text for text in found.values())
+    shown = robot.utils("verify")
+    assert shown.code == 1
+    for kind, path in expected:
+        assert f"  {kind}: {path}: " in shown.out
+
+
+def in_record(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda record: record["trajectory_records"]["t1"].update(changes)
+
+
+def other_fingerprint(record: dict[str, Any]) -> None:
+    (spec,) = record["specs"].values()
+    record["specs"]["e" * 16] = spec
+    in_record(fingerprint="e" * 16)(record)
+
+
+def withdraw_t1(record: dict[str, Any]) -> None:
+    record["completed_trajectories"].remove("t1")
+    del record["trajectory_records"]["t1"], record["trajectory_checksums"]["t1"]
+
+
+RECORDS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[Problem], str]] = {
+    "a start": (in_record(spans=[[0, 9], [5, 15], [12, 20]]), ALL_OF_T1[1:2], "its start is 6, recorded is 5"),
+    "a stop": (in_record(spans=[[0, 9], [6, 15], [12, 21]]), ALL_OF_T1[2:], "its stop is 20, recorded is 21"),
+    "a size": (
+        lambda record: record["trajectory_records"]["t1"]["bytes"].__setitem__(0, 1), ALL_OF_T1[:1], "recorded are 1"
+    ),
+    "fewer chunks": (
+        in_record(spans=[[0, 9], [6, 15]], bytes=[1, 1]), ALL_OF_T1, ""
+    ),
+    "more chunks": (
+        in_record(spans=[[0, 9], [6, 15], [12, 20], [18, 30]], bytes=[1] * 4),
+        [*ALL_OF_T1, ("missing", "t1/chunk_00003.h5")],
+        "",
+    ),
+    "the fingerprint": (other_fingerprint, ALL_OF_T1, "fingerprint"),
+    "the checksum": (
+        lambda record: record["trajectory_checksums"].update(t1="0" * 16), ALL_OF_T1, "recorded is '0000000000000000'"
+    ),
+    "the trajectory": (withdraw_t1, [("unrecorded", "t1")], "not in the record"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "expected", "reason"), RECORDS.values(), ids=RECORDS)
+def test_a_record_that_disagrees_with_the_files_is_found(robot, change, expected, reason):
+    robot.edit_record(change)
+    found = robot.verify()
+    assert found.keys() == set(expected)
+    assert all(reason in text for text in found.values())
+
+
+def test_a_sound_cache_is_said_to_be_sound(robot):
+    (robot.cache / "notes.txt").write_text("the user's own")
+    for options in ([], ["--deep"]):
+        shown = robot.utils("verify", *options)
+        assert (shown.code, shown.err) == (0, "")
+        assert f"Verified {robot.cache}: 3 trajectories, 9 chunks" in shown.out
+        assert "Sound" in shown.out
+        assert "mixed" not in shown.out.lower()
+
+
+def test_json_has_the_findings_and_nothing_else_goes_to_stdout(robot):
+    (robot.cache / CHUNK).unlink()
+    (robot.cache / "progress.json.tmp").touch()
+    facts = {"cache_dir": str(robot.cache), "deep": True, "sound": False, "mixed": False, "repaired": False}
+    report = json.loads(robot.utils("verify", "--json", "--deep").out)
+    for finding in report["findings"]:
+        assert len(finding.pop("reason")) > 5
+    missing = {"kind": "missing", "trajectory": "t1", "path": CHUNK}
+    leftover = {"kind": "leftover", "trajectory": None, "path": "progress.json.tmp"}
+    assert report == {**facts, "findings": [missing, leftover]}
+
+
+def mix(robot: Robot) -> None:
+    """A fourth trajectory, made with another configuration: two chunks."""
+    robot.add("t4", 4)
+    robot.configure(max_chunk_distance_m=3.0)
+    robot.run("--yes")
+
+
+def test_a_mixed_cache_is_sound_and_said_to_be_mixed(robot):
+    mix(robot)
+    for options in ([], ["--deep"]):
+        shown = robot.utils("verify", *options)
+        assert shown.code == 0
+        assert "mixed" in shown.out.lower()
+        report = json.loads(robot.utils("verify", "--json", *options).out)
+        assert (report["sound"], report["mixed"], report["deep"]) == (True, True, options != [])
+
+
+def test_a_checksum_that_was_recorded_anew_in_another_kind_is_no_damage(single):
+    single.configure(checksum="content")
+    single.run()
+    assert read_progress(single.cache)["trajectory_records"]["t1"]["checksum_kind"] == "content"
+    assert single.verify("--deep") == {}
+
+
+@pytest.mark.parametrize("options", [[], ["--deep", "--json"], ["--repair", "--yes"]])
+@pytest.mark.parametrize("content", [None, b"", b'{"format_version": 1'])
+def test_without_a_usable_record_nothing_is_verified_or_changed(robot, options, content):
+    record = robot.cache / "progress.json"
+    record.unlink() if content is None else record.write_bytes(content)
+    before = robot.files()
+    refused = robot.utils("verify", *options)
+    assert (refused.code, refused.out) == (2, "")
+    assert "progress.json" in refused.err
+    assert robot.files() == before
+
+
+@pytest.mark.parametrize("command", [["verify"], ["verify", "--repair", "--yes"], ["rebuild", "--yes"]])
+def test_without_the_folder_nothing_is_done(robot, command):
+    shutil.rmtree(robot.cache)
+    refused = robot.utils(*command)
+    assert refused.code == 2
+    assert str(robot.cache) in refused.err
+    assert not robot.cache.exists()
+
+
+def test_verify_touches_nothing_and_works_while_a_run_holds_the_cache(robot):
+    def times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in [robot.cache, *robot.cache.rglob("*")]}
+
+    with cache_lock(robot.cache):
+        before = times()
+        shown = robot.utils("verify", "--deep")
+        assert (shown.code, f"pid {os.getpid()} " in shown.out) == (0, True)
+        (robot.cache / CHUNK).unlink()
+        before = times()
+        assert robot.utils("verify").code == 1
+        assert robot.verify("--deep").keys() == {("missing", CHUNK)}
+        assert times() == before
+    (robot.cache / ".lock").unlink()
+    robot.verify()
+    assert not (robot.cache / ".lock").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# verify --repair
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def damage(robot: Robot) -> None:
+    """One trajectory has a flipped byte, one lacks a chunk, one is sound; leftovers and the user's own lie about."""
+    with h5py.File(robot.cache / CHUNK) as file:
+        place = file["cls_token"].id.get_offset()
+    flip(robot.cache / CHUNK, place)
+    (robot.cache / "lab" / "t2" / "chunk_00002.h5").unlink()
+    shutil.copytree(robot.cache / "t3", robot.cache / ".staging" / "tmp1" / "replaced")
+    (robot.cache / "progress.json.tmp").write_text("{")
+    for own in OWN:
+        (robot.cache / own).parent.mkdir(exist_ok=True)
+        (robot.cache / own).write_text(own)
+
+
+def check_repaired(robot: Robot, undisturbed: list[Any], encoders: list[Any]) -> None:
+    """The next run redoes the two damaged trajectories, and then all is as if nothing had happened."""
+    assert set(read_progress(robot.cache)["completed_trajectories"]) == {"t3"}
+    encoders.clear()
+    robot.run()
+    assert sum(encoders[-1].batch_sizes) == 2 * FRAMES
+    np.testing.assert_equal(robot.state(), undisturbed)
+    assert robot.verify("--deep") == {}
+    assert all((robot.cache / own).read_text() == own for own in OWN)
+
+
+def test_after_a_repair_the_next_run_ends_as_if_nothing_had_happened(robot, encoders):
+    undisturbed = robot.state()
+    damage(robot)
+    before = robot.files()
+    repaired = robot.utils("verify", "--deep", "--repair", "--yes")
+    assert repaired.code == 1  # it was damaged
+    assert f"  damaged: {CHUNK}: " in repaired.out
+    after = robot.files()
+    assert {path for path in before.keys() | after if before.get(path) != after.get(path)} <= {
+        "progress.json", "progress.json.bak", "progress.json.tmp", ".staging/tmp1", ".staging/tmp1/replaced",
+        *(f".staging/tmp1/replaced/chunk_0000{index}.h5" for index in range(3)),
+    }  # fmt: skip
+    assert not (robot.cache / "progress.json.tmp").exists()
+    assert list((robot.cache / ".staging").iterdir()) == []
+    check_repaired(robot, undisturbed, encoders)
+
+
+@pytest.mark.parametrize("line", ["n", "", "y"])
+def test_repair_asks_on_a_terminal(robot, encoders, monkeypatch, line):
+    undisturbed = robot.state()
+    damage(robot)
+    before = robot.files()
+    answer(monkeypatch, line)
+    asked = robot.utils("verify", "--deep", "--repair")
+    assert asked.code == 1
+    assert "[y/N]" in asked.err
+    if line == "y":
+        check_repaired(robot, undisturbed, encoders)
+    else:
+        assert robot.files() == before
+
+
+def test_repair_without_a_terminal_needs_yes(robot):
+    damage(robot)
+    before = robot.files()
+    refused = robot.utils("verify", "--repair")
+    assert refused.code == 2
+    assert "--yes" in refused.err
+    assert robot.files() == before
+
+
+@pytest.mark.parametrize("command", [["verify", "--repair", "--yes"], ["rebuild", "--yes"]])
+def test_repair_and_rebuild_are_refused_while_a_run_holds_the_cache(robot, command):
+    damage(robot)
+    with cache_lock(robot.cache):
+        before = tree(robot.cache)
+        refused = robot.utils(*command)
+        assert refused.code == 4
+        assert f"pid {os.getpid()} " in refused.err
+        assert tree(robot.cache) == before
+
+
+def test_repair_of_what_it_cannot_mend_asks_and_changes_nothing(robot):
+    shutil.copytree(robot.cache / "t1", robot.cache / "t9")
+    before = robot.files()
+    assert robot.utils("verify", "--repair").code == 1
+    assert robot.files() == before
+
+
+def test_repair_of_a_sound_cache_changes_nothing(robot):
+    before = robot.files()
+    assert robot.utils("verify", "--repair").code == 0
+    assert robot.files() == before
+
+
+@pytest.mark.parametrize("place", ["a link in .staging", "a link to a file", "a link below", ".staging is a link"])
+def test_repair_removes_nothing_outside_the_cache(robot, tmp_path, place):
+    outside, staging = tmp_path / "outside", robot.cache / ".staging"
+    (outside / "deep").mkdir(parents=True)
+    (outside / "deep" / "own.txt").write_text("the user's own")
+    if place == "a link in .staging":
+        (staging / "link").symlink_to(outside)
+    elif place == "a link to a file":
+        (staging / "link").symlink_to(outside / "deep" / "own.txt")
+    elif place == "a link below":
+        (staging / "tmp1").mkdir()
+        (staging / "tmp1" / "link").symlink_to(outside)
+    else:
+        staging.rmdir()
+        staging.symlink_to(outside)
+    robot.utils("verify", "--repair", "--yes")
+    assert (outside / "deep" / "own.txt").read_text() == "the user's own"
+    if place != ".staging is a link":
+        assert list(staging.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rebuild
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kept_aside(robot: Robot) -> list[bytes]:
+    return [path.read_bytes() for path in robot.cache.glob("progress.json.rebuild-*")]
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"half": '])
+def test_rebuild_restores_the_record_and_the_next_run_has_nothing_to_do(robot, encoders, content):
+    (robot.cache / "progress.json.bak").write_bytes(b"the copy before")
+    undisturbed, record = robot.state(), robot.cache / "progress.json"
+    record.unlink() if content is None else record.write_bytes(content)
+    files = robot.files()
+    assert robot.utils("rebuild", "--yes").code == 0
+    np.testing.assert_equal(robot.state(), undisturbed)
+    assert kept_aside(robot) == ([] if content is None else [content])
+    assert robot.files().items() >= {path: it for path, it in files.items() if path != "progress.json"}.items()
+    assert robot.verify("--deep") == {}
+    encoders.clear()
+    robot.run()
+    assert encoders == []
+    np.testing.assert_equal(robot.state(), undisturbed)
+
+
+def test_rebuild_of_a_good_record_keeps_it_aside(robot):
+    undisturbed, record = robot.state(), (robot.cache / "progress.json").read_bytes()
+    assert robot.utils("rebuild", "--yes").code == 0
+    assert kept_aside(robot) == [record]
+    np.testing.assert_equal(robot.state(), undisturbed)
+
+
+def test_rebuild_keeps_what_a_readable_record_knows_beside_the_chunks(robot):
+    failure = {"reason": "no poses", "error_type": "InputError", "attempts": 2, "time": 1.0, "checksum": None}
+    failures = {"bad": {**failure, "checksum_kind": "stat"}}
+    robot.edit_record(lambda record: record.update(elapsed_s=77, failures=failures, failed_trajectories=["bad"]))
+    assert robot.utils("rebuild", "--yes").code == 0
+    record = read_progress(robot.cache)
+    assert (record["elapsed_s"], record["failures"]) == (77, failures)
+    assert set(record["completed_trajectories"]) == set(STAMPS)
+
+
+def test_rebuild_is_refused_while_a_force_rebuild_is_unfinished(robot):
+    robot.run("--force-rebuild", "--limit", "1", code=5)
+    before = robot.files()
+    refused = robot.utils("rebuild", "--yes")
+    assert refused.code == 2
+    assert "force_rebuild is under way" in refused.err
+    assert robot.files() == before
+
+
+def test_the_holders_name_is_shown_while_it_lives_and_not_when_it_is_dead(robot):
+    with cache_lock(robot.cache):
+        assert f"a run may be at work (pid {os.getpid()} " in robot.utils("verify").out
+        owner = (robot.cache / ".lock.owner").read_text()
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    (robot.cache / ".lock.owner").write_text(owner.replace(str(os.getpid()), str(child)))  # as a kill -9 leaves it
+    assert "a run may be at work" not in robot.utils("verify").out
+
+
+def test_a_rebuilt_record_began_with_its_first_chunk(robot):
+    reseal(robot.cache / CHUNK, set_attributes(created_at="2020-01-02T03:04:05Z"))
+    assert robot.utils("rebuild", "--yes").code == 0
+    assert read_progress(robot.cache)["start_time"] == 1577934245.0
+    assert robot.verify("--deep") == {}
+
+
+def spoil_data(path: Path) -> None:
+    with h5py.File(path) as file:
+        place = file["yaw"].id.get_offset()
+    flip(path, place)
+
+
+INCOMPLETE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    **{
+        f"chunk {index} is missing": (lambda cache, index=index: (cache / f"t1/chunk_0000{index}.h5").unlink(), "t1: ")
+        for index in range(3)
+    },
+    "a flipped byte": (lambda cache: spoil_data(cache / CHUNK), CHUNK),
+    "cut off": (lambda cache: os.truncate(cache / CHUNK, 5000), CHUNK),
+    "one more": (lambda cache: shutil.copy(cache / CHUNK, cache / "t1/chunk_00003.h5"), "t1: "),
+    "two in each other's place": (lambda cache: swap(cache, CHUNK, "t1/chunk_00002.h5"), "t1: "),
+    "one of another trajectory": (lambda cache: shutil.copy(cache / "t3/chunk_00001.h5", cache / CHUNK), "t1: "),
+    "all of another trajectory": (
+        lambda cache: (shutil.rmtree(cache / "t1"), shutil.copytree(cache / "t3", cache / "t1")), "t1: "
+    ),
+    "one of another configuration": (
+        lambda cache: reseal(cache / CHUNK, set_attributes(fingerprint="e" * 16)), "t1: "
+    ),
+    "one of other data": (
+        lambda cache: reseal(cache / CHUNK, set_attributes(trajectory_checksum="0" * 16)), "t1: "
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "named"), INCOMPLETE.values(), ids=INCOMPLETE)
+def test_what_is_not_complete_is_left_out_with_its_reason_and_the_next_run_redoes_just_that(
+    robot, encoders, damage, named
+):
+    undisturbed = robot.state()
+    damage(robot.cache)
+    (robot.cache / "progress.json").unlink()
+    rebuilt = robot.utils("rebuild", "--yes")
+    assert rebuilt.code == 1
+    (reason,) = re.findall(rf"^  left out: {named}(.*)$", rebuilt.err, re.MULTILINE)
+    assert len(reason) > 5
+    assert set(read_progress(robot.cache)["completed_trajectories"]) == {"lab/t2", "t3"}
+    assert robot.verify("--deep").keys() == {("unrecorded", "t1")}
+    encoders.clear()
+    robot.run()
+    assert sum(encoders[-1].batch_sizes) == FRAMES
+    np.testing.assert_equal(robot.state(), undisturbed)
+
+
+def test_half_made_chunks_and_the_users_own_files_are_not_taken_in(robot):
+    undisturbed = robot.state()
+    shutil.copytree(robot.cache / "t1", robot.cache / ".staging" / "tmp1")
+    (robot.cache / "mine").mkdir()
+    shutil.copy(robot.cache / CHUNK, robot.cache / "mine" / "my_chunk_00001.h5")
+    (robot.cache / "progress.json").unlink()
+    assert robot.utils("rebuild", "--yes").code == 0
+    np.testing.assert_equal(robot.state(), undisturbed)
+    assert (robot.cache / "mine" / "my_chunk_00001.h5").exists()
+
+
+@pytest.mark.parametrize(("latest", "max_chunk_distance_m"), [("t1", 2.0), ("t3", 2.0), ("t4", 3.0)])
+def test_a_rebuilt_mixed_cache_has_the_configuration_of_the_most_recent_chunk(robot, latest, max_chunk_distance_m):
+    mix(robot)
+    recorded = read_progress(robot.cache)
+    for name in (*STAMPS, "t4"):
+        for path in (robot.cache / name).iterdir():
+            reseal(path, set_attributes(created_at=f"20{30 if name == latest else 20}-01-01T00:00:00Z"))
+    rebuilt = robot.utils("rebuild", "--yes")
+    assert rebuilt.code == 0
+    assert "mixed" in rebuilt.err.lower()
+    record = read_progress(robot.cache)
+    assert record["processing_config"]["max_chunk_distance_m"] == max_chunk_distance_m
+    for key in ("specs", "trajectory_checksums", "total_chunks"):
+        assert record[key] == recorded[key]
+    assert robot.verify("--deep") == {}
+    assert json.loads(robot.utils("verify", "--json").out)["mixed"] is True
+
+
+def no_chunks(cache: Path) -> None:
+    for name in STAMPS:
+        shutil.rmtree(cache / name)
+
+
+def no_complete_one(cache: Path) -> None:
+    for name in STAMPS:
+        (cache / name / "chunk_00000.h5").unlink()
+
+
+@pytest.mark.parametrize("spoil", [no_chunks, no_complete_one])
+def test_rebuild_without_a_complete_trajectory_does_nothing(robot, spoil):
+    spoil(robot.cache)
+    before = robot.files()
+    refused = robot.utils("rebuild", "--yes")
+    assert refused.code == 2
+    assert str(robot.cache) in refused.err
+    assert robot.files() == before
+
+
+def test_rebuild_without_a_terminal_needs_yes(robot):
+    before = robot.files()
+    refused = robot.utils("rebuild")
+    assert refused.code == 2
+    assert "--yes" in refused.err
+    assert robot.files() == before
+
+
+@pytest.mark.parametrize(("line", "code"), [("n", 2), ("", 2), ("y", 0)])
+def test_rebuild_asks_on_a_terminal(robot, monkeypatch, line, code):
+    undisturbed = robot.state()
+    (robot.cache / "progress.json").unlink()
+    before = robot.files()
+    answer(monkeypatch, line)
+    asked = robot.utils("rebuild")
+    assert asked.code == code
+    assert "3 trajectories, 9 chunks" in asked.err
+    assert "[y/N]" in asked.err
+    if code == 0:
+        np.testing.assert_equal(robot.state(), undisturbed)
+    else:
+        assert robot.files() == before
