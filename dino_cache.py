@@ -25,9 +25,9 @@ run loses the work in flight and nothing else; a broken trajectory fails alone, 
 a changed configuration never mixes in unasked. What is not: protection against a disk that lies about fsync, or against
 JPEG bytes that are damaged in a way that still decodes.
 
-Sections, each using only those above it: constants - errors - configuration - trajectories - chunk plan - decoding -
-encoding - storage - pipeline - running - command line. torch, torchvision and timm are imported where they are first
-needed, so that refusals and runs with nothing to do are quick.
+Sections, each using only those above it: constants - errors - profile - configuration - trajectories - chunk plan -
+decoding - encoding - storage - pipeline - running - command line. torch, torchvision and timm are imported where they
+are first needed, so that refusals and runs with nothing to do are quick.
 """
 
 from __future__ import annotations
@@ -145,6 +145,9 @@ Token = Literal["cls", "patch", "register"]
 ModelType = Literal["small", "small_reg", "base", "base_reg", "large", "large_reg", "giant", "giant_reg"]
 ChecksumKind = Literal["stat", "content"]
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 LOG = logging.getLogger("dino_cache")
 
 # ======================================================================================================================
@@ -172,6 +175,59 @@ class StoppedError(DinoCacheError):
         super().__init__(message)
         self.exit_code = exit_code
 
+
+# ======================================================================================================================
+# Profile: where a run's time goes
+# ======================================================================================================================
+
+
+class Profile:
+    """Seconds that each stage was at work, summed over its threads: `with PROFILE("decode"): ...`. A stage inside
+    another counts for itself alone."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[str, int], float] = {}  # by stage and thread, so that no two threads share a sum
+        self._begin = time.perf_counter()
+        self._here = threading.local()
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        inside_outer_s = getattr(self._here, "inside_s", 0.0)
+        self._here.inside_s, begin = 0.0, time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed_s = time.perf_counter() - begin
+            key = (stage, threading.get_ident())
+            self._seconds[key] = self._seconds.get(key, 0.0) + elapsed_s - self._here.inside_s
+            self._here.inside_s = inside_outer_s + elapsed_s
+
+    def pulling(self, stage: str, items: Iterable[Item]) -> Iterator[Item]:
+        """The items; the time that each takes to come is the stage's."""
+        source = iter(items)
+        while True:
+            with self(stage):
+                item = next(source, None)
+            if item is None:
+                return
+            yield item
+
+    def table(self) -> str:
+        """For people: per stage the seconds, the threads, and the share of the run that each of them was at work."""
+        wall_s = time.perf_counter() - self._begin
+        lines = [f"{'stage':16} {'seconds':>9} {'threads':>8} {'share of the run':>17}"]
+        shares = {}
+        for stage in STAGES:
+            seconds = [value for (name, _), value in list(self._seconds.items()) if name == stage]
+            shares[stage] = sum(seconds) / max(1, len(seconds)) / wall_s
+            lines.append(f"{stage:16} {sum(seconds):9.2f} {len(seconds):8} {shares[stage]:17.1%}")
+        at_work = {stage: share for stage, share in shares.items() if stage != "wait for frames"}
+        lines.append(f"whole run {wall_s:.2f} s; the limit was: {max(at_work, key=at_work.get)}")
+        return "\n".join(lines)
+
+
+STAGES = ("list", "read", "decode", "wait for frames", "encode", "copy out", "write", "fsync", "record")
+PROFILE = Profile()
 
 # ======================================================================================================================
 # Configuration: YAML to a typed, frozen description of each dataset
@@ -1012,7 +1068,7 @@ def plan_trajectory(
 
 
 class FrameDecoder:
-    """Reads a frame file as (3, H, W) uint8 RGB at the input size. Safe to call from many threads.
+    """Turns a frame file's bytes into (3, H, W) uint8 RGB at the input size. Safe to call from many threads.
 
     JPEG is decoded by torchvision, which is fast and lets other threads run; the rest by Pillow, since torchvision's
     PNG decoder brings the process down on a damaged file. uint8 all the way: resizing float tensors is 8 times slower
@@ -1038,14 +1094,12 @@ class FrameDecoder:
         self._height, self._width = spec.image_size
         self._crops = spec.resize == "crop"
 
-    def __call__(self, path: Path, name: str) -> torch.Tensor:
-        """Decode one frame; `name` is for messages.
+    def __call__(self, data: np.ndarray, name: str) -> torch.Tensor:
+        """Decode one frame from a file's bytes (N,) uint8; `name` is for messages.
 
         Raises:
             InputError: the bytes are not one whole image, or claim to be a huge one.
-            OSError: the file cannot be read.
         """
-        data = read_file(path)
         try:
             picture = self._open_picture(io.BytesIO(data))  # reads just the header, in some 20 us
             self._check_header(picture)
@@ -1514,7 +1568,8 @@ class ChunkWriter:
         self._raw.seek(0)
         self._raw.write(json.dumps(seal).encode().ljust(SEAL_BYTES))
         self._raw.check()
-        os.fsync(self._raw.fileno())
+        with PROFILE("fsync"):
+            os.fsync(self._raw.fileno())
         self._raw.close()
         return self._path.stat().st_size
 
@@ -1636,15 +1691,17 @@ class ChunkStore:
         """
         target = self.folder(name)
         os.chmod(staged, 0o777 & ~_umask())  # mkdtemp's folders are private
-        fsync_path(staged)
-        self._make_durable(target.parent)
+        with PROFILE("fsync"):
+            fsync_path(staged)
+            self._make_durable(target.parent)
         replaced = None
         if target.exists():
             before_replacing(name)
             replaced = self.new_staging_folder() / "replaced"
             os.rename(target, replaced)
         os.rename(staged, target)
-        fsync_path(target.parent)
+        with PROFILE("fsync"):
+            fsync_path(target.parent)
         return replaced
 
     def _make_durable(self, folder: Path) -> None:
@@ -1786,9 +1843,6 @@ def _check_bytes(path: Path, name: str, offset: int, size: int, dtype: str, dige
 # Pipeline: one stream of frames through all trajectories
 # ======================================================================================================================
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
 
 @dataclass(frozen=True)
 class TrajectoryResult:
@@ -1805,12 +1859,19 @@ class TrajectoryResult:
 
 
 class Frame(NamedTuple):
-    """One frame in the stream: a kept frame of a plan; pixels (3, H, W) uint8, or why there are none."""
+    """One frame in the stream: a kept frame of a plan; its file's bytes (N,) uint8, then its pixels (3, H, W) uint8, or
+    why there are none."""
 
     plan: TrajectoryPlan
     row: int
+    data: np.ndarray | None = None
     pixels: torch.Tensor | None = None
     error: Exception | None = None
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.plan.trajectory.name}/{_printable(self.plan.frame_files[self.row])}"
 
 
 @dataclass(frozen=True)
@@ -1856,13 +1917,19 @@ class Hooks:
     before_replacing: Callable[[str], None] = lambda name: None  # withdraw the record of this trajectory, durably
 
 
-def prefetch(function: Callable[[Item], Result], items: Iterable[Item], pool: Executor, depth: int) -> Iterator[Result]:
-    """`function` of each item, in order, up to `depth` ahead; an exception comes out where its result would."""
+def prefetch(
+    function: Callable[[Item], Result], items: Iterable[Item], pool: Executor, depth: int, *, early: bool = False
+) -> Iterator[Result]:
+    """`function` of each item, in order, up to `depth` ahead; an exception comes out where its result would.
+
+    A result is handed out once `depth` items are under way, so that the pool never runs dry; with `early`, as soon as
+    it is there when another item is taken up.
+    """
     pending: deque = deque()
     try:
         for item in items:
             pending.append(pool.submit(function, item))
-            while pending and (len(pending) >= depth or pending[0].done()):
+            while pending and (len(pending) >= depth or (early and pending[0].done())):
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -1884,18 +1951,26 @@ def plan_or_fail(
         return TrajectoryResult(trajectory.name, checksum, checksum_kind, error=error)
 
 
-def decode_or_fail(item: Frame | TrajectoryResult, decoder: FrameDecoder, failed: Failed) -> Frame | TrajectoryResult:
-    """Decode a frame; a failure is a value."""
+def read_or_fail(item: Frame | TrajectoryResult, failed: Failed) -> Frame | TrajectoryResult:
+    """Read a frame's file; a failure is a value."""
     if isinstance(item, TrajectoryResult) or item.plan.trajectory.name in failed:
         return item
-    file_name = item.plan.frame_files[item.row]
     try:
-        trajectory = item.plan.trajectory
-        return item._replace(
-            pixels=decoder(trajectory.folder / file_name, f"{trajectory.name}/{_printable(file_name)}")
-        )
+        with PROFILE("read"):
+            return item._replace(data=read_file(f"{item.plan.trajectory.folder}/{item.plan.frame_files[item.row]}"))
     except (InputError, OSError) as error:
         return item._replace(error=error)
+
+
+def decode_or_fail(item: Frame | TrajectoryResult, decoder: FrameDecoder, failed: Failed) -> Frame | TrajectoryResult:
+    """Decode a frame that was read; a failure is a value."""
+    if isinstance(item, TrajectoryResult) or item.data is None or item.plan.trajectory.name in failed:
+        return item
+    try:
+        with PROFILE("decode"):
+            return item._replace(data=None, pixels=decoder(item.data, item.name))
+    except InputError as error:
+        return item._replace(data=None, error=error)
 
 
 def frame_stream(
@@ -1937,7 +2012,7 @@ def full_batches(
         elif frame.error is not None:
             yield from _fail(frame.plan, frame.error, failed)
         else:
-            pixels[len(members)] = frame.pixels
+            pixels.numpy()[len(members)] = frame.pixels.numpy()  # torch would wake threads for each of these copies
             members.append((frame.plan, frame.row))
             if len(members) == batch_size:
                 yield Batch(members, pixels)
@@ -1967,7 +2042,7 @@ def encode_batches(
 
     def finish() -> EncodedBatch:
         batch, parts = in_flight.popleft()
-        with _device_errors():
+        with _device_errors(), PROFILE("copy out"):
             done = [part() for part in parts]
         on_frames(len(batch.frames))
         return EncodedBatch(batch.frames, _join_rows(done))
@@ -1976,7 +2051,7 @@ def encode_batches(
         if isinstance(batch, TrajectoryResult):
             yield batch
             continue
-        with _device_errors():
+        with _device_errors(), PROFILE("encode"):
             parts, largest = _encode_within_memory(encoder, batch.pixels, largest)
         in_flight.append((batch, parts))
         if len(in_flight) > encoder.batches_in_flight:
@@ -2037,7 +2112,7 @@ class StreamWriter:
         Raises:
             StorageError: the cache's disk fails.
         """
-        with storage_errors(self._store.cache_dir):
+        with storage_errors(self._store.cache_dir), PROFILE("write"):
             if isinstance(item, TrajectoryResult):
                 if self._open is not None and self._open.plan.trajectory.name == item.name:
                     self.close()
@@ -2132,19 +2207,26 @@ def cache_trajectories(
     spec, failed = label.spec, Failed()
     workers = available_cores() if options.decode_workers == "auto" else options.decode_workers
     batch_size = encoder.default_batch_size if options.batch_size == "auto" else options.batch_size
+    # An encoder that computes on these same cores loses more than decoding ahead gains: its threads wait for each other
+    # while one of them is kept from its core. Only the files are read ahead then.
+    decoded_ahead = max(2 * workers, 2 * batch_size * encoder.batches_in_flight)
     plan = functools.partial(plan_or_fail, spec=spec, checksum_kind=options.checksum)
+    read = functools.partial(read_or_fail, failed=failed)
     decode = functools.partial(decode_or_fail, decoder=FrameDecoder(spec), failed=failed)
     writer = StreamWriter(store, label, failed, hooks.before_replacing)
     with (
         contextlib.closing(writer),  # first in, last out: no thread writes any more when it drops what is half-made
-        _pool(workers, "decode", _one_torch_thread) as readers,
+        _pool(max(FILE_THREADS, workers), "read") as readers,
+        _pool(workers, "decode", _one_torch_thread) as decoders,
         _pool(1, "write") as writers,
     ):
         plans = prefetch(plan, trajectories, readers, PLANS_AHEAD)
-        frames = prefetch(decode, frame_stream(plans, failed, hooks.stop), readers, 2 * batch_size)
+        files = prefetch(read, frame_stream(plans, failed, hooks.stop), readers, max(2 * batch_size, FILE_THREADS))
+        frames = prefetch(decode, files, decoders, decoded_ahead)
         batches = full_batches(frames, encoder.new_pixels, batch_size, failed, hooks.stop)
+        batches = PROFILE.pulling("wait for frames", batches)
         encoded = encode_batches(encoder, batches, hooks.on_frames)
-        for results in prefetch(writer.write, encoded, writers, BATCHES_TO_WRITE):
+        for results in prefetch(writer.write, encoded, writers, BATCHES_TO_WRITE, early=True):
             yield from results
 
 
@@ -2433,16 +2515,15 @@ def estimate_work(dataset: PreparedDataset, stop: StopRequest) -> list[str]:
     row_bytes = sum(2 * math.prod(shape) for shape in shapes.values()) + 5 * 8  # and position, yaw, index, distance
     plan = functools.partial(plan_or_fail, spec=dataset.spec, checksum_kind="stat")
     reasons = []
-    with _pool(available_cores(), "plan") as pool:
-        for outcome in prefetch(plan, dataset.pending, pool, PLANS_AHEAD):
-            stop.check()
-            if isinstance(outcome, TrajectoryResult):
-                dataset.work[outcome.name] = Work(0, 0, 0)
-                reasons.append(str(outcome.error))
-            else:
-                chunks = len(outcome.spans)
-                size = outcome.num_rows * row_bytes + chunks * CHUNK_OVERHEAD_BYTES
-                dataset.work[outcome.trajectory.name] = Work(outcome.num_stored_frames, chunks, size)
+    for outcome in map_files(plan, dataset.pending):
+        stop.check()
+        if isinstance(outcome, TrajectoryResult):
+            dataset.work[outcome.name] = Work(0, 0, 0)
+            reasons.append(str(outcome.error))
+        else:
+            chunks = len(outcome.spans)
+            size = outcome.num_rows * row_bytes + chunks * CHUNK_OVERHEAD_BYTES
+            dataset.work[outcome.trajectory.name] = Work(outcome.num_stored_frames, chunks, size)
     return reasons
 
 
@@ -2793,7 +2874,7 @@ class DatasetRun:
             return
         run_time_s = time.monotonic() - self._begin
         self._progress.elapsed_s = self._elapsed_before_s + run_time_s
-        with storage_errors(self._store.cache_dir):
+        with storage_errors(self._store.cache_dir), PROFILE("record"):
             if spaced:
                 self._progress.save_spaced(run_time_s)
             else:
@@ -2942,6 +3023,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--yes", action="store_true", help="go on with a changed configuration without asking")
     parser.add_argument("--limit", type=_positive(int), metavar="N", help="at most N pending trajectories per dataset")
     parser.add_argument("--max-hours", type=_positive(float), metavar="H", help="stop, resumably, after H hours")
+    parser.add_argument("--profile", action="store_true", help="at the end, say where the time went, and the limit")
     parser.add_argument("--device", metavar="D", help="auto, cpu, cuda or cuda:N, instead of the config's")
     parser.add_argument(
         "--batch-size", type=_positive(int), metavar="B", help="frames per batch, instead of the config's"
@@ -2986,7 +3068,8 @@ def run(arguments: argparse.Namespace, stop: StopRequest) -> int:
                 )
             if not arguments.dry_run:
                 locks.enter_context(locked_cache(config.cache_dir))
-        datasets = [prepare_dataset(config, stop) for config in configs]
+        with PROFILE("list"):
+            datasets = [prepare_dataset(config, stop) for config in configs]
         if not arguments.dry_run:
             for dataset in datasets:
                 changes = spec_differences(dataset.progress.processing_config, dataset.spec)
@@ -2999,8 +3082,9 @@ def run(arguments: argparse.Namespace, stop: StopRequest) -> int:
             for dataset in datasets:
                 print_forecast(dataset, estimate_work(dataset, stop))
             return EXIT_COMPLETED
-        for dataset in datasets:
-            estimate_work(dataset, stop)
+        with PROFILE("list"):
+            for dataset in datasets:
+                estimate_work(dataset, stop)
         check_disk(datasets)
         load_encoders(datasets, stop)
         for dataset in datasets:
@@ -3008,7 +3092,10 @@ def run(arguments: argparse.Namespace, stop: StopRequest) -> int:
         stop.check()
         for dataset in datasets:
             begin_rebuild(dataset)
-        return run_datasets(datasets, stop)
+        code = run_datasets(datasets, stop)
+        if arguments.profile:
+            print(PROFILE.table())
+        return code
 
 
 @contextlib.contextmanager

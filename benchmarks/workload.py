@@ -44,7 +44,7 @@ def make_trajectories(data_folder: Path, lengths: list[int], size: tuple[int, in
     if not pictures.exists():
         pictures.mkdir(parents=True)
         for index in range(NUM_PICTURES):
-            make_frame(rng, *size).save(pictures / f"{index}.jpg", quality=90)
+            make_frame(rng, *size).save(pictures / f"{index}.jpg", quality=85)
     for index, length in enumerate(lengths):
         folder = data_folder / f"t{index:04d}"
         folder.mkdir(parents=True)
@@ -54,7 +54,14 @@ def make_trajectories(data_folder: Path, lengths: list[int], size: tuple[int, in
         (folder / "traj_data.pkl").write_bytes(pickle.dumps({"position": position, "yaw": np.zeros(length)}))
 
 
-def cache_once(data_folder: Path, cache_dir: Path, spec: dino_cache.CacheSpec, encoder: Any, **options: Any) -> float:
+def cache_once(
+    data_folder: Path,
+    cache_dir: Path,
+    spec: dino_cache.CacheSpec,
+    encoder: Any,
+    on_result: Callable[[dino_cache.TrajectoryResult], None] | None = None,
+    **options: Any,
+) -> float:
     """Run the whole pipeline, files to durable chunks, into an empty `cache_dir`; returns seconds."""
     shutil.rmtree(cache_dir, ignore_errors=True)
     store = dino_cache.ChunkStore(cache_dir)
@@ -68,6 +75,8 @@ def cache_once(data_folder: Path, cache_dir: Path, spec: dino_cache.CacheSpec, e
     for result in dino_cache.cache_trajectories(trajectories, label, run, encoder, store, dino_cache.Hooks()):
         if result.error is not None:
             raise result.error
+        if on_result is not None:
+            on_result(result)
     seconds = time.perf_counter() - begin
     shutil.rmtree(cache_dir)
     return seconds

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from conftest import Outcome
-from dino_cache import CacheSpec, FrameDecoder, InputError
+from dino_cache import CacheSpec, FrameDecoder, InputError, read_file
 from support import ROOT, check_stamps, chunk_files, make_trajectory, run_cache, write_config, write_frame
 
 ROOMS = ROOT / "sample" / "rendered_rooms" / "corridor_straight"  # 160x120 JPEGs with edges and textures
@@ -20,7 +20,7 @@ ROOMS = ROOT / "sample" / "rendered_rooms" / "corridor_straight"  # 160x120 JPEG
 
 def decode(path: Path, image_size: tuple[int, int], resize: str = "stretch") -> np.ndarray:
     """(H, W, 3) uint8."""
-    pixels = FrameDecoder(CacheSpec(image_size=image_size, resize=resize))(path, f"robot/{path.name}")
+    pixels = FrameDecoder(CacheSpec(image_size=image_size, resize=resize))(read_file(path), f"robot/{path.name}")
     assert pixels.shape == (3, *image_size)
     array = pixels.permute(1, 2, 0).numpy()
     assert array.dtype == np.uint8
@@ -228,7 +228,7 @@ def test_a_pipe_in_a_frames_place_is_refused_without_waiting_on_it(tmp_path: Pat
             os.close(os.open(tmp_path / "0.jpg", os.O_RDWR | os.O_NONBLOCK))
 
 
-def test_a_missing_frame_is_not_the_decoders_to_judge(tmp_path: Path) -> None:
+def test_a_missing_frame_is_an_error_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"0\.jpg"):
         decode(tmp_path / "0.jpg", (28, 42))
 
@@ -273,6 +273,6 @@ def test_one_decoder_serves_many_threads() -> None:
     paths = sorted(ROOMS.glob("*.jpg")) * 4
     decoder = FrameDecoder(CacheSpec(image_size=(56, 70)))
     with ThreadPoolExecutor(8) as pool:
-        frames = list(pool.map(lambda path: decoder(path, path.name), paths))
+        frames = list(pool.map(lambda path: decoder(read_file(path), path.name), paths))
     for path, frame in zip(paths, frames):
-        assert frame.equal(decoder(path, path.name))
+        assert frame.equal(decoder(read_file(path), path.name))

@@ -190,9 +190,9 @@ def test_failed_trajectory_is_not_read_to_its_end(tmp_path, monkeypatch):
     decoded = []
 
     class CountingDecoder(FrameDecoder):
-        def __call__(self, path: Path, name: str) -> torch.Tensor:
-            decoded.append(path.name)
-            return super().__call__(path, name)
+        def __call__(self, data: np.ndarray, name: str) -> torch.Tensor:
+            decoded.append(name)
+            return super().__call__(data, name)
 
     monkeypatch.setattr(dino_cache, "FrameDecoder", CountingDecoder)
     (result,) = stream_results(tmp_path / "data", tmp_path / "cache", StampEncoder())
@@ -378,22 +378,22 @@ def test_consumer_that_leaves_in_the_middle_leaves_no_thread_and_no_half_traject
 
 @pytest.mark.parametrize("count", [60, 240])
 def test_frames_waiting_in_memory_are_bounded_whatever_the_trajectorys_length(tmp_path, monkeypatch, count):
-    bound = 3 * 8  # two batches ahead, and the one that is gathered
+    bound = 3 * 8  # two batches ahead, and the one that is gathered: decoding works that far ahead of a device
     make_trajectory(tmp_path / "data" / "t1", count, stamp=1)
-    encoder, lock, decoded, most = StampEncoder(), threading.Lock(), 0, 0
+    encoder, lock, decoded, most = LateEncoder(1), threading.Lock(), 0, 0
 
     class SlowFirstFrame(FrameDecoder):
         """Holds back frame 0, which is wanted first, so that all that may be decoded ahead of it is."""
 
-        def __call__(self, path: Path, name: str) -> torch.Tensor:
+        def __call__(self, data: np.ndarray, name: str) -> torch.Tensor:
             nonlocal decoded, most
             with lock:
                 decoded += 1
-                most = max(most, decoded - sum(encoder.batch_sizes))
+                most = max(most, decoded - 8 * encoder.started)
             deadline = time.monotonic() + 0.3
-            while path.name == "0.png" and most <= bound and time.monotonic() < deadline:
+            while name == "t1/0.png" and most <= bound and time.monotonic() < deadline:
                 time.sleep(0.001)
-            return super().__call__(path, name)
+            return super().__call__(data, name)
 
     monkeypatch.setattr(dino_cache, "FrameDecoder", SlowFirstFrame)
     list(stream_results(tmp_path / "data", tmp_path / "cache", encoder))
