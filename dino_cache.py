@@ -128,6 +128,7 @@ RANDOM_WEIGHTS_SEED = 0
 MEASURED_ITEMS = 64  # trajectories after which it is known whether their files are slow; a thread's share, if so
 FILE_THREADS = 16  # that wait for slow files
 PLANS_AHEAD = 16  # trajectories whose poses are read before their frames are wanted
+READ_TOGETHER = 8  # frame files, by one thread
 BATCHES_TO_WRITE = 2  # encoded batches that may wait for the disk
 MAX_FILE_BYTES = 1 << 29  # a pose or frame file larger than this is refused unread
 MAX_POSE_NUMBERS = 50_000_000  # so many numbers in a pose file at most
@@ -1951,6 +1952,13 @@ def plan_or_fail(
         return TrajectoryResult(trajectory.name, checksum, checksum_kind, error=error)
 
 
+def in_groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """The items in lists of `size`; the last may be shorter."""
+    items = iter(items)
+    while group := list(itertools.islice(items, size)):
+        yield group
+
+
 def read_or_fail(item: Frame | TrajectoryResult, failed: Failed) -> Frame | TrajectoryResult:
     """Read a frame's file; a failure is a value."""
     if isinstance(item, TrajectoryResult) or item.plan.trajectory.name in failed:
@@ -2209,9 +2217,9 @@ def cache_trajectories(
     batch_size = encoder.default_batch_size if options.batch_size == "auto" else options.batch_size
     # An encoder that computes on these same cores loses more than decoding ahead gains: its threads wait for each other
     # while one of them is kept from its core. Only the files are read ahead then.
-    decoded_ahead = max(2 * workers, 2 * batch_size * encoder.batches_in_flight)
+    frames_ahead = max(4 * workers, 2 * batch_size * encoder.batches_in_flight)
+    groups_ahead = max(FILE_THREADS, 2 * batch_size // READ_TOGETHER)
     plan = functools.partial(plan_or_fail, spec=spec, checksum_kind=options.checksum)
-    read = functools.partial(read_or_fail, failed=failed)
     decode = functools.partial(decode_or_fail, decoder=FrameDecoder(spec), failed=failed)
     writer = StreamWriter(store, label, failed, hooks.before_replacing)
     with (
@@ -2221,8 +2229,9 @@ def cache_trajectories(
         _pool(1, "write") as writers,
     ):
         plans = prefetch(plan, trajectories, readers, PLANS_AHEAD)
-        files = prefetch(read, frame_stream(plans, failed, hooks.stop), readers, max(2 * batch_size, FILE_THREADS))
-        frames = prefetch(decode, files, decoders, decoded_ahead)
+        groups = in_groups(frame_stream(plans, failed, hooks.stop), READ_TOGETHER)
+        groups = prefetch(lambda group: [read_or_fail(frame, failed) for frame in group], groups, readers, groups_ahead)
+        frames = prefetch(decode, itertools.chain.from_iterable(groups), decoders, frames_ahead)
         batches = full_batches(frames, encoder.new_pixels, batch_size, failed, hooks.stop)
         batches = PROFILE.pulling("wait for frames", batches)
         encoded = encode_batches(encoder, batches, hooks.on_frames)
@@ -2422,7 +2431,7 @@ def map_files(function: Callable[[Item], Result], items: list[Item]) -> Iterator
         yield from map(function, rest)
         return
     with _pool(FILE_THREADS, "files") as pool:
-        groups = [rest[i : i + MEASURED_ITEMS] for i in range(0, len(rest), MEASURED_ITEMS)]
+        groups = in_groups(rest, MEASURED_ITEMS)
         for results in prefetch(lambda group: [function(item) for item in group], groups, pool, 2 * FILE_THREADS):
             yield from results
 

@@ -131,7 +131,7 @@ def decode_rate(spec: dino_cache.CacheSpec, data: Path, workers: int) -> float:
         list(pool.map(lambda _: None, range(workers)))
         begin = time.perf_counter()
         for chunk in range(0, len(files), 256):
-            list(pool.map(lambda path: decoder(path, path.name), files[chunk : chunk + 256]))
+            list(pool.map(lambda path: decoder(dino_cache.read_file(path), path.name), files[chunk : chunk + 256]))
         return len(files) / (time.perf_counter() - begin)
 
 
