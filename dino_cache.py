@@ -449,6 +449,7 @@ def _explain(error: ValidationError, prefix_of: Callable[[str], str]) -> list[st
     for fault in error.errors():
         key = str(fault["loc"][0]) if fault["loc"] else ""
         message = fault["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        message = message.replace("a valid tuple", "a list, like [a, b]")
         reasons.setdefault(key, []).append(message)
         values.setdefault(key, fault["input"])
     return [
@@ -515,6 +516,7 @@ class TrajectoryListing:
     trajectory: Trajectory
     pose_file: str | None
     frames: list[FrameFile]  # by number
+    other_file: str | None  # an example of what is no frame
 
 
 def find_trajectories(data_folder: Path, frame_pattern: str = FRAME_PATTERN) -> Iterator[Trajectory]:
@@ -634,7 +636,8 @@ def list_trajectory(trajectory: Trajectory, frame_pattern: str) -> TrajectoryLis
             match = fullmatch(name)
             if match is not None and (number := match[1]) and number.isdecimal():
                 frames.append(FrameFile(int(number), name, _regular_size(entry)))
-    return TrajectoryListing(trajectory, _first_pose_file(names), sorted(frames))
+    others = names.difference(POSE_FILES) if not frames else ()
+    return TrajectoryListing(trajectory, _first_pose_file(names), sorted(frames), min(others, default=None))
 
 
 def _regular_size(entry: os.DirEntry[str]) -> int:
@@ -688,7 +691,8 @@ def check_frames(listing: TrajectoryListing) -> None:
     """Raise InputError unless the frames are regular files numbered 0, 1, 2, ... (or 1, 2, 3, ...) without a gap."""
     name, frames = listing.trajectory.name, listing.frames
     if not frames:
-        raise InputError(f"{name}: no frames here whose names match frame_pattern")
+        example = f"; it holds {_printable(listing.other_file)}, for one" if listing.other_file else ""
+        raise InputError(f"{name}: no frames here whose names match frame_pattern{example}")
     for frame in frames:
         if frame.size < 0:
             raise InputError(f"{name}/{frame.file_name}: not a regular file")
@@ -2195,6 +2199,11 @@ def _one_torch_thread() -> None:
     torch.set_num_threads(1)
 
 
+def resolve_batch_size(options: RunOptions, encoder: Encoder) -> int:
+    """Frames per batch: the user's, or what suits the encoder's device."""
+    return encoder.default_batch_size if options.batch_size == "auto" else options.batch_size
+
+
 def cache_trajectories(
     trajectories: Iterable[Trajectory],
     label: ChunkLabel,
@@ -2214,7 +2223,7 @@ def cache_trajectories(
     """
     spec, failed = label.spec, Failed()
     workers = available_cores() if options.decode_workers == "auto" else options.decode_workers
-    batch_size = encoder.default_batch_size if options.batch_size == "auto" else options.batch_size
+    batch_size = resolve_batch_size(options, encoder)
     # An encoder that computes on these same cores loses more than decoding ahead gains: its threads wait for each other
     # while one of them is kept from its core. Only the files are read ahead then.
     frames_ahead = max(4 * workers, 2 * batch_size * encoder.batches_in_flight)
@@ -2266,7 +2275,7 @@ class StopRequest:
         self.signal_number = number
         if self.is_asking:  # Python would go on waiting for the answer
             self.check()
-        os.write(2, b"\nStopping: finishing what is in flight (once more to stop at once)\n")
+        os.write(2, b"\nStopping: what is in flight is finished or dropped (once more to stop at once)\n")
 
     def __call__(self) -> bool:
         return self.signal_number is not None or time.monotonic() > self._deadline
@@ -2407,7 +2416,7 @@ def prepare_dataset(config: DatasetConfig, stop: StopRequest) -> PreparedDataset
         progress.empty()
         progress.rebuild_started = time.time()
         LOG.warning(
-            "%s: force_rebuild: every trajectory is redone (left True in the config file, every run does so)",
+            "%s: force_rebuild: every trajectory is redone (True in the config file, every run does so)",
             config.name,
         )
     selection = select_trajectories(config, stop)
@@ -2623,8 +2632,6 @@ def load_encoder(spec: CacheSpec, device: str) -> tuple[Encoder, str]:
     """An encoder on its device, and the digest of its weights. Raises RefusedError where the weights cannot be had."""
     model = build_model(spec)
     digest = weights_digest(model)
-    if spec.weights == "random":
-        LOG.warning("WEIGHTS ARE RANDOM (seeded): the features are for trying things out and mean nothing")
     return DinoEncoder(model, spec, device), digest
 
 
@@ -2656,6 +2663,33 @@ def weights_differences(dataset: PreparedDataset) -> list[tuple[str, Any, Any]]:
     if old is None or new is None or old["digest"] == new["digest"]:
         return []
     return [("weights", *(f"{weights['source']} (digest {weights['digest']})" for weights in (old, new)))]
+
+
+def remarks(dataset: PreparedDataset) -> list[str]:
+    """What is odd about a dataset before its work begins, a line each."""
+    lines = []
+    for standing in dataset.standings:
+        if standing.remark:
+            verb = "Redoing" if standing.state == "pending" else "Completed"
+            lines.append(f"{verb} {standing.trajectory.name}: {standing.remark}")
+    records, failures = dataset.progress.records, dataset.progress.failures
+    present = {trajectory.name for trajectory in dataset.trajectories}
+    most = dataset.config.options.max_attempts
+    given_up = [name for name in sorted(failures.keys() & present) if failures[name]["attempts"] >= most]
+    others = {
+        fingerprint for fingerprint, spec in dataset.progress.specs.items() if spec_differences(spec, dataset.spec)
+    }
+    kept = [name for name, record in records.items() if record["fingerprint"] in others]
+    for names, what in (
+        (sorted(records.keys() - present), "recorded trajectories are not among the data now; their chunks stay"),
+        (dataset.missing, "names of the split are not in the data folder"),
+        (dataset.lack_poses, "folders hold frames but no pose file, left out"),
+        (given_up, f"failed trajectories are not tried again after {most} attempts (reset-failed allows it)"),
+        (kept, "completed trajectories were made with another configuration, and stay"),
+    ):
+        if names:
+            lines.append(f"{len(names)} {what}: {format_names(names)}")
+    return lines
 
 
 _LOST_MOUNT = "the mount seems lost. None of them is recorded as failed; mount it and run the same command again"
@@ -2706,28 +2740,22 @@ class DatasetRun:
 
     def _announce(self) -> None:
         dataset, total = self._dataset, len(self._dataset.trajectories)
+        LOG.info("dino_cache %s, %s", __version__, time.strftime("%Y-%m-%d %H:%M:%S"))
         LOG.info("Dataset %s: %s -> %s", dataset.name, dataset.config.data_folder, dataset.config.cache_dir)
+        if dataset.pending:
+            spec, batch_size = dataset.spec, resolve_batch_size(self._options, dataset.encoder)
+            how = (spec.dino_model_type, dataset.weights["source"], spec.precision, dataset.device, batch_size)
+            LOG.info("Encoding with %s (%s) in %s on %s, %d frames a batch", *how)
+            if spec.weights == "random":
+                LOG.warning("WEIGHTS ARE RANDOM (seeded): the features are for trying things out and mean nothing")
         if self._progress.records:
             LOG.info("Loaded existing progress: %d trajectories completed", self._done)
             LOG.info("Resuming processing: %d/%d trajectories completed", self._done, total)
             LOG.info("Remaining trajectories: %d", total - self._done)
         else:
             LOG.info("Processing %d trajectories", total)
-        for standing in dataset.standings:
-            if standing.remark:
-                verb = "Redoing" if standing.state == "pending" else "Completed"
-                LOG.warning("%s %s: %s", verb, standing.trajectory.name, standing.remark)
-        gone = sorted(self._progress.records.keys() - {trajectory.name for trajectory in dataset.trajectories})
-        if gone:
-            LOG.warning(
-                "%d recorded trajectories are not among the data now; their chunks stay: %s",
-                len(gone),
-                format_names(gone),
-            )
-        if missing := dataset.missing:
-            LOG.warning("%d names of the split are not in the data folder: %s", len(missing), format_names(missing))
-        if bare := dataset.lack_poses:
-            LOG.warning("%d folders hold frames but no pose file, left out: %s", len(bare), format_names(bare))
+        for remark in remarks(dataset):
+            LOG.warning("%s", remark)
 
     def _begin_record(self) -> None:
         """Put the configuration in force into the record, before any work."""
@@ -2781,14 +2809,8 @@ class DatasetRun:
     def _summarise(self) -> int:
         failures, left = self._progress.failures, self._dataset.left_out
         present = {trajectory.name for trajectory in self._dataset.trajectories}
-        LOG.info(
-            "%s: %d/%d trajectories completed, %d failed, %d chunks",
-            self._dataset.name,
-            self._done,
-            len(present),
-            len(failures),
-            self._progress.total_chunks,
-        )
+        counts = (self._done, len(present), len(failures), self._progress.total_chunks)
+        LOG.info("%s: %d/%d trajectories completed, %d failed, %d chunks", self._dataset.name, *counts)
         for name, failure in list(failures.items())[:SHOWN_NAMES]:
             gone = "" if name in present else f" ({name} is not among the data now; reset-failed forgets it)"
             attempts = f"{failure['attempts']} of {self._options.max_attempts} attempts"
@@ -2796,7 +2818,9 @@ class DatasetRun:
         if len(failures) > SHOWN_NAMES:
             LOG.warning("  ... and %d more; `progress_utils.py show --all` lists them", len(failures) - SHOWN_NAMES)
         if self._stop.signal_number is not None or not self._is_finished:
-            LOG.warning("Stopped; run the same command again to go on")
+            reason = "by a signal" if self._stop.signal_number is not None else "by --max-hours"
+            count = len(self._dataset.pending) - self._results + left
+            LOG.warning("Stopped %s, %d trajectories are left; run the same command again to go on", reason, count)
             return self._stop.exit_code
         if left:
             LOG.info("%d trajectories are left for the next run (--limit)", left)
@@ -2931,12 +2955,21 @@ def print_forecast(dataset: PreparedDataset, reasons: list[str]) -> None:
     print(f"  bytes they take: {taken} ({format_bytes(taken)}), replacing {format_bytes(replaced_bytes(dataset))}")
     print(f"  free space: {format_bytes(free_bytes(dataset.config.cache_dir))}")
     if dataset.progress.records:
-        for key, old, new in spec_differences(dataset.progress.processing_config, dataset.spec):
+        changes = spec_differences(dataset.progress.processing_config, dataset.spec)
+        if dataset.weights and dataset.weights["source"] != weights_source(dataset.spec)["source"]:
+            changes.append(("weights", dataset.weights["source"], weights_source(dataset.spec)["source"]))
+        for key, old, new in changes:
             print(f"  changed configuration: {key}: {old} -> {new}")
+        if changes:
+            print("  a run would ask about it, and without a terminal refuse to start unless --yes is given")
+    for remark in remarks(dataset):
+        print(f"  {remark}")
     if reasons:
         print(f"  will fail: {len(reasons)}")
         for reason in reasons[:SHOWN_NAMES]:
             print(f"    {reason}")
+        if len(reasons) > SHOWN_NAMES:
+            print(f"    ... and {len(reasons) - SHOWN_NAMES} more")
 
 
 def begin_rebuild(dataset: PreparedDataset) -> None:
@@ -3087,6 +3120,7 @@ def run(arguments: argparse.Namespace, stop: StopRequest) -> int:
             dataset.choose_pending(arguments.limit)
             if dataset.pending:
                 resolve_device_and_precision(dataset)
+                weights_source(dataset.spec)  # refuses a file that is not there
         if arguments.dry_run:
             for dataset in datasets:
                 print_forecast(dataset, estimate_work(dataset, stop))

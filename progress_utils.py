@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import calendar
+import collections
 import contextlib
 import errno
 import functools
@@ -509,7 +510,9 @@ def load_or_refuse(cache_dir: Path) -> Progress:
     """The record in `cache_dir`; RefusedError where there is none."""
     progress = Progress.load(cache_dir)
     if progress is None:
-        raise RefusedError(f"{cache_dir}: no {PROGRESS_FILE} here; --cache-dir takes the folder that holds it")
+        near = [str(path.parent) for path in sorted(cache_dir.glob(f"*/{PROGRESS_FILE}"))[:3]]
+        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+        raise RefusedError(f"{cache_dir}: no {PROGRESS_FILE} here; --cache-dir takes the folder that holds it{hint}")
     return progress
 
 
@@ -547,7 +550,19 @@ def _state_remarks(progress: Progress) -> list[str]:
         remarks.append(
             f"⚠️ Mixed cache: its chunks were made with {len(progress.fingerprints)} different configurations"
         )
-    return remarks
+    return remarks + _other_configurations(progress)
+
+
+def _other_configurations(progress: Progress) -> list[str]:
+    """A line for each configuration that trajectories were made with and that is not the one in force."""
+    now, lines = progress.processing_config, []
+    counts = collections.Counter(record["fingerprint"] for record in progress.records.values())
+    for fingerprint, count in counts.items():
+        spec = progress.specs[fingerprint]
+        changes = [f"{key}: {spec.get(key)}" for key in spec | now if spec.get(key) != now.get(key)]
+        if changes:
+            lines.append(f"  {count} trajectories were made with {', '.join(changes)}")
+    return lines
 
 
 def _print_failures(failures: dict[str, Failure], show_all: bool) -> None:
@@ -692,7 +707,9 @@ def verify(cache_dir: Path, *, deep: bool, as_json: bool, repair: bool, yes: boo
     load_or_refuse(cache_dir)
     with cache_lock(cache_dir) if repair else contextlib.nullcontext():
         progress = load_or_refuse(cache_dir)
-        findings = [*_check_recorded(progress, deep), *_find_unrecorded(progress), *_find_leftovers(cache_dir)]
+        findings = _check_recorded(progress, deep)
+        if repair or lock_owner(cache_dir) is None:  # else a run is at work, and these are what it has in flight
+            findings += [*_find_unrecorded(progress), *_find_leftovers(cache_dir)]
         mixed = len(progress.fingerprints) > 1
         if not as_json:
             _print_findings(progress, findings, deep=deep, repair=repair)
@@ -779,7 +796,7 @@ def _print_findings(progress: Progress, findings: list[Finding], *, deep: bool, 
     )
     holder = lock_owner(progress.cache_dir)
     if holder and not repair:
-        print(f"Note: a run may be at work ({holder}); what it has in flight shows as a problem")
+        print(f"Note: a run is at work ({holder}); unrecorded and leftover files are not looked for")
     if len(progress.fingerprints) > 1:
         print(f"Note: mixed cache: made with {len(progress.fingerprints)} different configurations")
     for finding in findings:
@@ -788,8 +805,9 @@ def _print_findings(progress: Progress, findings: list[Finding], *, deep: bool, 
         print("Sound")
     elif any(finding.kind == "unrecorded" for finding in findings):
         print(
-            "Unrecorded chunks are redone by the next run if their data is there; `rebuild` takes them into the record"
+            "Unrecorded chunks are redone by the next run if their data is there; where the record was lost, `rebuild`"
         )
+        print("takes those that are intact into a new one")
 
 
 def _repair(progress: Progress, findings: list[Finding], *, yes: bool) -> bool:
@@ -813,6 +831,8 @@ def _repair(progress: Progress, findings: list[Finding], *, yes: bool) -> bool:
         else:
             path.unlink(missing_ok=True)
     print(f"Forgot {len(damaged)} trajectories, removed {len(leftovers)} leftovers", file=sys.stderr)
+    if damaged:
+        print("The next run of dino_cache.py redoes what was forgotten", file=sys.stderr)
     return True
 
 
