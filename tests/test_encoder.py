@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import dino_cache
 from dino_cache import (
     CacheSpec,
     DinoEncoder,
@@ -455,9 +454,3 @@ def test_device_is_cuda_where_there_is_one_and_one_that_is_not_there_is_refused(
         else:
             with pytest.raises(RefusedError, match=f"device: {device}.*{count} CUDA"):
                 resolve_device(device)
-
-
-def test_loading_random_weights_warns_that_the_features_mean_nothing(caplog, monkeypatch):
-    monkeypatch.setattr(dino_cache.LOG, "propagate", True)
-    dino_cache.load_encoder(spec_of("small"), "cpu")
-    assert "WEIGHTS ARE RANDOM" in caplog.text

@@ -506,13 +506,13 @@ def test_during_a_run_edits_are_refused_and_reading_works(robot, run_here, monke
     robot.check_finished(outcome)
 
 
-def test_verify_reads_while_the_lock_is_held_and_says_who_may_be_at_work(robot, run_here, capsys):
+def test_verify_reads_while_the_lock_is_held_and_says_who_is_at_work(robot, run_here, capsys):
     run_here(robot.config, "--limit", "1")
     before = tree(robot.cache)
     with cache_lock(robot.cache):
         outcome = utils(capsys, "verify", "--deep", "--cache-dir", robot.cache)
     assert outcome.code == 0, outcome
-    assert f"a run may be at work (pid {os.getpid()} " in outcome.out
+    assert f"a run is at work (pid {os.getpid()} " in outcome.out
     assert tree(robot.cache) == before
 
 

@@ -728,14 +728,14 @@ def test_rebuild_is_refused_while_a_force_rebuild_is_unfinished(robot):
 
 def test_the_holders_name_is_shown_while_it_lives_and_not_when_it_is_dead(robot):
     with cache_lock(robot.cache):
-        assert f"a run may be at work (pid {os.getpid()} " in robot.utils("verify").out
+        assert f"a run is at work (pid {os.getpid()} " in robot.utils("verify").out
         owner = (robot.cache / ".lock.owner").read_text()
     child = os.fork()
     if child == 0:
         os._exit(0)
     os.waitpid(child, 0)
     (robot.cache / ".lock.owner").write_text(owner.replace(str(os.getpid()), str(child)))  # as a kill -9 leaves it
-    assert "a run may be at work" not in robot.utils("verify").out
+    assert "a run is at work" not in robot.utils("verify").out
 
 
 def test_a_rebuilt_record_began_with_its_first_chunk(robot):
