@@ -4,7 +4,9 @@
     python benchmarks/throughput.py host            # an encoder that returns at once, over decoding and resizing alone
     python benchmarks/throughput.py baselines       # over what a user would write instead
     python benchmarks/throughput.py short           # 300 trajectories of 20 frames over one of 6,000
-    python benchmarks/throughput.py safety          # without fsync, digests and record over with them
+    python benchmarks/throughput.py safety          # with fsync, digests and record over without them
+    python benchmarks/throughput.py memory          # peak resident set: long trajectories and many over short and few
+    python benchmarks/throughput.py start           # from launch to the first batch, over a bare torch and timm program
 
 Rates are differences of two runs of different length, so that starting and ending cancel; repetitions are interleaved.
 Each command prints a table and, last, one JSON line. Weights are random: they do not change the time.
@@ -14,8 +16,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
 import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 from workload import (
+    ROOT,
     Spread,
     cache_once,
     dino_cache,
@@ -371,14 +377,119 @@ def safety(arguments: argparse.Namespace, root: Path) -> None:
     report(f"Cost of safety: {spec.dino_model_type}, {spec.precision}, cls + patch, 50 frames a trajectory", rows)
 
 
+def peak_memory(data: Path, root: Path, tokens: tuple[str, ...]) -> float:
+    """Peak resident set [MiB] of a process that runs the whole pipeline over `data` with an instant encoder."""
+    program = f"""
+import resource, sys
+sys.path[:0] = [{str(Path(__file__).parent)!r}]
+from pathlib import Path
+from throughput import InstantEncoder, cache_once, dino_cache
+spec = dino_cache.CacheSpec(dino_model_type="small", weights="random", tokens={tokens!r}, image_size=(112, 112),
+                            precision="fp32", max_chunk_distance_m=1e6)
+cache_once(Path({str(data)!r}), Path({str(root / "cache")!r}), spec, InstantEncoder(spec))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, capture_output=True, text=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def memory(arguments: argparse.Namespace, root: Path) -> None:
+    data = {
+        "short": data_of(root, 1000),
+        "long": data_of(root, arguments.frames),
+        "few": data_of(root, *[4] * 250),
+        "many": data_of(root, *[4] * (arguments.frames // 4)),
+    }
+    peaks = interleave(
+        arguments.repetitions,
+        **{name: functools.partial(peak_memory, folder, root, ("cls", "patch")) for name, folder in data.items()},
+    )
+    rows = {
+        "one trajectory of 1,000 frames, one chunk [MiB]": Spread.of(peaks["short"]),
+        f"one of {arguments.frames:,} frames, one chunk [MiB]": Spread.of(peaks["long"]),
+        "long over short": ratios(peaks, "long", "short"),
+        "250 trajectories of 4 frames [MiB]": Spread.of(peaks["few"]),
+        f"{arguments.frames // 4:,} trajectories of 4 frames [MiB]": Spread.of(peaks["many"]),
+        "many over few": ratios(peaks, "many", "few"),
+    }
+    report("Peak memory of the pipeline: cls + patch, 640x480 JPEG, instant encoder", rows)
+
+
+BARE_START = """
+import sys, time, timm, torch
+torch.manual_seed(0)
+model = timm.create_model(sys.argv[1], pretrained=False, num_classes=0, img_size=224).eval()
+print(time.time())
+"""
+FIRST_BATCH = """
+import os, sys, time
+sys.path[:0] = [sys.argv[1]]
+import dino_cache
+def first_batch(self, pixels):
+    print(time.time(), flush=True)
+    os._exit(0)
+dino_cache.DinoEncoder.encode = first_batch
+sys.exit(dino_cache.main(sys.argv[2:]))
+"""
+
+
+def seconds_to_mark(*command: str) -> float:
+    """Seconds from launch until the program prints the time of its mark."""
+    begin = time.time()
+    done = subprocess.run([sys.executable, "-W", "ignore", *command], check=True, capture_output=True, text=True)
+    return float(done.stdout.splitlines()[-1]) - begin
+
+
+def start(arguments: argparse.Namespace, root: Path) -> None:
+    count = arguments.frames // 20
+    data = data_of(root, *[20] * count)
+    settings = {"dino_model_type": arguments.model, "weights": "random", "image_size": [28, 28], "device": "cpu"}
+    for name in ("fresh", "recorded", "complete"):
+        paths = {"data_folder": str(data), "cache_dir": str(root / name)}
+        (root / f"{name}.yaml").write_text(json.dumps({**settings, "datasets": {"start": paths}}))
+
+    def run(name: str, *options: str) -> float:
+        begin = time.time()
+        command = [sys.executable, str(ROOT / "dino_cache.py"), "--config", str(root / f"{name}.yaml"), *options]
+        subprocess.run(command, check=not options, capture_output=True)
+        return time.time() - begin
+
+    def to_first_batch(name: str) -> float:
+        return seconds_to_mark("-c", FIRST_BATCH, str(ROOT), "--config", str(root / f"{name}.yaml"))
+
+    run("recorded", "--limit", str(count - 1))
+    run("complete")
+    seconds = interleave(
+        arguments.repetitions,
+        bare=lambda: seconds_to_mark("-c", BARE_START, dino_cache.MODEL_NAMES[arguments.model]),
+        fresh=lambda: to_first_batch("fresh"),
+        recorded=lambda: to_first_batch("recorded"),
+        nothing=lambda: run("complete"),
+    )
+    rows = {
+        "bare program: torch, timm, random model [s]": Spread.of(seconds["bare"]),
+        "no cache yet, to the first batch [s]": Spread.of(seconds["fresh"]),
+        "no cache yet, over the bare program": ratios(seconds, "fresh", "bare"),
+        "one trajectory left, to its batch [s]": Spread.of(seconds["recorded"]),
+        "one left, over the bare program": ratios(seconds, "recorded", "bare"),
+        "nothing to do, the whole command [s]": Spread.of(seconds["nothing"]),
+        "nothing to do, over the bare program": ratios(seconds, "nothing", "bare"),
+    }
+    report(f"Start: {arguments.model}, {count} trajectories of 20 frames", rows)
+
+
 COMMANDS = {
     "efficiency": efficiency,
     "host": host,
     "baselines": baselines,
     "short": short_trajectories,
     "safety": safety,
+    "memory": memory,
+    "start": start,
 }
-DEFAULT_FRAMES = {"efficiency": 768, "host": 4096, "baselines": 384, "short": 600, "safety": 600}
+DEFAULT_FRAMES = {
+    "efficiency": 768, "host": 4096, "baselines": 384, "short": 600, "safety": 600, "memory": 20_000, "start": 2000,
+}  # fmt: skip
 
 
 def main() -> None:
