@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 from dino_cache import (
+    MODEL_NAMES,
     CacheSpec,
     DinoEncoder,
     ModelShape,
+    ModelType,
     RefusedError,
     build_model,
     check_image_size,
@@ -404,7 +406,7 @@ def closed_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type
             """Nothing on stderr."""
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         template = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -571,7 +573,7 @@ def test_dinov3_shapes_are_those_of_the_published_models(size, width):
     assert model_shape(f"dinov3_{size}") == (16, width, 4)
 
 
-@pytest.mark.parametrize("model_type", get_args(dino_cache.ModelType))
+@pytest.mark.parametrize("model_type", get_args(ModelType))
 def test_register_tokens_are_allowed_exactly_where_the_model_has_registers(model_type):
     if model_shape(model_type).num_registers:
         assert CacheSpec(dino_model_type=model_type, tokens=("register",)).tokens == ("register",)
@@ -580,9 +582,9 @@ def test_register_tokens_are_allowed_exactly_where_the_model_has_registers(model
             CacheSpec(dino_model_type=model_type, tokens=("register",))
 
 
-@pytest.mark.parametrize("model_type", get_args(dino_cache.ModelType))
+@pytest.mark.parametrize("model_type", get_args(ModelType))
 def test_default_pixel_mean_and_std_are_those_the_model_was_trained_with(model_type):
-    trained_with = timm.get_pretrained_cfg(dino_cache.MODEL_NAMES[model_type])
+    trained_with = timm.get_pretrained_cfg(MODEL_NAMES[model_type])
     spec = CacheSpec(dino_model_type=model_type)
     assert (spec.pixel_mean, spec.pixel_std) == (trained_with.mean, trained_with.std)
 
