@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Turn robot trajectories (camera frames with metric poses) into frozen DINOv2 features, once.
+"""Turn robot trajectories (camera frames with metric poses) into frozen DINOv2 or DINOv3 features, once.
 
     python dino_cache.py --config config/data/dino_cache.yaml              # start, or go on where the last run stopped
     python dino_cache.py --config config/data/dino_cache.yaml --dry-run    # what it would do, and the space it takes
@@ -118,11 +118,17 @@ POSE_FILES = ("traj_data.pkl", "traj_data.json", "traj_data.npz")  # the first o
 FRAME_PATTERN = r"(\d+)\.(?:jpg|jpeg|png|JPG|JPEG|PNG)"
 
 TOKEN_DATASETS = {"cls": "cls_token", "patch": "patch_tokens", "register": "register_tokens"}
-MODEL_NAMES = {
+DINOV2_NAMES = {
     f"{size}{suffix}": f"vit_{size}_patch14{timm_suffix}_dinov2.lvd142m"
     for size in ("small", "base", "large", "giant")
     for suffix, timm_suffix in (("", ""), ("_reg", "_reg4"))
 }
+DINOV3_NAMES = {
+    f"dinov3_{size}": f"vit_{size}_patch16_dinov3.lvd1689m"
+    for size in ("small", "small_plus", "base", "large", "huge_plus", "7b")
+}
+MODEL_NAMES = DINOV2_NAMES | DINOV3_NAMES  # in timm
+MODELS_WITH_REGISTERS = (*(name for name in DINOV2_NAMES if name.endswith("_reg")), *DINOV3_NAMES)
 RANDOM_WEIGHTS_SEED = 0
 
 MEASURED_ITEMS = 64  # trajectories after which it is known whether their files are slow; a thread's share, if so
@@ -143,7 +149,10 @@ SHOWN_NAMES = 10  # of a list of names in a message
 SHOW_INTERVAL_S = 0.2  # between two looks at the progress shown: counting a large cache's chunks takes milliseconds
 
 Token = Literal["cls", "patch", "register"]
-ModelType = Literal["small", "small_reg", "base", "base_reg", "large", "large_reg", "giant", "giant_reg"]
+ModelType = Literal[
+    "small", "small_reg", "base", "base_reg", "large", "large_reg", "giant", "giant_reg",
+    "dinov3_small", "dinov3_small_plus", "dinov3_base", "dinov3_large", "dinov3_huge_plus", "dinov3_7b",
+]  # fmt: skip
 ChecksumKind = Literal["stat", "content"]
 
 Item = TypeVar("Item")
@@ -296,10 +305,10 @@ class CacheSpec(BaseModel):
                 f"min_chunk_distance_m: {self.min_chunk_distance_m} must be at most "
                 f"max_chunk_distance_m: {self.max_chunk_distance_m}"
             )
-        if "register" in self.tokens and not self.dino_model_type.endswith("_reg"):
+        if "register" in self.tokens and self.dino_model_type not in MODELS_WITH_REGISTERS:
             raise ValueError(
                 f"tokens: register needs a model with registers; dino_model_type: {self.dino_model_type} has none, "
-                f"{self.dino_model_type}_reg has"
+                f"{self.dino_model_type}_reg and every dinov3 model have"
             )
         return self
 
@@ -1153,7 +1162,7 @@ class FrameDecoder:
 
 
 # ======================================================================================================================
-# Encoding: frames to DINOv2 tokens
+# Encoding: frames to DINOv2 or DINOv3 tokens
 # ======================================================================================================================
 
 
@@ -1166,11 +1175,11 @@ class ModelShape(NamedTuple):
 
 
 def model_shape(model_type: ModelType) -> ModelShape:
-    """Taken from the architecture itself, built with one block and no weights to load."""
+    """Taken from the architecture itself, built without blocks (one of dinov3_7b takes 0.8 GB) or weights to load."""
     import timm
 
-    model = timm.create_model(MODEL_NAMES[model_type], pretrained=False, num_classes=0, depth=1)
-    return ModelShape(model.patch_embed.patch_size[0], model.embed_dim, model.num_reg_tokens)
+    model = timm.create_model(MODEL_NAMES[model_type], pretrained=False, num_classes=0, depth=0)
+    return ModelShape(model.patch_embed.patch_size[0], model.embed_dim, model.num_prefix_tokens - 1)
 
 
 def check_image_size(spec: CacheSpec, shape: ModelShape) -> None:
@@ -1210,13 +1219,13 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def resolve_precision(wanted: str, recorded: str | None, device: str) -> str:
+def resolve_precision(wanted: str, recorded: str | None, device: str, model_type: ModelType) -> str:
     """`auto` is what the cache has recorded; in a new one what default_precision says.
 
     Raises:
         RefusedError: the result is fp16 and the device is not CUDA.
     """
-    precision = (recorded or default_precision(device)) if wanted == "auto" else wanted
+    precision = (recorded or default_precision(device, model_type)) if wanted == "auto" else wanted
     if precision == "fp16" and not device.startswith("cuda"):
         source = "recorded in this cache" if wanted == "auto" else "set in the config"
         raise RefusedError(
@@ -1226,12 +1235,12 @@ def resolve_precision(wanted: str, recorded: str | None, device: str) -> str:
     return precision
 
 
-def default_precision(device: str) -> str:
-    """fp16 on CUDA, bf16 on a CPU with bf16 instructions, else fp32."""
+def default_precision(device: str, model_type: ModelType) -> str:
+    """On CUDA fp16 for DINOv2 and bf16 for DINOv3; bf16 on a CPU with bf16 instructions, else fp32."""
     import torch
 
     if device.startswith("cuda"):
-        return "fp16"
+        return "bf16" if model_type in DINOV3_NAMES else "fp16"  # DINOv3 was trained in bf16: fp16's range is narrower
     capabilities = torch.backends.cpu.get_cpu_capability()
     has_bf16 = capabilities.startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
     return "bf16" if has_bf16 else "fp32"
@@ -1272,23 +1281,87 @@ def build_model(spec: CacheSpec) -> torch.nn.Module:
             torch.manual_seed(RANDOM_WEIGHTS_SEED)
             model = timm.create_model(name, pretrained=False, num_classes=0)
         for key, parameter in model.named_parameters():
-            if key.endswith(".gamma"):  # timm's 1e-5 would leave all CLS tokens equal whatever the image
-                torch.nn.init.ones_(parameter)
+            if key.endswith((".gamma", ".gamma_1", ".gamma_2")):  # LayerScale, of DINOv2 and of DINOv3
+                torch.nn.init.ones_(parameter)  # timm's 1e-5 would leave all CLS tokens equal whatever the image
         return model
-    weights_source(spec)  # timm's own error for a missing file is empty
-    overlay = None if spec.weights == "pretrained" else {"file": spec.weights}
+    weights_source(spec)  # the errors of a missing file that come later do not name it
     try:
-        return timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
+        if spec.weights == "pretrained":
+            return timm.create_model(name, pretrained=True, num_classes=0)
+        return _load_weight_file(Path(spec.weights), name)
     except Exception as error:  # hub, network, unpickling and key errors come in many classes, all of them before work
         raise RefusedError(_weights_advice(spec, name, error)) from error
+
+
+def _load_weight_file(path: Path, model_name: str) -> torch.nn.Module:
+    """The timm model with the weights of a file in the official layout, timm's, or, for DINOv3, transformers'."""
+    import timm
+
+    weights = timm.models.load_state_dict(str(path), weights_only=True)  # which timm < 1.0.26 does not do unasked
+    if "_dinov3" in model_name:
+        weights = _without_qkv_bias(_official_dinov3_names(weights))
+    model = timm.create_model(model_name, pretrained=False, num_classes=0)
+    to_timm = importlib.import_module(type(model).__module__).checkpoint_filter_fn
+    model.load_state_dict(to_timm(weights, model), strict=True)
+    return model
+
+
+# What transformers (facebook's repositories on the Hugging Face hub) names otherwise than facebookresearch/dinov3 does.
+_DINOV3_NAMES_IN_TRANSFORMERS = {
+    r"^embeddings\.patch_embeddings": "patch_embed.proj",
+    r"^embeddings\.register_tokens": "storage_tokens",
+    r"^embeddings\.": "",
+    r"^(?:model\.)?layer\.": "blocks.",
+    r"\.attention\.": ".attn.",
+    r"\.o_proj\.": ".proj.",
+    r"\.layer_scale([12])\.lambda1$": r".ls\1.gamma",
+}
+_DINOV3_MLP = {r"\.up_proj\.": ".fc1.", r"\.down_proj\.": ".fc2."}
+_DINOV3_GATED_MLP = {r"\.gate_proj\.": ".w1.", r"\.up_proj\.": ".w2.", r"\.down_proj\.": ".w3."}  # silu goes on w1
+
+
+def _official_dinov3_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """DINOv3's tensors under their official names; those of transformers are renamed, query, key and value stacked."""
+    import torch
+
+    if "embeddings.cls_token" not in weights:
+        return weights
+    is_gated = any(".gate_proj." in name for name in weights)
+    table = _DINOV3_NAMES_IN_TRANSFORMERS | (_DINOV3_GATED_MLP if is_gated else _DINOV3_MLP)
+    renamed = {_substitute(table, name): tensor for name, tensor in weights.items()}
+    for name in [name for name in renamed if name.endswith(".q_proj.weight")]:
+        parts = [renamed.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
+        renamed[name.replace("q_proj", "qkv")] = torch.cat(parts)
+    return renamed
+
+
+def _substitute(table: dict[str, str], text: str) -> str:
+    for pattern, replacement in table.items():
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+def _without_qkv_bias(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """DINOv3's tensors less the query, key and value biases: all zero as published, so timm's models have none.
+
+    Raises:
+        ValueError: one is not zero, and would be missing.
+    """
+    biases = {name for name in weights if re.search(r"\.(qkv|[qkv]_proj)\.bias$", name)}
+    masks = {f"{name}_mask" for name in biases} & weights.keys()
+    for name in biases:
+        if (weights[name] * weights.get(f"{name}_mask", 1)).any():
+            raise ValueError(f"{name} is not zero, as it is in all published DINOv3 weights")
+    return {name: tensor for name, tensor in weights.items() if name not in biases | masks}
 
 
 def _weights_advice(spec: CacheSpec, model_name: str, error: Exception) -> str:
     if spec.weights != "pretrained":
         reason = " ".join(str(error).split())[:500] or type(error).__name__
+        family = "DINOv3" if spec.dino_model_type in DINOV3_NAMES else "DINOv2"
         return (
             f"weights: {spec.weights}: cannot be loaded into {model_name} (dino_model_type {spec.dino_model_type}): "
-            f"{reason}. Expected an official DINOv2 .pth or .safetensors file of that model"
+            f"{reason}. Expected an official {family} .pth or .safetensors file of that model"
         )
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -1298,9 +1371,12 @@ def _weights_advice(spec: CacheSpec, model_name: str, error: Exception) -> str:
     if isinstance(downloaded, str):
         return f"weights: pretrained: {downloaded} cannot be loaded: {reason}. Delete it and run again online"
     folder = Path(HF_HUB_CACHE) / f"models--timm--{model_name}"
+    once = "go online once and run again"
+    if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+        once = f"log in with `hf auth login`, agree to the terms at https://huggingface.co/timm/{model_name}, run again"
     return (
         f"weights: pretrained: the file model.safetensors of timm/{model_name} is neither in {folder} nor could it be "
-        f"downloaded ({type(error).__name__}: {reason}). Ways on: go online once and run again; or download the "
+        f"downloaded ({type(error).__name__}: {reason}). Ways on: {once}; or download the "
         "official .pth or .safetensors elsewhere and set `weights: <its path>`; or set `weights: random` just to try "
         "things out"
     )
@@ -1338,6 +1414,28 @@ def resample_position_grid(model: torch.nn.Module, grid: tuple[int, int]) -> tor
     return torch.cat([prefix, patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
+def set_input_size(model: torch.nn.Module, image_size: tuple[int, int], device: str) -> tuple[int, int]:
+    """Settle where the patches of (height, width) [px] images are, once and in fp32; returns the patch grid (h, w).
+
+    DINOv2 has a position grid, resampled. DINOv3 has rotary embeddings, whose periods its published files hold rounded
+    to bfloat16; timm leaves them exact, and would make the embedding anew for every batch, from periods in the weights'
+    precision. It stays in float32, on `device`: queries and keys are turned in it, as in facebookresearch/dinov3.
+    """
+    import torch
+
+    patch_size = model.patch_embed.patch_size[0]
+    grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+    if model.pos_embed is None:
+        model.rope.periods = model.rope.periods.bfloat16().float()
+        rotary = model.rope.get_embed(grid).to(device)  # (h*w, 2 * width of a head): sines, cosines
+        model.rope.get_embed = lambda shape: rotary
+    else:
+        position = resample_position_grid(model, grid)
+        model.set_input_size(img_size=image_size)
+        model.pos_embed = torch.nn.Parameter(position)
+    return grid
+
+
 class EncodedRows(NamedTuple):
     """Tokens of B frames on the host: dataset name -> (B, ...) float16, and (B,) bool, whether a row is all finite."""
 
@@ -1357,7 +1455,7 @@ class Encoder(Protocol):
 
 
 class DinoEncoder:
-    """A frozen DINOv2 on one device.
+    """A frozen DINOv2 or DINOv3 on one device.
 
     Weights and activations are cast to the spec's precision (1 - cos against fp32 at worst 5e-5 in bf16, 9e-7 in fp16).
     On CUDA, `encode` returns at once: pixels cross the bus as uint8 from pinned memory, tokens come back into pinned
@@ -1374,12 +1472,8 @@ class DinoEncoder:
         is_cuda = self._device.type == "cuda"
         self.batches_in_flight = 1 if is_cuda else 0
         self.default_batch_size = 128 if is_cuda else 32
-        patch_size = model.patch_embed.patch_size[0]
-        self._grid = (spec.image_size[0] // patch_size, spec.image_size[1] // patch_size)
-        position = resample_position_grid(model, self._grid)  # in fp32, before any cast
-        model.set_input_size(img_size=spec.image_size)
-        model.pos_embed = torch.nn.Parameter(position)
-        self._model = model.eval().requires_grad_(False).to(self._device, self._dtype)
+        self._grid = set_input_size(model.eval(), spec.image_size, device)  # in fp32, before any cast
+        self._model = model.requires_grad_(False).to(self._device, self._dtype)
         self._mean = torch.tensor(spec.pixel_mean, device=self._device).view(3, 1, 1) * 255
         self._std = torch.tensor(spec.pixel_std, device=self._device).view(3, 1, 1) * 255
 
@@ -2521,7 +2615,7 @@ def resolve_device_and_precision(dataset: PreparedDataset) -> None:
     """
     dataset.device = resolve_device(dataset.config.options.device)
     recorded = dataset.progress.processing_config.get("precision")
-    precision = resolve_precision(dataset.config.spec.precision, recorded, dataset.device)
+    precision = resolve_precision(dataset.config.spec.precision, recorded, dataset.device, dataset.spec.dino_model_type)
     dataset.spec = dataset.spec.model_copy(update={"precision": precision})
     dataset.shape = model_shape(dataset.spec.dino_model_type)
     check_image_size(dataset.spec, dataset.shape)
@@ -3051,7 +3145,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="dino_cache.py",
-        description="Turn robot trajectories into frozen DINOv2 features. Running it again goes on where it stopped.",
+        description="Turn robot trajectories into frozen DINO features. Running it again goes on where it stopped.",
         epilog="Example: python dino_cache.py --config config/data/sample.yaml",
     )
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the YAML configuration")

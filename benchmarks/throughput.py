@@ -74,7 +74,7 @@ class InstantEncoder:
 def make_spec(arguments: argparse.Namespace, tokens: tuple[str, ...]) -> dino_cache.CacheSpec:
     precision = arguments.precision
     if precision == "auto":
-        precision = dino_cache.default_precision(arguments.device)
+        precision = dino_cache.default_precision(arguments.device, arguments.model)
     return dino_cache.CacheSpec(
         dino_model_type=arguments.model, weights="random", tokens=tokens, image_size=(224, 224), precision=precision
     )

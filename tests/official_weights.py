@@ -1,8 +1,8 @@
-"""Stand-ins for the official DINOv2 weight files, and a second implementation to compare features with.
+"""Stand-ins for the official DINOv2 and DINOv3 weight files, and a second implementation to compare features with.
 
-`official_state_dict` has the tensor names and shapes of the .pth files of facebookresearch/dinov2, with random values,
-so that loading such a file is tested without a download. `transformers_model` runs the same tensors in Hugging Face
-transformers: other code, other names, no timm. `transformers_tokens` gives its normed tokens.
+`official_state_dict` has the tensor names and shapes of the .pth files of facebookresearch/dinov2 and /dinov3, with
+random values, so that loading such a file is tested without a download. `transformers_model` runs the same tensors in
+Hugging Face transformers: other code, other names, no timm. `transformers_tokens` gives its normed tokens.
 
     weights = official_state_dict("small_reg")
     torch.save(weights, path)                           # or safetensors.torch.save_file(weights, path)
@@ -13,6 +13,8 @@ Where transformers gives what the official code gives (all that may differ is ho
   plain models      at 518x518 alone, where nothing is resampled. Elsewhere the official code uses
                     scale_factor=((h + 0.1) / 37, (w + 0.1) / 37) and transformers size=(h, w); the features differ by
                     far more than rounding.
+  DINOv3            at every image size, once transformers has the periods of the official file (in bfloat16), as
+                    `transformers_model` gives it; its own are exact, and the features differ by up to 1e-2.
 
 Axes: B images, D width, R registers, h w patch grid, N block.
 """
@@ -22,10 +24,11 @@ from dataclasses import dataclass
 import torch
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Model types: the four sizes of DINOv2 as published.
+# Model types: the four sizes of DINOv2 as published, and two of DINOv3.
 # ---------------------------------------------------------------------------------------------------------------------
 
-PATCH_SIZE = 14  # px
+PATCH_SIZE = 14  # px, of DINOv2
+DINOV3_PATCH_SIZE = 16
 NATIVE_GRID = 37  # 518 px / 14 px: the position grid of every published file
 REGISTERS = 4
 MLP_RATIO = 4
@@ -33,7 +36,7 @@ MLP_RATIO = 4
 
 @dataclass(frozen=True)
 class Architecture:
-    """What one model type fixes; `hidden` is the inner width of the MLP, for SwiGLU that of one of its two halves."""
+    """What a model type fixes; `hidden` is the inner width of the MLP, for SwiGLU that of one of its two halves."""
 
     width: int
     depth: int
@@ -47,6 +50,8 @@ ARCHITECTURES = {
     "base": Architecture(width=768, depth=12, heads=12, hidden=3072),
     "large": Architecture(width=1024, depth=24, heads=16, hidden=4096),
     "giant": Architecture(width=1536, depth=40, heads=24, hidden=4096, swiglu=True),
+    "dinov3_small": Architecture(width=384, depth=12, heads=6, hidden=1536),
+    "dinov3_small_plus": Architecture(width=384, depth=12, heads=6, hidden=1536, swiglu=True),
 }
 
 
@@ -54,8 +59,12 @@ def architecture(model_type: str) -> Architecture:
     return ARCHITECTURES[model_type.removesuffix("_reg")]
 
 
+def is_dinov3(model_type: str) -> bool:
+    return model_type.startswith("dinov3_")
+
+
 def register_count(model_type: str) -> int:
-    return REGISTERS if model_type.endswith("_reg") else 0
+    return REGISTERS if model_type.endswith("_reg") or is_dinov3(model_type) else 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,13 +79,19 @@ POSITION_STD = 0.2  # large enough, beside patch embeddings of about 1, for a wr
 def official_state_dict(model_type: str, seed: int = 0, depth: int | None = None) -> dict[str, torch.Tensor]:
     """Random float32 tensors under the names, in the shapes and in the order of an official .pth file.
 
-    `model_type` is small, base, large or giant, or one of these with _reg; `depth` keeps only so many blocks. The same
+    `model_type` is a key of ARCHITECTURES, DINOv2's also with _reg; `depth` keeps only so many blocks. The same
     arguments give the same values. Every LayerScale gamma is 1: with timm's starting value of 1e-5 all CLS tokens
-    would be equal whatever the image.
+    would be equal whatever the image. In DINOv3's files the biases of queries, keys and values are 0 with their mask,
+    and the periods of the rotary embedding bfloat16.
     """
     generator = torch.Generator().manual_seed(seed)
-    shapes = official_shapes(model_type, depth)
-    return {name: random_tensor(name, shape, generator) for name, shape in shapes.items()}
+    shapes = (dinov3_shapes if is_dinov3(model_type) else official_shapes)(model_type, depth)
+    weights = {name: random_tensor(name, shape, generator) for name, shape in shapes.items()}
+    if is_dinov3(model_type):
+        weights |= {name: torch.zeros(shape) for name, shape in shapes.items() if ".qkv.bias" in name}
+        exponents = torch.arange(16) / 16  # a quarter of a head's 64 channels
+        weights["rope_embed.periods"] = (100**exponents).to(torch.bfloat16)
+    return weights
 
 
 def official_shapes(model_type: str, depth: int | None = None) -> dict[str, tuple[int, ...]]:
@@ -90,6 +105,24 @@ def official_shapes(model_type: str, depth: int | None = None) -> dict[str, tupl
     shapes |= with_bias("patch_embed.proj", (d, 3, PATCH_SIZE, PATCH_SIZE))
     for n in range(arch.depth if depth is None else depth):
         shapes |= {f"blocks.{n}.{name}": shape for name, shape in block_shapes(arch).items()}
+    return shapes | with_bias("norm", (d,))
+
+
+def dinov3_shapes(model_type: str, depth: int | None = None) -> dict[str, tuple[int, ...]]:
+    """As official_shapes, of DINOv3: no position grid, storage tokens for registers, periods, masks of the qkv bias."""
+    arch = architecture(model_type)
+    d, hidden = arch.width, arch.hidden
+    shapes = {"cls_token": (1, 1, d), "storage_tokens": (1, REGISTERS, d), "mask_token": (1, d)}
+    shapes |= with_bias("patch_embed.proj", (d, 3, DINOV3_PATCH_SIZE, DINOV3_PATCH_SIZE))
+    shapes["rope_embed.periods"] = (16,)
+    for n in range(arch.depth if depth is None else depth):
+        block = block_shapes(arch)
+        if arch.swiglu:
+            block = {name: shape for name, shape in block.items() if not name.startswith("mlp.")}
+            block |= with_bias("mlp.w1", (hidden, d)) | with_bias("mlp.w2", (hidden, d))
+            block |= with_bias("mlp.w3", (d, hidden))
+        block["attn.qkv.bias_mask"] = (3 * d,)
+        shapes |= {f"blocks.{n}.{name}": shape for name, shape in block.items()}
     return shapes | with_bias("norm", (d,))
 
 
@@ -202,22 +235,75 @@ def transformers_names(official_name: str) -> list[str]:
     if official_name.startswith("blocks."):
         _, n, rest = official_name.split(".", 2)
         prefix, table = f"encoder.layer.{n}.", TRANSFORMERS_BLOCK_NAMES
-    if rest in table:  # a parameter without .weight and .bias
-        return [prefix + name for name in table[rest]]
-    module, _, kind = rest.rpartition(".")
-    return [f"{prefix}{name}.{kind}" for name in table[module or official_name]]
+    return [prefix + name for name in names_in(table, rest)]
+
+
+def names_in(table: dict[str, list[str]], name: str) -> list[str]:
+    if name in table:  # a parameter without .weight and .bias
+        return table[name]
+    module, _, kind = name.rpartition(".")
+    return [f"{other}.{kind}" for other in table[module or name]]
+
+
+DINOV3_TRANSFORMERS_NAMES = {
+    **TRANSFORMERS_NAMES,
+    "storage_tokens": ["embeddings.register_tokens"],
+    "patch_embed.proj": ["embeddings.patch_embeddings"],
+    "norm": ["norm"],
+}
+DINOV3_TRANSFORMERS_BLOCK_NAMES = {
+    **TRANSFORMERS_BLOCK_NAMES,
+    "mlp.fc1": ["mlp.up_proj"],
+    "mlp.fc2": ["mlp.down_proj"],
+    "mlp.w1": ["mlp.gate_proj"],  # silu goes on this one
+    "mlp.w2": ["mlp.up_proj"],
+}
+
+
+def transformers_dinov3_model(state_dict: dict[str, torch.Tensor], model_type: str) -> torch.nn.Module:
+    """DINOv3ViTModel with copies of the official tensors, and their periods; float32, eval."""
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    arch = architecture(model_type)
+    config = DINOv3ViTConfig(
+        hidden_size=arch.width, num_hidden_layers=block_count(state_dict), num_attention_heads=arch.heads,
+        intermediate_size=arch.hidden, use_gated_mlp=arch.swiglu, hidden_act="silu" if arch.swiglu else "gelu",
+        num_register_tokens=REGISTERS, attn_implementation="eager",
+    )  # fmt: skip
+    model = DINOv3ViTModel(config)
+    model.load_state_dict(transformers_dinov3_state_dict(state_dict), strict=True)
+    model.rope_embeddings.inv_freq = 1 / state_dict["rope_embed.periods"].float()
+    return model.eval()
+
+
+def transformers_dinov3_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The official tensors under transformers' names; keys have no bias there."""
+    renamed = {}
+    for official_name, tensor in state_dict.items():
+        if official_name.endswith((".bias_mask", ".periods")):
+            continue
+        prefix, table, rest = "", DINOV3_TRANSFORMERS_NAMES, official_name
+        if official_name.startswith("blocks."):
+            _, n, rest = official_name.split(".", 2)
+            prefix, table = f"model.layer.{n}.", DINOV3_TRANSFORMERS_BLOCK_NAMES
+        names = [prefix + name for name in names_in(table, rest)]
+        renamed |= zip(names, tensor.chunk(len(names)), strict=True)
+    return {name: part.clone() for name, part in renamed.items() if not name.endswith("k_proj.bias")} | {
+        "embeddings.mask_token": state_dict["mask_token"][None]
+    }
 
 
 @torch.inference_mode()
 def transformers_tokens(model: torch.nn.Module, normalised_images: torch.Tensor) -> dict[str, torch.Tensor]:
     """Tokens after the final norm: cls (B, D), register (B, R, D) with R = 0 for a plain model, patch (B, h, w, D).
 
-    `normalised_images` is (B, 3, H, W) float32, mean and std applied, H = 14 h and W = 14 w.
+    `normalised_images` is (B, 3, H, W) float32, mean and std applied, H and W h and w times the patch size.
     """
     height, width = normalised_images.shape[-2:]
-    if height % PATCH_SIZE or width % PATCH_SIZE:
-        raise ValueError(f"images are {height}x{width}, expected multiples of {PATCH_SIZE}")
+    patch_size = model.config.patch_size
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"images are {height}x{width}, expected multiples of {patch_size}")
     tokens = model(pixel_values=normalised_images).last_hidden_state  # (B, 1 + R + h * w, D)
     registers = getattr(model.config, "num_register_tokens", 0)
-    patches = tokens[:, 1 + registers :].unflatten(1, (height // PATCH_SIZE, width // PATCH_SIZE))
+    patches = tokens[:, 1 + registers :].unflatten(1, (height // patch_size, width // patch_size))
     return {"cls": tokens[:, 0], "register": tokens[:, 1 : 1 + registers], "patch": patches}

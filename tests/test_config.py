@@ -160,7 +160,7 @@ def test_a_key_merged_from_an_anchor_may_be_given_again(tmp_path: Path) -> None:
 
 NAN, INF = math.nan, math.inf
 WRONG: list[tuple[str, Any, list[str]]] = [  # key, value, what the message says beside the key
-    ("dino_model_type", "huge", ["'huge'", "small", "small_reg", "base", "large", "giant", "giant_reg"]),
+    ("dino_model_type", "huge", ["'huge'", "small", "small_reg", "base", "large", "giant", "giant_reg", "dinov3_7b"]),
     ("dino_model_type", None, ["None", "small"]),
     ("weights", "", ["''"]),
     ("weights", 3, ["3"]),
@@ -168,7 +168,7 @@ WRONG: list[tuple[str, Any, list[str]]] = [  # key, value, what the message says
     ("tokens", [], ["[]"]),
     ("tokens", "cls", ["'cls'"]),
     ("tokens", ["cls", "patch", "cls"], ["twice"]),
-    ("tokens", ["register"], ["dino_model_type", "large", "large_reg"]),
+    ("tokens", ["register"], ["dino_model_type", "large", "large_reg", "dinov3"]),
     ("image_size", [224], ["[224]"]),
     ("image_size", [224, 308, 3], ["[224, 308, 3]"]),
     ("image_size", 224, ["224"]),

@@ -1,20 +1,26 @@
 """DinoEncoder against transformers, which shares no code with it, on official-format files of random weights."""
 
 import copy
+import http.server
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import huggingface_hub
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
 from dino_cache import (
+    MODEL_NAMES,
     CacheSpec,
     DinoEncoder,
     ModelShape,
+    ModelType,
     RefusedError,
     build_model,
     check_image_size,
@@ -26,7 +32,12 @@ from dino_cache import (
     weights_digest,
     weights_source,
 )
-from official_weights import official_state_dict, transformers_model, transformers_tokens
+from official_weights import (
+    official_state_dict,
+    transformers_dinov3_model,
+    transformers_model,
+    transformers_tokens,
+)
 from support import make_trajectory, run_cache, write_config
 
 HALF = 2e-3  # relative error of float16 storage, 2 ** -11, on values of up to 4
@@ -68,7 +79,8 @@ def models(weights: dict[str, Path]) -> dict[str, torch.nn.Module]:
 def spec_of(
     model_type: str, weights: Path | str = "random", size: tuple[int, int] = (28, 42), **settings: object
 ) -> CacheSpec:
-    tokens = ("cls", "patch", "register") if model_type.endswith("_reg") else ("cls", "patch")
+    has_registers = model_type.endswith("_reg") or model_type.startswith("dinov3_")
+    tokens = ("cls", "patch", "register") if has_registers else ("cls", "patch")
     defaults = {"dino_model_type": model_type, "weights": str(weights), "tokens": tokens, "precision": "fp32"}
     return CacheSpec(**{**defaults, "image_size": size, **settings})
 
@@ -190,12 +202,13 @@ def test_patch_tokens_lie_row_by_row_as_in_the_image(models):
     assert [np.unravel_index(m.argmax(), m.shape) for m in moved] == places
 
 
-def test_bf16_features_are_close_to_fp32(models):
-    pixels = random_pixels(2, (112, 154))
+@pytest.mark.parametrize(("model_type", "size"), [("small_reg", (112, 154)), ("dinov3_small", (112, 160))])
+def test_bf16_features_are_close_to_fp32(models, dinov3_models, model_type, size):
+    pixels, model = random_pixels(2, size), (models | dinov3_models)[model_type]
     tokens = {}
     for precision in ("fp32", "bf16"):
-        spec = spec_of("small_reg", size=(112, 154), precision=precision)
-        tokens[precision] = DinoEncoder(copy.deepcopy(models["small_reg"]), spec, "cpu").encode(pixels)().tokens
+        spec = spec_of(model_type, size=size, precision=precision)
+        tokens[precision] = DinoEncoder(copy.deepcopy(model), spec, "cpu").encode(pixels)().tokens
     for name, exact in tokens["fp32"].items():
         assert cosine(tokens["bf16"][name], exact).min() > 0.999
         assert (tokens["bf16"][name] != exact).any()
@@ -373,6 +386,174 @@ def test_downloaded_file_that_is_broken_is_not_called_missing(downloaded, models
     assert "neither in" not in str(refused.value)
 
 
+@pytest.fixture
+def closed_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[http.server.BaseHTTPRequestHandler]]:
+    """A hub on this machine that answers every request with `status`, 401 or 403, as for a repository behind terms."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        status = 401
+
+        def do_GET(self) -> None:
+            self.send_response(self.status)
+            self.send_header("X-Error-Code", "GatedRepo")
+            self.send_header("X-Error-Message", "Access is restricted")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            """Nothing on stderr."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        template = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        yield Handler
+        server.shutdown()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_weights_behind_terms_are_refused_with_where_to_agree_to_them(closed_hub, status):
+    closed_hub.status = status
+    with pytest.raises(RefusedError) as refused:
+        build_model(spec_of("dinov3_small", "pretrained"))
+    page = "https://huggingface.co/timm/vit_small_patch16_dinov3.lvd1689m"
+    for part in ("Access is restricted", page, "`hf auth login`", "`weights: <its path>`", "`weights: random`"):
+        assert part in str(refused.value)
+    assert "go online" not in str(refused.value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# DINOv3
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dinov3_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """File name -> official-format .pth of a DINOv3."""
+    folder = tmp_path_factory.mktemp("dinov3")
+    for model_type in ("dinov3_small", "dinov3_small_plus"):
+        torch.save(official_state_dict(model_type), folder / f"{model_type}.pth")
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def dinov3_references() -> dict[str, torch.nn.Module]:
+    """Model type -> the same weights in transformers."""
+    types = ("dinov3_small", "dinov3_small_plus")
+    return {name: transformers_dinov3_model(official_state_dict(name), name) for name in types}
+
+
+@pytest.fixture(scope="module")
+def dinov3_models(dinov3_weights: dict[str, Path]) -> dict[str, torch.nn.Module]:
+    """Model type -> the same weights as build_model loads them."""
+    types = ("dinov3_small", "dinov3_small_plus")
+    return {name: build_model(spec_of(name, dinov3_weights[f"{name}.pth"])) for name in types}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "size"),
+    [
+        ("dinov3_small", (224, 304)),
+        ("dinov3_small", (64, 48)),
+        ("dinov3_small", (16, 16)),
+        ("dinov3_small_plus", (48, 112)),
+    ],
+)
+def test_dinov3_gives_the_tokens_of_the_reference(dinov3_models, dinov3_references, model_type, size):
+    check_against(dinov3_references[model_type], dinov3_models[model_type], spec_of(model_type, size=size))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_dinov3_positions_are_the_official_ones_in_float32_whatever_the_precision(dinov3_models, precision):
+    model = copy.deepcopy(dinov3_models["dinov3_small"])
+    DinoEncoder(model, spec_of("dinov3_small", size=(48, 80), precision=precision), "cpu")
+    periods = official_state_dict("dinov3_small")["rope_embed.periods"].double().numpy()
+    rows, columns = np.meshgrid((np.arange(3) + 0.5) / 3, (np.arange(5) + 0.5) / 5, indexing="ij")
+    places = 2 * np.stack([rows, columns], axis=-1).reshape(15, 2, 1) - 1  # row by row, in -1 ... 1
+    angles = np.tile((2 * np.pi * places / periods).reshape(15, 32), 2)
+    rotary = model.rope.get_embed(shape=(3, 5))
+    assert rotary.dtype == torch.float32
+    np.testing.assert_allclose(rotary, np.concatenate([np.sin(angles), np.cos(angles)], axis=1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layout", "model_type"),
+    [
+        ("official", "dinov3_small"),
+        ("transformers", "dinov3_small"),
+        ("transformers", "dinov3_small_plus"),
+        ("timm", "dinov3_small_plus"),
+    ],
+)
+def test_dinov3_files_of_the_same_weights_have_one_digest(
+    tmp_path, dinov3_models, dinov3_references, layout, model_type
+):
+    path = tmp_path / "model.safetensors"
+    if layout == "official":
+        save_file(official_state_dict(model_type), path)
+    elif layout == "transformers":
+        dinov3_references[model_type].save_pretrained(tmp_path)  # as facebook's repositories on the hub
+    else:
+        save_file(dinov3_models[model_type].state_dict(), path)
+    assert weights_digest(build_model(spec_of(model_type, path))) == weights_digest(dinov3_models[model_type])
+
+
+def test_norms_of_local_crops_in_a_dinov3_file_are_left_out(tmp_path, dinov3_models):
+    local = {f"local_cls_norm.{name}": torch.ones(384) for name in ("weight", "bias")}  # of the largest, and satellite
+    torch.save({**official_state_dict("dinov3_small"), **local}, tmp_path / "file.pth")
+    model = build_model(spec_of("dinov3_small", tmp_path / "file.pth"))
+    assert weights_digest(model) == weights_digest(dinov3_models["dinov3_small"])
+
+
+def test_masked_biases_in_a_dinov3_file_count_as_zero_and_others_are_refused(tmp_path, dinov3_models, capfd):
+    weights, path = official_state_dict("dinov3_small"), tmp_path / "file.pth"
+    weights["blocks.7.attn.qkv.bias"][3] = 0.5
+    torch.save(weights, path)
+    model = build_model(spec_of("dinov3_small", path))
+    assert weights_digest(model) == weights_digest(dinov3_models["dinov3_small"])
+    weights["blocks.7.attn.qkv.bias_mask"][:384] = 1
+    torch.save(weights, path)
+    with pytest.raises(RefusedError, match=r"file\.pth: .*blocks\.7\.attn\.qkv\.bias is not zero"):
+        build_model(spec_of("dinov3_small", path))
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("model_type", "file"),
+    [("dinov3_small", "small.pth"), ("small_reg", "dinov3_small.pth"), ("dinov3_small", "dinov3_small_plus.pth")],
+)
+def test_file_of_another_family_or_model_is_refused_by_name(weights, dinov3_weights, model_type, file):
+    path = (weights | dinov3_weights)[file]
+    with pytest.raises(RefusedError) as refused:
+        build_model(spec_of(model_type, path))
+    family = "DINOv3" if model_type == "dinov3_small" else "DINOv2"
+    for part in (f"weights: {path}", f"dino_model_type {model_type}", f"official {family} .pth"):
+        assert part in str(refused.value)
+
+
+def test_pickled_globals_in_a_dinov3_file_are_not_run(tmp_path):
+    weights = {**official_state_dict("dinov3_small", depth=1), "made_by": MakesFolder(tmp_path / "executed")}
+    torch.save(weights, tmp_path / "file.pth")
+    with pytest.raises(RefusedError, match=r"file\.pth"):
+        build_model(spec_of("dinov3_small", tmp_path / "file.pth"))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_dinov3_with_random_weights_tells_two_frames_apart_and_stays_far_below_the_limit_of_float16():
+    spec = spec_of("dinov3_small", size=(32, 48))
+    rows = DinoEncoder(build_model(spec), spec, "cpu").encode(random_pixels(2, (32, 48)))()
+    shapes = {"cls_token": (2, 384), "patch_tokens": (2, 2, 3, 384), "register_tokens": (2, 4, 384)}
+    assert {name: tokens.shape for name, tokens in rows.tokens.items()} == shapes
+    assert rows.finite.tolist() == [True, True]
+    assert max(np.abs(tokens).max() for tokens in rows.tokens.values()) < 100
+    first, second = rows.tokens["cls_token"].astype(float)
+    assert np.abs(first - second).max() > 0.01
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Shapes, device and precision
 # ----------------------------------------------------------------------------------------------------------------------
@@ -382,6 +563,37 @@ def test_downloaded_file_that_is_broken_is_not_called_missing(downloaded, models
 def test_model_shapes_are_those_of_the_published_models(size, width):
     assert model_shape(size) == (14, width, 0)
     assert model_shape(f"{size}_reg") == (14, width, 4)
+
+
+@pytest.mark.parametrize(
+    ("size", "width"),
+    [("small", 384), ("small_plus", 384), ("base", 768), ("large", 1024), ("huge_plus", 1280), ("7b", 4096)],
+)
+def test_dinov3_shapes_are_those_of_the_published_models(size, width):
+    assert model_shape(f"dinov3_{size}") == (16, width, 4)
+
+
+@pytest.mark.parametrize("model_type", get_args(ModelType))
+def test_register_tokens_are_allowed_exactly_where_the_model_has_registers(model_type):
+    if model_shape(model_type).num_registers:
+        assert CacheSpec(dino_model_type=model_type, tokens=("register",)).tokens == ("register",)
+    else:
+        with pytest.raises(ValueError, match="needs a model with registers"):
+            CacheSpec(dino_model_type=model_type, tokens=("register",))
+
+
+@pytest.mark.parametrize("model_type", get_args(ModelType))
+def test_default_pixel_mean_and_std_are_those_the_model_was_trained_with(model_type):
+    trained_with = timm.get_pretrained_cfg(MODEL_NAMES[model_type])
+    spec = CacheSpec(dino_model_type=model_type)
+    assert (spec.pixel_mean, spec.pixel_std) == (trained_with.mean, trained_with.std)
+
+
+def test_default_image_size_does_not_fit_dinov3_and_the_error_offers_one_that_does():
+    spec = CacheSpec(dino_model_type="dinov3_small")
+    with pytest.raises(RefusedError, match=r"\[224, 308\].* 16 of dino_model_type dinov3_small.* is \[224, 304\]"):
+        check_image_size(spec, model_shape("dinov3_small"))
+    check_image_size(CacheSpec(dino_model_type="dinov3_small", image_size=(224, 304)), model_shape("dinov3_small"))
 
 
 def test_token_shapes_follow_the_grid_and_the_tokens_asked_for():
@@ -427,19 +639,34 @@ def test_image_size_must_be_a_multiple_of_the_patch_size(size, nearest):
     ],
 )
 def test_precision_is_the_one_wanted_and_auto_the_one_recorded(wanted, recorded, device, expected):
-    assert resolve_precision(wanted, recorded, device) == expected
+    assert resolve_precision(wanted, recorded, device, "base_reg") == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "recorded", "device", "expected"),
+    [
+        ("auto", None, "cuda", "bf16"),
+        ("auto", None, "cuda:1", "bf16"),
+        ("auto", "fp16", "cuda", "fp16"),
+        ("fp16", None, "cuda", "fp16"),
+    ],
+)
+def test_auto_precision_of_dinov3_on_cuda_is_that_of_its_training(wanted, recorded, device, expected):
+    assert resolve_precision(wanted, recorded, device, "dinov3_base") == expected
 
 
 def test_auto_precision_of_a_new_cache_on_a_cpu_follows_its_instructions():
     with open("/proc/cpuinfo") as file:
         flags = file.read()
-    assert resolve_precision("auto", None, "cpu") == ("bf16" if "avx512_bf16" in flags else "fp32")
+    for model_type in ("small", "dinov3_small"):
+        expected = "bf16" if "avx512_bf16" in flags else "fp32"
+        assert resolve_precision("auto", None, "cpu", model_type) == expected
 
 
 @pytest.mark.parametrize(("wanted", "recorded", "source"), [("auto", "fp16", "recorded"), ("fp16", None, "config")])
 def test_fp16_without_cuda_is_refused_with_the_way_on(wanted, recorded, source):
     with pytest.raises(RefusedError, match=rf"fp16 .*{source}.*needs CUDA.*bf16 or fp32"):
-        resolve_precision(wanted, recorded, "cpu")
+        resolve_precision(wanted, recorded, "cpu", "small")
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
