@@ -2090,8 +2090,8 @@ class RecordedChunk(NamedTuple):
     checksum: str  # of the trajectory, <kind>:<digits>
 
     @property
-    def path(self) -> Path:
-        return self.cache_dir / self.trajectory / chunk_file_name(self.chunk_index)
+    def path(self) -> str:
+        return f"{self.cache_dir}/{self.trajectory}/{chunk_file_name(self.chunk_index)}"  # Path takes 10 us
 
     def check(self, attributes: Mapping[str, Any]) -> None:
         """Raise DamagedChunkError unless these are the root attributes of the file that was recorded."""
@@ -2122,7 +2122,7 @@ def recorded_header(chunk: RecordedChunk) -> ChunkHeader:
         DamagedChunkError, StorageError: as `CacheWindows` when it reads.
     """
     try:
-        header = read_chunk_header(chunk.path, deep=False)
+        header = read_chunk_header(Path(chunk.path), deep=False)
         chunk.check(header.attributes)
         return header
     except (DamagedChunkError, OSError) as error:
@@ -2237,43 +2237,44 @@ def frame_shapes(
 
 
 class SampleField(NamedTuple):
-    """One key of a sample, and where it comes from."""
+    """One key of a sample, and the dataset that it is read from."""
 
     key: str
+    dataset: str | None
     shape: tuple[int, ...]
     dtype: torch.dtype
-    stored: torch.dtype  # type in the file
-    dataset: int | None = None  # place among a chunk's offsets; None: it is not read
-    row_bytes: int = 0  # of that dataset
     is_goal: bool = False
 
 
 def sample_fields(
     shapes: dict[str, tuple[int, ...]], window: int, dtype: torch.dtype, *, with_goal: bool
 ) -> list[SampleField]:
-    """The keys of a sample, in order. `shapes`: dataset name -> shape of one frame, tokens and poses."""
+    """The keys of a sample, in order. `shapes`: dataset name -> shape of one frame, tokens of `dtype` and poses."""
     import torch
 
-    fields = [SampleField("index", (), torch.int64, torch.int64)]
-    for is_goal in (False, True) if with_goal else (False,):
-        for place, (name, shape) in enumerate(shapes.items()):
-            stored = getattr(torch, np.dtype(POSE_TYPES.get(name, "<f2")).name)
-            field = SampleField(name, (window, *shape), stored if name in POSE_TYPES else dtype, stored, place)
-            field = field._replace(row_bytes=math.prod(shape) * stored.itemsize)
-            fields.append(field._replace(key=f"goal_{name}", shape=shape, is_goal=True) if is_goal else field)
-    return [*fields, SampleField("goal_valid", (), torch.bool, torch.bool)] if with_goal else fields
+    types = {name: getattr(torch, np.dtype(stored).name) for name, stored in POSE_TYPES.items()}
+    fields = [SampleField("index", None, (), torch.int64)]
+    fields += [SampleField(name, name, (window, *shape), types.get(name, dtype)) for name, shape in shapes.items()]
+    if with_goal:
+        fields += [
+            SampleField(f"goal_{name}", name, shape, types.get(name, dtype), is_goal=True)
+            for name, shape in shapes.items()
+        ]
+        fields.append(SampleField("goal_valid", None, (), torch.bool))
+    return fields
 
 
 class OpenChunk:
-    """A chunk file open for positional reads, past HDF5, from its contiguous datasets into the caller's memory.
+    """A chunk file open for reading past HDF5: its poses, and rows of tokens straight into the caller's memory.
 
     pread, not a mapping: it reads from the same page cache without page faults, shares no state with a forked process,
     and where a file is cut short or a mount lost it is an error; a mapping would end the process (SIGBUS).
     """
 
     def __init__(self, chunk: RecordedChunk):
-        self.length = chunk.stop - chunk.start
-        self.offsets: list[int] = []  # of its datasets
+        self._length = chunk.stop - chunk.start
+        self._offsets: dict[str, int] = {}  # of its datasets
+        self.poses: dict[str, np.ndarray] = {}  # dataset name -> (L, ...)
         self._descriptor = os.open(chunk.path, os.O_RDONLY | os.O_CLOEXEC)
         status = os.fstat(self._descriptor)
         if status.st_size != chunk.num_bytes:
@@ -2284,26 +2285,36 @@ class OpenChunk:
         if hasattr(self, "_descriptor"):
             os.close(self._descriptor)
 
-    def check(self, chunk: RecordedChunk, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Compare the file with its record and find its datasets; DamagedChunkError where anything differs."""
+    def check(self, chunk: RecordedChunk, shapes: dict[str, tuple[int, ...]]) -> list[int]:
+        """Compare the file with its record; returns its datasets' offsets. DamagedChunkError where anything differs."""
         with open(self._descriptor, "rb", closefd=False) as file:
             _check_metadata(file)
             with _hdf5_errors(), h5py.File(file) as content:
                 chunk.check(content.attrs)
-                for name, shape in shapes.items():
-                    self.offsets.append(_check_dataset(content[name], name, (self.length, *shape)).offset)
+                return [
+                    _check_dataset(content[name], name, (self._length, *shape)).offset for name, shape in shapes.items()
+                ]
 
-    def read_rows(self, field: SampleField, rows: range, memory: memoryview) -> None:
-        """Fill `memory` with rows of a field's dataset."""
-        offset, size = self.offsets[field.dataset], field.row_bytes
+    def read_poses(self, offsets: dict[str, int]) -> None:
+        """Read all poses, in one piece: they are small and lie one after another. `offsets`: of all datasets."""
+        self._offsets = offsets
+        sizes = {name: self._length * 8 * math.prod(shape) for name, shape in POSE_SHAPES.items()}
+        begin, end = min(offsets[name] for name in sizes), max(offsets[name] + size for name, size in sizes.items())
+        piece = bytearray(end - begin)
+        self._read(begin, memoryview(piece))
+        for name, shape in POSE_SHAPES.items():
+            self.poses[name] = np.ndarray((self._length, *shape), POSE_TYPES[name], piece, offsets[name] - begin)
+
+    def read_rows(self, dataset: str, rows: range, memory: memoryview) -> None:
+        """Fill `memory` with rows of a dataset."""
+        offset, size = self._offsets[dataset], len(memory) // len(rows)
         if rows.step == 1:
-            self.read(offset + rows.start * size, memory)
+            self._read(offset + rows.start * size, memory)
         else:
             for place, row in enumerate(rows):
-                self.read(offset + row * size, memory[place * size : (place + 1) * size])
+                self._read(offset + row * size, memory[place * size : (place + 1) * size])
 
-    def read(self, offset: int, memory: memoryview) -> None:
-        """Fill `memory` with the file's bytes from `offset` on."""
+    def _read(self, offset: int, memory: memoryview) -> None:
         while memory:
             count = os.preadv(self._descriptor, [memory], offset)
             if count == 0:
@@ -2330,12 +2341,10 @@ class ChunkFiles:
     def _open(self, number: int) -> OpenChunk:
         chunk = self._table[number]
         opened = OpenChunk(chunk)
-        if opened.identity == self._checked[number]:
-            opened.offsets = self._offsets[number].tolist()
-        else:
-            opened.check(chunk, self._shapes)
-            self._offsets[number] = opened.offsets
+        if opened.identity != self._checked[number]:
+            self._offsets[number] = opened.check(chunk, self._shapes)
             self._checked[number] = opened.identity
+        opened.read_poses(dict(zip(self._shapes, self._offsets[number].tolist())))
         return opened
 
 
@@ -2351,9 +2360,31 @@ class WindowBatch(Sequence):
         is_worker = torch.utils.data.get_worker_info() is not None
         storage = (torch.UntypedStorage._new_shared if is_worker else torch.UntypedStorage)(begins[-1])
         flat = torch.empty(0, dtype=torch.uint8).set_(storage)
-        pieces = [flat[begin : begin + size] for begin, size in zip(begins, sizes)]
-        self.memory = [memoryview(piece.numpy()) for piece in pieces]  # of each field
-        self.whole = {f.key: piece.view(f.dtype).view(count, *f.shape) for f, piece in zip(fields, pieces)}
+        pieces = {field.key: flat[begin : begin + size] for field, begin, size in zip(fields, begins, sizes)}
+        self.whole = {field.key: pieces[field.key].view(field.dtype).view(count, *field.shape) for field in fields}
+        self._poses = [(field, self.whole[field.key].numpy()) for field in fields if field.dataset in POSE_SHAPES]
+        self._tokens = [
+            (
+                field,
+                memoryview(pieces[field.key].numpy()),
+                None if field.dtype == torch.float16 else torch.empty(field.shape, dtype=torch.float16),
+            )
+            for field in fields
+            if field.dataset in TOKEN_DATASETS.values()
+        ]
+        self._count = count
+
+    def fill(self, place: int, chunk: OpenChunk, rows: range, goal_row: int) -> None:
+        """Read sample number `place` from a chunk's rows."""
+        window, goal = slice(rows.start, rows.stop, rows.step), range(goal_row, goal_row + 1)
+        for part, values in self._poses:
+            values[place] = chunk.poses[part.dataset][goal_row if part.is_goal else window]
+        for part, memory, stored in self._tokens:
+            size = len(memory) // self._count
+            into = memory[place * size : (place + 1) * size] if stored is None else memoryview(stored.numpy()).cast("B")
+            chunk.read_rows(part.dataset, goal if part.is_goal else rows, into)
+            if stored is not None:
+                self.whole[part.key][place].copy_(stored)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return list, (self._samples,)
@@ -2363,7 +2394,7 @@ class WindowBatch(Sequence):
         return [dict(zip(self.whole, row)) for row in zip(*(tensor.unbind() for tensor in self.whole.values()))]
 
     def __len__(self) -> int:
-        return len(self.whole["index"])
+        return self._count
 
     def __getitem__(self, place: int) -> dict[str, torch.Tensor]:
         return self._samples[place]
@@ -2402,10 +2433,6 @@ def _check_arguments(counts: dict[str, int], tokens: Sequence[str], goal: tuple[
             raise RefusedError(f"tokens: {token!r} is none of {', '.join(TOKEN_DATASETS)}")
     if goal is not None and not 0 <= goal[0] <= goal[1]:
         raise RefusedError(f"goal: {goal} must be (low, high) with 0 <= low <= high [m]")
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.numpy()).cast("B")
 
 
 class WindowSource(NamedTuple):
@@ -2482,7 +2509,6 @@ class CacheWindows:
         shapes = {**frame_shapes(chunks, headers, tokens), **POSE_SHAPES}
         self._files = ChunkFiles(self._table, shapes)
         self._fields = sample_fields(shapes, window, dtype or torch.float16, with_goal=goal is not None)
-        self._distances = list(shapes).index("travelled_distance")  # its place among a chunk's offsets
         self._length, self._stride, self._frame_step = (window - 1) * frame_step + 1, stride, frame_step
         self._goal, self._seed = goal, seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # it reaches workers that are at work already
@@ -2532,11 +2558,23 @@ class CacheWindows:
 
         numbers, rows = self._locate(indices)
         batch = WindowBatch(self._fields, len(numbers))
-        batch.whole["index"].copy_(torch.as_tensor(indices, dtype=torch.int64))
-        scratch = {f.key: torch.empty(f.shape, dtype=f.stored) for f in self._fields if f.dtype != f.stored}
+        batch.whole["index"].copy_(torch.as_tensor(indices))
         for place in np.lexsort((rows, numbers)).tolist():
-            self._read_window(batch, scratch, place, int(numbers[place]), int(rows[place]))
+            try:
+                self._read_window(batch, place, int(indices[place]), int(numbers[place]), int(rows[place]))
+            except (DamagedChunkError, OSError) as error:
+                raise reading_error(self._table[int(numbers[place])], error) from error
         return batch
+
+    def _read_window(self, batch: WindowBatch, place: int, index: int, number: int, row: int) -> None:
+        """Read window number `index`, at `row` of a chunk, into the batch."""
+        chunk = self._files.open(number)
+        rows = range(row, row + self._length, self._frame_step)
+        goal_row = rows[-1]
+        if self._goal is not None:
+            goal_row, is_valid = self._choose_goal(chunk, rows[-1], index)
+            batch.whole["goal_valid"][place] = is_valid
+        batch.fill(place, chunk, rows, goal_row)
 
     @staticmethod
     def collate(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -2553,33 +2591,9 @@ class CacheWindows:
         number = np.searchsorted(self._first_index, index, side="right") - 1
         return number, self._first_row[number] + (index - self._first_index[number]) * self._stride
 
-    def _read_window(
-        self, batch: WindowBatch, scratch: dict[str, torch.Tensor], place: int, number: int, row: int
-    ) -> None:
-        """Read the window at `row` of a chunk into the batch; `scratch` takes what is to be converted."""
-        try:
-            chunk = self._files.open(number)
-            rows = range(row, row + self._length, self._frame_step)
-            goal_rows = rows[-1:]
-            if self._goal is not None:
-                goal_row, is_valid = self._choose_goal(chunk, rows[-1], int(batch.whole["index"][place]))
-                goal_rows = range(goal_row, goal_row + 1)
-                batch.whole["goal_valid"][place] = is_valid
-            for field, memory in zip(self._fields, batch.memory):
-                if field.dataset is not None:
-                    converted = scratch.get(field.key)
-                    size = len(memory) // len(batch)
-                    into = memory[place * size : (place + 1) * size] if converted is None else _bytes_of(converted)
-                    chunk.read_rows(field, goal_rows if field.is_goal else rows, into)
-                    if converted is not None:
-                        batch.whole[field.key][place].copy_(converted)
-        except (DamagedChunkError, OSError) as error:
-            raise reading_error(self._table[number], error) from error
-
     def _choose_goal(self, chunk: OpenChunk, last_row: int, index: int) -> tuple[int, bool]:
         """The row of a window's goal, and whether it lies within the distances asked for."""
-        travelled = np.empty(chunk.length - last_row)
-        chunk.read(chunk.offsets[self._distances] + 8 * last_row, memoryview(travelled).cast("B"))
+        travelled = chunk.poses["travelled_distance"][last_row:]
         distance = travelled - travelled[0]
         first = max(1, int(np.searchsorted(distance, self._goal[0])))
         count = int(np.searchsorted(distance, self._goal[1], side="right")) - first
