@@ -2501,6 +2501,9 @@ class CacheWindows:
 
         tokens = (tokens,) if isinstance(tokens, str) else tuple(tokens)
         _check_arguments({"window": window, "stride": stride, "frame_step": frame_step}, tokens, goal)
+        dtype = dtype or torch.float16
+        if not dtype.is_floating_point:
+            raise RefusedError(f"dtype: {dtype} is no floating type")
         self._table = open_table(cache_dirs)
         chunks = self._table.one_of_each_configuration()
         headers = [recorded_header(chunk) for chunk in chunks]
@@ -2508,7 +2511,7 @@ class CacheWindows:
             refuse_mixed(chunks, headers)
         shapes = {**frame_shapes(chunks, headers, tokens), **POSE_SHAPES}
         self._files = ChunkFiles(self._table, shapes)
-        self._fields = sample_fields(shapes, window, dtype or torch.float16, with_goal=goal is not None)
+        self._fields = sample_fields(shapes, window, dtype, with_goal=goal is not None)
         self._length, self._stride, self._frame_step = (window - 1) * frame_step + 1, stride, frame_step
         self._goal, self._seed = goal, seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # it reaches workers that are at work already
@@ -2550,7 +2553,7 @@ class CacheWindows:
         return {name: range(*ends[place : place + 2]) for place, name in enumerate(names)}
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return self.__getitems__([index])[0]
+        return self.__getitems__([index + len(self) if index < 0 else index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> WindowBatch:
         """The samples at `indices`, in that order; they are read file by file."""
