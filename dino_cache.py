@@ -1943,7 +1943,7 @@ def _check_format(attributes: Mapping[str, Any]) -> None:
     version = attributes.get("format_version")
     if version != FORMAT_VERSION:
         raise DamagedChunkError(
-            f"format_version is {version!r}, known is {FORMAT_VERSION}; a newer program reads newer"
+            f"format_version is {version!r}, known is {FORMAT_VERSION}; if a newer dino_cache made it, update this one"
         )
 
 
