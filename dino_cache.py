@@ -1926,8 +1926,9 @@ def _check_metadata(file: BinaryIO) -> None:
         raise DamagedChunkError("its structure or attributes do not match their digest")
 
 
-def _plain_attributes(attributes: h5py.AttributeManager) -> dict[str, Any]:
-    return {key: value if isinstance(value, str) else value.item() for key, value in attributes.items()}
+def _plain_attributes(attributes: h5py.AttributeManager, keys: Iterable[str] | None = None) -> dict[str, Any]:
+    values = {key: attributes[key] for key in (attributes if keys is None else keys)}
+    return {key: value if isinstance(value, str) else value.item() for key, value in values.items()}
 
 
 def _check_attributes(attributes: dict[str, Any], dataset_digests: dict[str, str]) -> None:
@@ -2077,6 +2078,10 @@ def _keep_index(file: Path, index: CacheIndex) -> None:
                 path.unlink(missing_ok=True)
 
 
+RECORDED_ATTRIBUTES = ("trajectory", "chunk_index", "start", "stop", "fingerprint")
+CHECKED_ATTRIBUTES = ("format", "format_version", "checksum_kind", "trajectory_checksum", *RECORDED_ATTRIBUTES)
+
+
 class RecordedChunk(NamedTuple):
     """A chunk file, as the record has it."""
 
@@ -2096,7 +2101,7 @@ class RecordedChunk(NamedTuple):
     def check(self, attributes: Mapping[str, Any]) -> None:
         """Raise DamagedChunkError unless these are the root attributes of the file that was recorded."""
         _check_format(attributes)
-        for key in ("trajectory", "chunk_index", "start", "stop", "fingerprint"):
+        for key in RECORDED_ATTRIBUTES:
             if attributes[key] != getattr(self, key):
                 raise DamagedChunkError(f"its {key} is {attributes[key]!r}, recorded is {getattr(self, key)!r}")
         kind, _, digits = self.checksum.partition(":")
@@ -2196,10 +2201,8 @@ def refuse_mixed(chunks: list[RecordedChunk], headers: list[ChunkHeader]) -> Non
             what = "its trajectories"
         else:
             what = f"its features and those of {chunks[0].cache_dir}"
-            others = {
-                **settings,
-                **{k: v for k, v in first_in[chunks[0].cache_dir].items() if k not in NOT_OF_FEATURES},
-            }
+            first = first_in[chunks[0].cache_dir]
+            others = {key: value for key, value in first.items() if key not in NOT_OF_FEATURES}
         differences = [
             f"{key}: {value} or {settings.get(key)}" for key, value in others.items() if value != settings.get(key)
         ]
@@ -2290,7 +2293,7 @@ class OpenChunk:
         with open(self._descriptor, "rb", closefd=False) as file:
             _check_metadata(file)
             with _hdf5_errors(), h5py.File(file) as content:
-                chunk.check(content.attrs)
+                chunk.check(_plain_attributes(content.attrs, CHECKED_ATTRIBUTES))
                 return [
                     _check_dataset(content[name], name, (self._length, *shape)).offset for name, shape in shapes.items()
                 ]
