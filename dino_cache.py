@@ -20,14 +20,19 @@ The output, one folder a trajectory, one HDF5 file a chunk of travelled distance
         (those asked for)                          travelled_distance  (L,) float64 [m] from frame 0
     Its first 512 bytes (HDF5's user block) hold a digest of all bytes that are no dataset's; each dataset has its own.
 
+And back, to train on: CacheWindows, windows of frames from one or several caches for torch's DataLoader.
+
+    progress.json -> index -> windows -> sampler -> chunk files -> batch
+     record          spans    none twice  torch's    pread          one piece of memory
+
 What is guaranteed: a file under a final name is complete and was forced to the disk before it was recorded; a killed
 run loses the work in flight and nothing else; a broken trajectory fails alone, with its reason; changed data is redone;
 a changed configuration never mixes in unasked. What is not: protection against a disk that lies about fsync, or against
 JPEG bytes that are damaged in a way that still decodes.
 
 Sections, each using only those above it: constants - errors - profile - configuration - trajectories - chunk plan -
-decoding - encoding - storage - pipeline - running - command line. torch, torchvision and timm are imported where they
-are first needed, so that refusals and runs with nothing to do are quick.
+decoding - encoding - storage - reading - pipeline - running - command line. torch, torchvision and timm are imported
+where they are first needed, so that refusals and runs with nothing to do are quick.
 """
 
 from __future__ import annotations
@@ -61,8 +66,9 @@ import threading
 import time
 import traceback
 import zipfile
+import zlib
 from collections import deque
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,8 +100,10 @@ from progress_utils import (
     chunk_folders,
     fsync_path,
     is_chunk_file,
+    lock_owner,
     make_directories_durably,
     printable,
+    read_or_refuse,
 )
 
 if TYPE_CHECKING:
@@ -112,6 +120,9 @@ FORMAT = "dino_cache"
 FORMAT_VERSION = 1
 LOG_FILE = "dino_cache.log"
 OWN_NAMES = (PROGRESS_FILE, LOG_FILE, LOCK_FILE, LOCK_OWNER_FILE, STAGING_FOLDER)  # in a cache folder
+INDEX_PREFIX = ".index-"  # of a large record, kept beside it for the next reader
+MIN_INDEXED_BYTES = 1 << 20  # a record smaller than this is read about as quickly as its index
+MAX_OPEN_CHUNKS = 128  # by one reader; 256 open files is the least that systems grant a process
 READ_BLOCK_BYTES = 1 << 24  # of a chunk file at a time
 CHUNK_OVERHEAD_BYTES = 12_000  # of an HDF5 file beside its datasets' bytes: headers and attributes, about
 
@@ -1853,11 +1864,22 @@ def _umask() -> int:
     return mask
 
 
+class StoredDataset(NamedTuple):
+    """Where a dataset's bytes lie in a chunk file, and what they are."""
+
+    offset: int
+    size: int  # [bytes]
+    dtype: str
+    digest: str
+    shape: tuple[int, ...]
+
+
 class ChunkHeader(NamedTuple):
     """What a chunk file says of itself; and its size [bytes]."""
 
     attributes: dict[str, Any]
     num_bytes: int
+    datasets: dict[str, StoredDataset]
 
 
 POSE_SHAPES = {"position": (2,), "yaw": (), "frame_index": (), "travelled_distance": ()}
@@ -1872,44 +1894,58 @@ def read_chunk_header(path: Path, *, deep: bool) -> ChunkHeader:
         OSError: the file cannot be read.
     """
     num_bytes = path.stat().st_size
-    _check_metadata(path)  # first: damaged metadata can crash HDF5, or keep it in a loop
-    try:
-        with h5py.File(path) as file:
-            attributes = _plain_attributes(file.attrs)
-            _check_attributes(attributes, {name: str(file[name].attrs.get("digest")) for name in file})
-            datasets = {name: _check_dataset(file[name], name, shape) for name, shape in _dataset_shapes(attributes)}
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:  # h5py's, of bad bytes
-        raise DamagedChunkError(f"cannot be read as HDF5: {error}") from error
-    if deep:
-        for name, (offset, size, dtype, digest) in datasets.items():
-            _check_bytes(path, name, offset, size, dtype, digest)
-    return ChunkHeader(attributes, num_bytes)
-
-
-def _check_metadata(path: Path) -> None:
-    """Compare all bytes that are not a dataset's with the seal, HDF5 unasked."""
     with open(path, "rb") as file:
-        try:
-            seal = json.loads(file.read(SEAL_BYTES))
-            intact = seal["digest"] == metadata_digest(file, seal["data"])
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise DamagedChunkError(f"has no seal: {error}") from error
+        _check_metadata(file)  # first: damaged metadata can crash HDF5, or keep it in a loop
+    with _hdf5_errors(), h5py.File(path) as file:
+        attributes = _plain_attributes(file.attrs)
+        _check_attributes(attributes, {name: str(file[name].attrs.get("digest")) for name in file})
+        datasets = {name: _check_dataset(file[name], name, shape) for name, shape in _dataset_shapes(attributes)}
+    if deep:
+        for name, dataset in datasets.items():
+            _check_bytes(path, name, dataset)
+    return ChunkHeader(attributes, num_bytes, datasets)
+
+
+@contextlib.contextmanager
+def _hdf5_errors() -> Iterator[None]:
+    """Turn what h5py raises of bad bytes into DamagedChunkError."""
+    try:
+        yield
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise DamagedChunkError(f"cannot be read as HDF5: {error}") from error
+
+
+def _check_metadata(file: BinaryIO) -> None:
+    """Compare all bytes that are not a dataset's with the seal, HDF5 unasked."""
+    try:
+        seal = json.loads(file.read(SEAL_BYTES))
+        intact = seal["digest"] == metadata_digest(file, seal["data"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise DamagedChunkError(f"has no seal: {error}") from error
     if not intact:
         raise DamagedChunkError("its structure or attributes do not match their digest")
 
 
-def _plain_attributes(attributes: h5py.AttributeManager) -> dict[str, Any]:
-    return {key: value if isinstance(value, str) else value.item() for key, value in attributes.items()}
+def _plain_attributes(attributes: h5py.AttributeManager, keys: Iterable[str] | None = None) -> dict[str, Any]:
+    values = {key: attributes[key] for key in (attributes if keys is None else keys)}
+    return {key: value if isinstance(value, str) else value.item() for key, value in values.items()}
 
 
 def _check_attributes(attributes: dict[str, Any], dataset_digests: dict[str, str]) -> None:
     stored = attributes.pop("attributes_digest", None)
-    if attributes.get("format") != FORMAT:
-        raise DamagedChunkError(f"format is {attributes.get('format')!r}, not {FORMAT!r}")
-    if attributes.get("format_version") != FORMAT_VERSION:
-        raise DamagedChunkError(f"format_version is {attributes.get('format_version')!r}, known is {FORMAT_VERSION}")
+    _check_format(attributes)
     if stored != attributes_digest(attributes, dataset_digests):
         raise DamagedChunkError("its attributes do not match their digest")
+
+
+def _check_format(attributes: Mapping[str, Any]) -> None:
+    if attributes.get("format") != FORMAT:
+        raise DamagedChunkError(f"format is {attributes.get('format')!r}, not {FORMAT!r}")
+    version = attributes.get("format_version")
+    if version != FORMAT_VERSION:
+        raise DamagedChunkError(
+            f"format_version is {version!r}, known is {FORMAT_VERSION}; if a newer dino_cache made it, update this one"
+        )
 
 
 def _dataset_shapes(attributes: dict[str, Any]) -> Iterator[tuple[str, tuple[int | None, ...]]]:
@@ -1922,8 +1958,8 @@ def _dataset_shapes(attributes: dict[str, Any]) -> Iterator[tuple[str, tuple[int
         yield TOKEN_DATASETS[token], (length, *[None] * token_dimensions[token])
 
 
-def _check_dataset(dataset: h5py.Dataset, name: str, shape: tuple[int | None, ...]) -> tuple[int, int, str, str]:
-    """Type, shape and place of a dataset; returns (offset, size [bytes], dtype, digest)."""
+def _check_dataset(dataset: h5py.Dataset, name: str, shape: tuple[int | None, ...]) -> StoredDataset:
+    """Check a dataset's type and shape, and that it lies in one piece."""
     expected_type = POSE_TYPES.get(name, "<f2")
     fits = len(shape) == dataset.ndim and all(want in (None, got) for want, got in zip(shape, dataset.shape))
     offset = dataset.id.get_offset()
@@ -1931,25 +1967,646 @@ def _check_dataset(dataset: h5py.Dataset, name: str, shape: tuple[int | None, ..
         raise DamagedChunkError(
             f"{name} is {dataset.shape} {dataset.dtype.str}, expected {shape} {expected_type} in one piece"
         )
-    return offset, dataset.nbytes, expected_type, dataset.attrs["digest"]
+    return StoredDataset(offset, dataset.nbytes, expected_type, dataset.attrs["digest"], dataset.shape)
 
 
-def _check_bytes(path: Path, name: str, offset: int, size: int, dtype: str, digest: str) -> None:
+def _check_bytes(path: Path, name: str, dataset: StoredDataset) -> None:
     """Read a dataset's bytes past HDF5, block by block: they must match the digest and be finite."""
-    running, finite = bytes_digest(), True
+    running, finite, size = bytes_digest(), True, dataset.size
     with open(path, "rb") as file:
-        file.seek(offset)
+        file.seek(dataset.offset)
         while size > 0:
             block = file.read(min(size, READ_BLOCK_BYTES))
             if not block:
                 raise DamagedChunkError(f"{name} ends early")
             running.update(block)
-            finite &= dtype.startswith("<i") or bool(np.isfinite(np.frombuffer(block, dtype)).all())
+            finite &= dataset.dtype.startswith("<i") or bool(np.isfinite(np.frombuffer(block, dataset.dtype)).all())
             size -= len(block)
-    if running.hexdigest() != digest:
+    if running.hexdigest() != dataset.digest:
         raise DamagedChunkError(f"the bytes of {name} do not match their digest")
     if not finite:
         raise DamagedChunkError(f"{name} is not finite")
+
+
+# ======================================================================================================================
+# Reading: windows of frames to train on, straight from the chunk files
+# ======================================================================================================================
+
+
+@dataclass(frozen=True)
+class CacheIndex:
+    """What a cache's record says of its completed trajectories, in order of their names, and of their chunks."""
+
+    names: list[str]
+    checksums: list[str]  # of each trajectory, <kind>:<digits>
+    fingerprints: list[str]  # in use
+    chunks: np.ndarray  # (n, 6) int64: places in `names` and `fingerprints`, chunk_index, start, stop, size [bytes]
+
+
+def cache_index(cache_dir: Path) -> CacheIndex:
+    """Index a cache by its record alone. A large record's index is kept beside it, named by the record's digest.
+
+    Raises:
+        RefusedError: there is no record, or it is unreadable, corrupt, of a newer version or empty.
+    """
+    content = read_or_refuse(cache_dir)
+    file = cache_dir / f"{INDEX_PREFIX}{bytes_digest(content).hexdigest()}.npz"
+    index = _kept_index(file)
+    if index is None:
+        index = _index_of(Progress.parse(cache_dir, content))
+        if len(content) >= MIN_INDEXED_BYTES:
+            _keep_index(file, index)
+    return index
+
+
+def _index_of(progress: Progress) -> CacheIndex:
+    path, names = progress.cache_dir / PROGRESS_FILE, sorted(progress.records)
+    if not names:
+        raise RefusedError(f"{path}: no trajectory is completed yet; run dino_cache.py first")
+    fingerprints = sorted(progress.fingerprints)
+    numbers = {fingerprint: number for number, fingerprint in enumerate(fingerprints)}
+    rows = (
+        (place, numbers[record["fingerprint"]], index, *span, size)
+        for place, record in enumerate(map(progress.records.__getitem__, names))
+        for index, (span, size) in enumerate(zip(record["spans"], record["bytes"]))
+    )
+    try:
+        chunks = np.fromiter(itertools.chain.from_iterable(rows), np.int64).reshape(-1, 6)
+        _check_spans(chunks, names)
+    except (ValueError, OverflowError) as error:
+        raise RefusedError(
+            f"{path}: not a usable progress record: {error}. `progress_utils.py rebuild --cache-dir "
+            f"{progress.cache_dir}` makes it anew from the chunk files"
+        ) from error
+    checksums = [f"{progress.records[name]['checksum_kind']}:{progress.checksums[name]}" for name in names]
+    return CacheIndex(names, checksums, fingerprints, chunks)
+
+
+def _check_spans(chunks: np.ndarray, names: list[str]) -> None:
+    """Raise ValueError unless every trajectory's spans are as a chunk plan has them: in order, none inside another."""
+    place, _, _, start, stop, _ = chunks.T
+    follows = place[1:] == place[:-1]
+    wrong = (start < 0) | (stop <= start)
+    wrong[1:] |= follows & ((start[1:] <= start[:-1]) | (stop[1:] <= stop[:-1]))
+    if wrong.any():
+        raise ValueError(f"trajectory_records[{names[place[wrong.argmax()]]!r}]: spans are not in order")
+
+
+def _kept_index(file: Path) -> CacheIndex | None:
+    """The index in a file, or None where there is none that can be used."""
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            chunks = stored["chunks"].astype(np.int64, casting="safe").reshape(-1, 6)
+            return CacheIndex(**json.loads(stored["texts"].tobytes()), chunks=chunks)
+    except (OSError, EOFError, ValueError, TypeError, KeyError, RecursionError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
+def _keep_index(file: Path, index: CacheIndex) -> None:
+    """Leave an index for the next start and remove those of earlier records; not where a run holds the cache, nor where
+    it cannot be written. It is not forced to the disk: a torn one fails its checksums and is made anew."""
+    if lock_owner(file.parent) is not None:
+        return
+    texts = {key: value for key, value in vars(index).items() if key != "chunks"}
+    with contextlib.suppress(OSError):
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=INDEX_PREFIX, delete=False) as temporary:
+            np.savez(temporary, chunks=index.chunks, texts=np.frombuffer(json.dumps(texts).encode(), np.uint8))
+        os.chmod(temporary.name, 0o644)
+        os.replace(temporary.name, file)
+        for path in file.parent.glob(INDEX_PREFIX + "*"):
+            if path != file:
+                path.unlink(missing_ok=True)
+
+
+RECORDED_ATTRIBUTES = ("trajectory", "chunk_index", "start", "stop", "fingerprint")
+CHECKED_ATTRIBUTES = ("format", "format_version", "checksum_kind", "trajectory_checksum", *RECORDED_ATTRIBUTES)
+
+
+class RecordedChunk(NamedTuple):
+    """A chunk file, as the record has it."""
+
+    cache_dir: Path
+    trajectory: str
+    chunk_index: int
+    start: int
+    stop: int
+    num_bytes: int
+    fingerprint: str
+    checksum: str  # of the trajectory, <kind>:<digits>
+
+    @property
+    def path(self) -> str:
+        return f"{self.cache_dir}/{self.trajectory}/{chunk_file_name(self.chunk_index)}"  # Path takes 10 us
+
+    def check(self, attributes: Mapping[str, Any]) -> None:
+        """Raise DamagedChunkError unless these are the root attributes of the file that was recorded."""
+        _check_format(attributes)
+        for key in RECORDED_ATTRIBUTES:
+            if attributes[key] != getattr(self, key):
+                raise DamagedChunkError(f"its {key} is {attributes[key]!r}, recorded is {getattr(self, key)!r}")
+        kind, _, digits = self.checksum.partition(":")
+        if kind == attributes["checksum_kind"] and digits != attributes["trajectory_checksum"]:
+            raise DamagedChunkError("it was made from other data than recorded")
+
+
+def reading_error(chunk: RecordedChunk, error: Exception) -> Exception:
+    """What to tell the user where a chunk could not be read: file, reason, remedy."""
+    if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR):
+        return StorageError(f"{chunk.path}: cannot read: {error.strerror or error}")
+    reason = "recorded, but not there" if isinstance(error, OSError) else error
+    return DamagedChunkError(
+        f"{chunk.path}: {reason}. If a run has redone it since this dataset was made, make the dataset anew; else "
+        f"`progress_utils.py verify --cache-dir {chunk.cache_dir} --deep` tells what is wrong"
+    )
+
+
+def recorded_header(chunk: RecordedChunk) -> ChunkHeader:
+    """The header of a chunk file, checked against the record.
+
+    Raises:
+        DamagedChunkError, StorageError: as `CacheWindows` when it reads.
+    """
+    try:
+        header = read_chunk_header(Path(chunk.path), deep=False)
+        chunk.check(header.attributes)
+        return header
+    except (DamagedChunkError, OSError) as error:
+        raise reading_error(chunk, error) from error
+
+
+class ChunkTable:
+    """The chunks of several caches, one after another, numbered from 0."""
+
+    def __init__(self, cache_dirs: list[Path], indexes: list[CacheIndex]):
+        self._cache_dirs, self._indexes = cache_dirs, indexes
+        self._chunks = np.concatenate([index.chunks for index in indexes])
+        self.cache = np.repeat(np.arange(len(indexes)), [len(index.chunks) for index in indexes])
+        self.start, self.stop = self._chunks[:, 3], self._chunks[:, 4]
+        begins = np.ones(len(self), bool)
+        begins[1:] = (np.diff(self._chunks[:, 0]) != 0) | (np.diff(self.cache) != 0)
+        self.trajectory = np.cumsum(begins) - 1  # a number for each trajectory of all caches
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __getitem__(self, number: int) -> RecordedChunk:
+        place, fingerprint, *rest = self._chunks[number].tolist()
+        cache = self.cache[number]
+        index = self._indexes[cache]
+        identity = index.fingerprints[fingerprint], index.checksums[place]
+        return RecordedChunk(self._cache_dirs[cache], index.names[place], *rest, *identity)
+
+    def one_of_each_configuration(self) -> list[RecordedChunk]:
+        """A chunk of each fingerprint in each cache, in order."""
+        _, first = np.unique(self.cache << 32 | self._chunks[:, 1], return_index=True)
+        return [self[number] for number in first.tolist()]
+
+
+def open_table(cache_dirs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> ChunkTable:
+    """The chunks of one cache folder or several, by their records.
+
+    Raises:
+        RefusedError: no folder is given, or one twice, or a record cannot be used.
+    """
+    one = isinstance(cache_dirs, (str, os.PathLike))
+    paths = [Path(os.path.abspath(path)) for path in ([cache_dirs] if one else cache_dirs)]
+    if not paths:
+        raise RefusedError("cache_dirs: no cache folder is given")
+    for place, path in enumerate(paths):
+        if path in paths[:place]:
+            raise RefusedError(f"cache_dirs: {path} is given twice")
+    return ChunkTable(paths, [cache_index(path) for path in paths])
+
+
+# Settings that choose frames or cut trajectories but leave a frame's features as they are. `weights` is where those
+# were found; what they are, weights_digest tells.
+NOT_OF_FEATURES = {
+    *("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m", "frame_stride", "frame_pattern"),
+    *("tokens", "weights"),
+}
+
+
+def refuse_mixed(chunks: list[RecordedChunk], headers: list[ChunkHeader]) -> None:
+    """Refuse trajectories of several configurations in one cache, and caches whose features differ.
+
+    Raises:
+        RefusedError: naming the cache and the settings that differ.
+    """
+    first_in: dict[Path, dict[str, Any]] = {}
+    for chunk, header in zip(chunks, headers):
+        settings = {**CacheSpec().to_json(), **json.loads(header.attributes["spec"])}  # absent ones at their defaults
+        settings["weights_digest"] = header.attributes["weights_digest"]
+        others = first_in.setdefault(chunk.cache_dir, settings)
+        if others is not settings:
+            what = "its trajectories"
+        else:
+            what = f"its features and those of {chunks[0].cache_dir}"
+            first = first_in[chunks[0].cache_dir]
+            others = {key: value for key, value in first.items() if key not in NOT_OF_FEATURES}
+        differences = [
+            f"{key}: {value} or {settings.get(key)}" for key, value in others.items() if value != settings.get(key)
+        ]
+        if differences:
+            raise RefusedError(
+                f"{chunk.cache_dir / PROGRESS_FILE}: mixed: {what} were made with different settings ("
+                f"{', '.join(differences)}). Read together what belongs together, or pass allow_mixed=True"
+            )
+
+
+def frame_shapes(
+    chunks: list[RecordedChunk], headers: list[ChunkHeader], tokens: Sequence[Token]
+) -> dict[str, tuple[int, ...]]:
+    """Dataset name -> shape of one frame's tokens, the same in all these chunks.
+
+    Raises:
+        RefusedError: a chunk lacks one of the tokens, or shapes differ.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for (chunk, header), token in itertools.product(zip(chunks, headers), tokens):
+        name = TOKEN_DATASETS[token]
+        if name not in header.datasets:
+            held = [token for token, dataset in TOKEN_DATASETS.items() if dataset in header.datasets]
+            raise RefusedError(
+                f"{chunk.path}: tokens: {token} is asked for, and this cache holds {', '.join(held)}; ask for those, "
+                f"or make one with tokens: [{', '.join([*held, token])}]"
+            )
+        shape = header.datasets[name].shape[1:]
+        if shapes.setdefault(name, shape) != shape:
+            raise RefusedError(
+                f"{chunk.path}: {name} of a frame is {shape}, in {chunks[0].path} {shapes[name]}: they do not fit into "
+                "one batch. Read these caches apart"
+            )
+    return shapes
+
+
+class SampleField(NamedTuple):
+    """One key of a sample, and the dataset that it is read from."""
+
+    key: str
+    dataset: str | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_goal: bool = False
+
+
+def sample_fields(
+    shapes: dict[str, tuple[int, ...]], window: int, dtype: torch.dtype, *, with_goal: bool
+) -> list[SampleField]:
+    """The keys of a sample, in order. `shapes`: dataset name -> shape of one frame, tokens of `dtype` and poses."""
+    import torch
+
+    types = {name: getattr(torch, np.dtype(stored).name) for name, stored in POSE_TYPES.items()}
+    fields = [SampleField("index", None, (), torch.int64)]
+    fields += [SampleField(name, name, (window, *shape), types.get(name, dtype)) for name, shape in shapes.items()]
+    if with_goal:
+        fields += [
+            SampleField(f"goal_{name}", name, shape, types.get(name, dtype), is_goal=True)
+            for name, shape in shapes.items()
+        ]
+        fields.append(SampleField("goal_valid", None, (), torch.bool))
+    return fields
+
+
+class OpenChunk:
+    """A chunk file open for reading past HDF5: its poses, and rows of tokens straight into the caller's memory.
+
+    pread, not a mapping: it reads from the same page cache without page faults, shares no state with a forked process,
+    and where a file is cut short or a mount lost it is an error; a mapping would end the process (SIGBUS).
+    """
+
+    def __init__(self, chunk: RecordedChunk):
+        self._length = chunk.stop - chunk.start
+        self._offsets: dict[str, int] = {}  # of its datasets
+        self.poses: dict[str, np.ndarray] = {}  # dataset name -> (L, ...)
+        self._descriptor = os.open(chunk.path, os.O_RDONLY | os.O_CLOEXEC)
+        status = os.fstat(self._descriptor)
+        if status.st_size != chunk.num_bytes:
+            raise DamagedChunkError(f"it has {status.st_size} bytes, recorded are {chunk.num_bytes}")
+        self.identity = hash((status.st_dev, status.st_ino, status.st_mtime_ns))
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def check(self, chunk: RecordedChunk, shapes: dict[str, tuple[int, ...]]) -> list[int]:
+        """Compare the file with its record; returns its datasets' offsets. DamagedChunkError where anything differs."""
+        with open(self._descriptor, "rb", closefd=False) as file:
+            _check_metadata(file)
+            with _hdf5_errors(), h5py.File(file) as content:
+                chunk.check(_plain_attributes(content.attrs, CHECKED_ATTRIBUTES))
+                return [
+                    _check_dataset(content[name], name, (self._length, *shape)).offset for name, shape in shapes.items()
+                ]
+
+    def read_poses(self, offsets: dict[str, int]) -> None:
+        """Read all poses, in one piece: they are small and lie one after another. `offsets`: of all datasets."""
+        self._offsets = offsets
+        sizes = {name: self._length * 8 * math.prod(shape) for name, shape in POSE_SHAPES.items()}
+        begin, end = min(offsets[name] for name in sizes), max(offsets[name] + size for name, size in sizes.items())
+        piece = bytearray(end - begin)
+        self._read(begin, memoryview(piece))
+        for name, shape in POSE_SHAPES.items():
+            self.poses[name] = np.ndarray((self._length, *shape), POSE_TYPES[name], piece, offsets[name] - begin)
+
+    def read_rows(self, dataset: str, rows: range, memory: memoryview) -> None:
+        """Fill `memory` with rows of a dataset."""
+        offset, size = self._offsets[dataset], len(memory) // len(rows)
+        if rows.step == 1:
+            self._read(offset + rows.start * size, memory)
+        else:
+            for place, row in enumerate(rows):
+                self._read(offset + row * size, memory[place * size : (place + 1) * size])
+
+    def _read(self, offset: int, memory: memoryview) -> None:
+        while memory:
+            count = os.preadv(self._descriptor, [memory], offset)
+            if count == 0:
+                raise DamagedChunkError("it ends early")
+            memory, offset = memory[count:], offset + count
+
+
+class ChunkFiles:
+    """The files of a table's chunks, opened and checked when first read, few of them open at a time.
+
+    It goes to another process without its open files. A file once checked is known again by its inode and time, so that
+    opening it once more takes microseconds.
+    """
+
+    def __init__(self, table: ChunkTable, shapes: dict[str, tuple[int, ...]]):
+        self._table, self._shapes = table, shapes
+        self._checked = np.zeros(len(table), np.int64)  # identity of the file that was checked; 0: none was
+        self._offsets = np.zeros((len(table), len(shapes)), np.int64)
+        self.open = functools.lru_cache(MAX_OPEN_CHUNKS)(self._open)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ChunkFiles, (self._table, self._shapes)
+
+    def _open(self, number: int) -> OpenChunk:
+        chunk = self._table[number]
+        opened = OpenChunk(chunk)
+        if opened.identity != self._checked[number]:
+            self._offsets[number] = opened.check(chunk, self._shapes)
+            self._checked[number] = opened.identity
+        opened.read_poses(dict(zip(self._shapes, self._offsets[number].tolist())))
+        return opened
+
+
+class WindowBatch(Sequence):
+    """B samples; their tensors are views of the batch's, `whole`: key -> (B, ...). All lie in one piece of memory, in a
+    DataLoader's worker shared memory, so that a batch goes to the main process as it is, by a single descriptor."""
+
+    def __init__(self, fields: list[SampleField], count: int):
+        import torch.utils.data
+
+        sizes = [count * math.prod(field.shape) * field.dtype.itemsize for field in fields]
+        begins = [0, *itertools.accumulate(-(-size // 64) * 64 for size in sizes)]  # aligned for every dtype
+        is_worker = torch.utils.data.get_worker_info() is not None
+        storage = (torch.UntypedStorage._new_shared if is_worker else torch.UntypedStorage)(begins[-1])
+        flat = torch.empty(0, dtype=torch.uint8).set_(storage)
+        pieces = {field.key: flat[begin : begin + size] for field, begin, size in zip(fields, begins, sizes)}
+        self.whole = {field.key: pieces[field.key].view(field.dtype).view(count, *field.shape) for field in fields}
+        self._poses = [(field, self.whole[field.key].numpy()) for field in fields if field.dataset in POSE_SHAPES]
+        self._tokens = [
+            (
+                field,
+                memoryview(pieces[field.key].numpy()),
+                None if field.dtype == torch.float16 else torch.empty(field.shape, dtype=torch.float16),
+            )
+            for field in fields
+            if field.dataset in TOKEN_DATASETS.values()
+        ]
+        self._count = count
+
+    def fill(self, place: int, chunk: OpenChunk, rows: range, goal_row: int) -> None:
+        """Read sample number `place` from a chunk's rows."""
+        window, goal = slice(rows.start, rows.stop, rows.step), range(goal_row, goal_row + 1)
+        for part, values in self._poses:
+            values[place] = chunk.poses[part.dataset][goal_row if part.is_goal else window]
+        for part, memory, stored in self._tokens:
+            size = len(memory) // self._count
+            into = memory[place * size : (place + 1) * size] if stored is None else memoryview(stored.numpy()).cast("B")
+            chunk.read_rows(part.dataset, goal if part.is_goal else rows, into)
+            if stored is not None:
+                self.whole[part.key][place].copy_(stored)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (self._samples,)
+
+    @functools.cached_property
+    def _samples(self) -> list[dict[str, torch.Tensor]]:
+        return [dict(zip(self.whole, row)) for row in zip(*(tensor.unbind() for tensor in self.whole.values()))]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, place: int) -> dict[str, torch.Tensor]:
+        return self._samples[place]
+
+
+def plan_windows(
+    trajectories: Iterable[Hashable], spans: Iterable[tuple[int, int]], length: int, stride: int
+) -> Iterator[tuple[int, int]]:
+    """Place windows over `length` frames in chunks; yields each chunk's first window's first frame, and their number.
+
+    A trajectory's first window starts at the first frame from which one fits into a chunk, every next one at the first
+    such frame at least `stride` later: none crosses a chunk's border, and none appears twice where chunks overlap.
+
+    Args:
+        trajectories: the one that each chunk belongs to.
+        spans: of each chunk, half-open; within a trajectory in order, none inside another.
+    """
+    previous, earliest = None, 0
+    for trajectory, (start, stop) in zip(trajectories, spans):
+        if trajectory != previous:
+            previous, earliest = trajectory, 0
+        first = max(start, earliest)
+        count = max(0, (stop - length - first) // stride + 1)
+        if count:
+            earliest = first + count * stride
+        yield first, count
+
+
+def _check_arguments(counts: dict[str, int], tokens: Sequence[str], goal: tuple[float, float] | None) -> None:
+    """Refuse arguments of CacheWindows that make no sense."""
+    for name, value in counts.items():
+        if value < 1:
+            raise RefusedError(f"{name}: {value} must be at least 1")
+    for token in tokens:
+        if token not in TOKEN_DATASETS:
+            raise RefusedError(f"tokens: {token!r} is none of {', '.join(TOKEN_DATASETS)}")
+    if goal is not None and not 0 <= goal[0] <= goal[1]:
+        raise RefusedError(f"goal: {goal} must be (low, high) with 0 <= low <= high [m]")
+
+
+class WindowSource(NamedTuple):
+    """Where a window comes from: `rows` of the trajectory's chunk file number `chunk_index`."""
+
+    cache_dir: Path
+    trajectory: str
+    chunk_index: int
+    rows: range
+
+
+class CacheWindows:
+    """Windows of consecutive frames of one or several caches: a map-style dataset for torch's DataLoader.
+
+        windows = CacheWindows("/data/my_robot/dino_cache_large", window=8, tokens=("cls", "patch"))
+        loader = DataLoader(windows, batch_size=64, shuffle=True, num_workers=4, collate_fn=windows.collate)
+
+    A sample is a dict of tensors, of W frames:
+
+        cls_token (W, D), patch_tokens (W, h, w, D), register_tokens (W, R, D): those asked for, of `dtype`
+        position (W, 2) float64 [m], yaw (W,) float64 [rad], frame_index (W,) int64,
+        travelled_distance (W,) float64 [m] from the trajectory's frame 0
+        index () int64: the sample's own, for `source`
+        goal_<each of these> of one later frame, without the axis W, and goal_valid () bool: with `goal`
+
+    Windows are in order of cache, trajectory name and frame; `plan_windows` says where they start. Caches are indexed
+    by their progress.json alone. A chunk file is opened when it is first read, by the process that reads it, and
+    compared with the record: one that was redone since is an error, never a mix. A DataLoader calls `__len__` and
+    `__getitems__` and needs no base class, so importing this needs no torch. `collate` hands a batch on without copying
+    it; a tensor of it that is kept keeps all of it. torch's default collate works too.
+
+    Args:
+        cache_dirs: one cache folder, or several.
+        window: frames of a sample.
+        stride: kept frames from the start of a window to that of the next, at least.
+        frame_step: kept frames from one frame of a window to the next.
+        tokens: any of cls, patch, register; () for poses alone.
+        dtype: of the tokens, any floating type of torch; None: float16, as stored.
+        goal: (low, high) [m]. The goal is drawn, uniformly, from the frames of the window's chunk after its last frame
+            whose travelled distance from that frame is at least low and at most high. Where there is none (goal_valid
+            False) it is the first frame beyond, or the chunk's last. It depends on (seed, epoch, index) alone, so that
+            all workers and samplers agree.
+        allow_mixed: take trajectories and caches made with different settings.
+        seed: of the goals.
+
+    Raises:
+        RefusedError: a cache is empty, mixed, newer than this program, or lacks what is asked for; the file is named.
+        DamagedChunkError: when read, a chunk file is missing, damaged, or not the one recorded.
+        StorageError: when read, a chunk file cannot be read.
+    """
+
+    def __init__(
+        self,
+        cache_dirs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        window: int,
+        stride: int = 1,
+        *,
+        frame_step: int = 1,
+        tokens: Token | Sequence[Token] = ("cls",),
+        dtype: torch.dtype | None = None,
+        goal: tuple[float, float] | None = None,
+        allow_mixed: bool = False,
+        seed: int = 0,
+    ):
+        import torch
+
+        tokens = (tokens,) if isinstance(tokens, str) else tuple(tokens)
+        _check_arguments({"window": window, "stride": stride, "frame_step": frame_step}, tokens, goal)
+        dtype = dtype or torch.float16
+        if not dtype.is_floating_point:
+            raise RefusedError(f"dtype: {dtype} is no floating type")
+        self._table = open_table(cache_dirs)
+        chunks = self._table.one_of_each_configuration()
+        headers = [recorded_header(chunk) for chunk in chunks]
+        if not allow_mixed:
+            refuse_mixed(chunks, headers)
+        shapes = {**frame_shapes(chunks, headers, tokens), **POSE_SHAPES}
+        self._files = ChunkFiles(self._table, shapes)
+        self._fields = sample_fields(shapes, window, dtype, with_goal=goal is not None)
+        self._length, self._stride, self._frame_step = (window - 1) * frame_step + 1, stride, frame_step
+        self._goal, self._seed = goal, seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # it reaches workers that are at work already
+        self._first_row, self._first_index = self._place_windows()
+
+    def _place_windows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each chunk the first window's first row in the file, and its index."""
+        table = self._table
+        spans = zip(table.start.tolist(), table.stop.tolist())
+        plan = plan_windows(table.trajectory.tolist(), spans, self._length, self._stride)
+        first, count = np.fromiter(itertools.chain.from_iterable(plan), np.int64).reshape(-1, 2).T
+        if not count.any():
+            longest = table[int((table.stop - table.start).argmax())]
+            raise RefusedError(
+                f"{longest.path}: a window spans {self._length} frames, and this, the longest chunk, has "
+                f"{longest.stop - longest.start}; ask for a smaller window or frame_step"
+            )
+        return first - table.start, np.concatenate([[0], np.cumsum(count)])
+
+    def __len__(self) -> int:
+        return int(self._first_index[-1])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other goals from now on, in this process and its workers."""
+        self._epoch.fill_(epoch)
+
+    def source(self, index: int) -> WindowSource:
+        """Where a window comes from."""
+        (number,), (row,) = self._locate([index])
+        chunk = self._table[number]
+        rows = range(row, row + self._length, self._frame_step)
+        return WindowSource(chunk.cache_dir, chunk.trajectory, chunk.chunk_index, rows)
+
+    def trajectories(self) -> dict[tuple[Path, str], range]:
+        """(cache folder, trajectory name) -> the indices of its windows, to split by trajectory with Subset."""
+        chunks = np.searchsorted(self._table.trajectory, np.arange(self._table.trajectory[-1] + 2)).tolist()
+        ends = self._first_index[chunks].tolist()
+        names = ((chunk.cache_dir, chunk.trajectory) for chunk in map(self._table.__getitem__, chunks[:-1]))
+        return {name: range(*ends[place : place + 2]) for place, name in enumerate(names)}
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.__getitems__([index + len(self) if index < 0 else index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> WindowBatch:
+        """The samples at `indices`, in that order; they are read file by file."""
+        import torch
+
+        numbers, rows = self._locate(indices)
+        batch = WindowBatch(self._fields, len(numbers))
+        batch.whole["index"].copy_(torch.as_tensor(indices))
+        for place in np.lexsort((rows, numbers)).tolist():
+            try:
+                self._read_window(batch, place, int(indices[place]), int(numbers[place]), int(rows[place]))
+            except (DamagedChunkError, OSError) as error:
+                raise reading_error(self._table[int(numbers[place])], error) from error
+        return batch
+
+    def _read_window(self, batch: WindowBatch, place: int, index: int, number: int, row: int) -> None:
+        """Read window number `index`, at `row` of a chunk, into the batch."""
+        chunk = self._files.open(number)
+        rows = range(row, row + self._length, self._frame_step)
+        goal_row = rows[-1]
+        if self._goal is not None:
+            goal_row, is_valid = self._choose_goal(chunk, rows[-1], index)
+            batch.whole["goal_valid"][place] = is_valid
+        batch.fill(place, chunk, rows, goal_row)
+
+    @staticmethod
+    def collate(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """A batch of samples, (B, ...) under each key: as it was read, where it was read as a batch."""
+        import torch.utils.data
+
+        return samples.whole if isinstance(samples, WindowBatch) else torch.utils.data.default_collate(samples)
+
+    def _locate(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Of each window its chunk's number and its first row."""
+        index = np.asarray(indices, np.int64)
+        for wrong in index[(index < 0) | (index >= len(self))]:
+            raise IndexError(f"window {wrong} of {len(self)}")
+        number = np.searchsorted(self._first_index, index, side="right") - 1
+        return number, self._first_row[number] + (index - self._first_index[number]) * self._stride
+
+    def _choose_goal(self, chunk: OpenChunk, last_row: int, index: int) -> tuple[int, bool]:
+        """The row of a window's goal, and whether it lies within the distances asked for."""
+        travelled = chunk.poses["travelled_distance"][last_row:]
+        distance = travelled - travelled[0]
+        first = max(1, int(np.searchsorted(distance, self._goal[0])))
+        count = int(np.searchsorted(distance, self._goal[1], side="right")) - first
+        if count <= 0:
+            return last_row + min(first, len(distance) - 1), False
+        draw = bytes_digest(f"{self._seed} {int(self._epoch)} {index}".encode()).digest()
+        return last_row + first + (int.from_bytes(draw) * count >> 8 * len(draw)), True
 
 
 # ======================================================================================================================

@@ -345,15 +345,17 @@ class Progress:
             RefusedError: there is one, but it is unreadable, corrupt, unversioned or of a newer version. It is never
                 taken for "no progress".
         """
+        content = read_record(cache_dir)
+        return None if content is None else cls.parse(cache_dir, content)
+
+    @classmethod
+    def parse(cls, cache_dir: Path, content: bytes) -> Progress:
+        """The record that `content`, read from `cache_dir`, holds; RefusedError as for `load`."""
         path = cache_dir / PROGRESS_FILE
         try:
-            data = json.loads(path.read_bytes().decode("utf-8"))
+            data = json.loads(content.decode("utf-8"))
             _refuse_newer(path, data)
             _check_progress(data)
-        except OSError as error:
-            if isinstance(error, FileNotFoundError) and not path.is_symlink():
-                return None
-            raise RefusedError(f"{path}: cannot read: {error.strerror}. {_ways_out(cache_dir)}") from error
         except (ValueError, TypeError, RecursionError) as error:
             raise RefusedError(f"{path}: not a usable progress record: {error}. {_ways_out(cache_dir)}") from error
         progress = cls(cache_dir, data["dataset_name"])
@@ -419,6 +421,17 @@ _KEY_TYPES: dict[str, tuple[type, ...]] = {
     "trajectory_records": (dict,),
     "failures": (dict,),
 }
+
+
+def read_record(cache_dir: Path) -> bytes | None:
+    """The bytes of the record in `cache_dir`, or None where there is none; RefusedError where it cannot be read."""
+    path = cache_dir / PROGRESS_FILE
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not path.is_symlink():
+            return None
+        raise RefusedError(f"{path}: cannot read: {error.strerror}. {_ways_out(cache_dir)}") from error
 
 
 def _refuse_newer(path: Path, data: Any) -> None:
@@ -508,12 +521,17 @@ def _ways_out(cache_dir: Path) -> str:
 
 def load_or_refuse(cache_dir: Path) -> Progress:
     """The record in `cache_dir`; RefusedError where there is none."""
-    progress = Progress.load(cache_dir)
-    if progress is None:
+    return Progress.parse(cache_dir, read_or_refuse(cache_dir))
+
+
+def read_or_refuse(cache_dir: Path) -> bytes:
+    """The bytes of the record in `cache_dir`; RefusedError where there is none."""
+    content = read_record(cache_dir)
+    if content is None:
         near = [str(path.parent) for path in sorted(cache_dir.glob(f"*/{PROGRESS_FILE}"))[:3]]
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
         raise RefusedError(f"{cache_dir}: no {PROGRESS_FILE} here; --cache-dir takes the folder that holds it{hint}")
-    return progress
+    return content
 
 
 def show(cache_dir: Path, *, as_json: bool, show_all: bool) -> int:
