@@ -86,12 +86,15 @@ from progress_utils import (
     Failure,
     Progress,
     RefusedError,
+    RunState,
+    Teller,
     TrajectoryRecord,
     ask,
     available_cores,
     cache_lock,
     chunk_file_name,
     chunk_folders,
+    format_bytes,
     fsync_path,
     is_chunk_file,
     make_directories_durably,
@@ -629,7 +632,7 @@ def check_name(trajectory: Trajectory) -> None:
     except UnicodeEncodeError:
         raise InputError(f"{trajectory.name}: the folder's name is not UTF-8; rename it") from None
     first = trajectory.name.partition("/")[0].casefold()
-    if first in OWN_NAMES or first.startswith(PROGRESS_FILE + "."):
+    if first in OWN_NAMES or first.startswith((PROGRESS_FILE + ".", LOCK_OWNER_FILE + ".")):
         raise InputError(f"{trajectory.name}: {first} is the name of one of the cache's own files; rename the folder")
 
 
@@ -2684,15 +2687,6 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def format_bytes(count: float) -> str:
-    """1234567 -> 1.2 MB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 def format_names(names: list[str]) -> str:
     """The first ten names, and how many more there are."""
     more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
@@ -2821,6 +2815,8 @@ class DatasetRun:
         self._must_save = False  # a run that has nothing to do, and changes no setting, leaves the record as it is
         self._elapsed_before_s = dataset.progress.elapsed_s
         self._bar: tqdm | None = None
+        self._teller = Teller(dataset.config.cache_dir)
+        self._unfinished = dict.fromkeys(trajectory.name for trajectory in dataset.pending)  # in the stream's order
 
     def run(self) -> int:
         """Do the work; returns the exit code.
@@ -2869,6 +2865,8 @@ class DatasetRun:
         """Put the configuration in force into the record, before any work."""
         dataset, progress = self._dataset, self._progress
         before = self._settings()
+        progress.data_folder = str(dataset.config.data_folder)
+        progress.num_trajectories = len(progress.records.keys() | {name for name, *_ in dataset.trajectories})
         if dataset.pending or progress.records:
             progress.processing_config = dataset.spec.to_json()
             progress.weights = dataset.weights
@@ -2888,7 +2886,8 @@ class DatasetRun:
 
     def _settings(self) -> tuple:
         progress = self._progress
-        return progress.processing_config, progress.weights, progress.checksum_kind
+        known = (progress.data_folder, progress.num_trajectories)
+        return progress.processing_config, progress.weights, progress.checksum_kind, *known
 
     def _process(self) -> None:
         dataset = self._dataset
@@ -2938,6 +2937,7 @@ class DatasetRun:
     def _take(self, result: TrajectoryResult, fingerprint: str) -> None:
         """Record one result, or hold it back while it may be the mount's fault."""
         self._results += 1
+        self._unfinished.pop(result.name, None)
         self._frames_finished += self._dataset.work[result.name].frames
         if result.error is None:
             self._complete(result, fingerprint)
@@ -3031,24 +3031,18 @@ class DatasetRun:
             return
         self._last_shown = now
         frames_done = min(max(self._frames_encoded, self._frames_finished), self._frames_total)
-        chunks = self._progress.total_chunks
-        self._bar.set_postfix(trajectories=self._done, chunks=chunks, refresh=False)
+        self._bar.set_postfix(trajectories=self._done, chunks=self._progress.total_chunks, refresh=False)
         self._bar.update(frames_done - self._bar.n)
+        state = functools.partial(self._state, now - self._begin, self._frames_total - frames_done)
         if now - self._last_line >= self._options.progress_interval_s:
             self._last_line = now
-            elapsed_s = now - self._begin
-            done = (self._done, len(self._dataset.trajectories))
-            rate = self._frames_encoded / elapsed_s
-            LOG.info("%s", progress_line(*done, chunks, elapsed_s, self._frames_total - frames_done, rate))
+            LOG.info("%s", state().line())
+        self._teller.tell(state)
 
-
-def progress_line(done: int, total: int, chunks: int, elapsed_s: float, frames_left: int, frames_per_s: float) -> str:
-    """The periodic line; time left and rate once there is a rate to tell."""
-    percent = 100 * done / total
-    line = f"Progress: {done}/{total} trajectories ({percent:.1f}%), {chunks} chunks, {elapsed_s / 3600:.1f}h elapsed"
-    if frames_per_s > 0 and elapsed_s > 2:
-        line += f", {frames_left / frames_per_s / 3600:.1f}h remaining, {frames_per_s:.0f} frames/s"
-    return line
+    def _state(self, elapsed_s: float, frames_left: int) -> RunState:
+        counts = (self._done, len(self._dataset.trajectories), self._progress.total_chunks)
+        rate = self._frames_encoded / elapsed_s if elapsed_s > 0 else 0.0
+        return RunState(*counts, elapsed_s, frames_left, rate, next(iter(self._unfinished), None))
 
 
 def print_forecast(dataset: PreparedDataset, reasons: list[str]) -> None:

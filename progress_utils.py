@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Read and edit the progress record of a dino_cache.
 
-    python progress_utils.py show         --cache-dir D [--json] [--all]
+    python progress_utils.py show         --cache-dir D [--json | --watch [SECONDS]] [--all]
     python progress_utils.py list         [--root .] [--json]
     python progress_utils.py reset-failed --cache-dir D
     python progress_utils.py reset        --cache-dir D [--yes]
@@ -52,13 +52,16 @@ PROGRESS_FILE = "progress.json"
 BACKUP_FILE = "progress.json.bak"
 STAGING_FOLDER = ".staging"
 LOCK_FILE = ".lock"
-LOCK_OWNER_FILE = ".lock.owner"  # who holds the lock: pid, host, start time; advisory, the lock itself decides
-TEMPORARY_FILES = (PROGRESS_FILE + ".tmp", BACKUP_FILE + ".tmp")  # what a save that was killed leaves
+LOCK_OWNER_FILE = ".lock.owner"  # who holds the lock and how far it is; advisory, the lock itself decides
+TEMPORARY_FILES = tuple(f"{name}.tmp" for name in (PROGRESS_FILE, BACKUP_FILE, LOCK_OWNER_FILE))  # of a killed save
 
 PROGRESS_FORMAT_VERSION = 1
 SAVE_SHARE = 0.02  # saves may take this share of a run's time before they are spaced
 READABLE_ENTRIES = 1000  # up to here progress.json is indented; json's indenting encoder is 10 times slower
 SHOWN_FAILURES = 10
+TELL_INTERVAL_S = 1.0  # between two times that a run says how far it is
+STALE_AFTER_S = 900.0  # a holder of the lock that says nothing for so long is taken for stuck
+WATCH_INTERVAL_S = 2.0
 GC_THRESHOLDS = (100_000, 20, 100)  # a large record is a million objects, not to be looked through every 700 new ones
 
 
@@ -213,16 +216,87 @@ def cache_lock(cache_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-def lock_owner(cache_dir: Path) -> str | None:
-    """Who seems to hold the lock, in words; None where it left no name, or was a process of this host that is dead."""
+class RunState(NamedTuple):
+    """How far a run is, as it tells it."""
+
+    done: int  # trajectories completed, of those present and selected
+    total: int
+    chunks: int
+    elapsed_s: float
+    frames_left: int
+    frames_per_s: float
+    trajectory: str | None  # the one in work
+
+    def line(self) -> str:
+        """In words; time left and rate once there is a rate to tell."""
+        percent = 100 * self.done / self.total
+        line = f"Progress: {self.done}/{self.total} trajectories ({percent:.1f}%), {self.chunks} chunks"
+        line += f", {self.elapsed_s / 3600:.1f}h elapsed"
+        if self.frames_per_s > 0 and self.elapsed_s > 2:
+            hours_left = self.frames_left / self.frames_per_s / 3600
+            line += f", {hours_left:.1f}h remaining, {self.frames_per_s:.0f} frames/s"
+        return line
+
+
+class Teller:
+    """Tells those who watch how far a run is, beside the name of the lock's holder, once a second at most.
+
+    What is told is for eyes only: it is not forced to the disk, goes with the lock, and nothing is decided by it.
+    """
+
+    def __init__(self, cache_dir: Path):
+        self._path = cache_dir / LOCK_OWNER_FILE
+        self._told_at = time.monotonic()  # a run that is over at once has nothing to tell
+
+    def tell(self, state: Callable[[], RunState]) -> None:
+        """Tell how far the run is, if it is time to."""
+        if time.monotonic() - self._told_at < TELL_INTERVAL_S:
+            return
+        self._told_at = time.monotonic()
+        with contextlib.suppress(OSError, ValueError):  # a full disk, say
+            owner = json.loads(self._path.read_text(encoding="utf-8"))
+            temporary = self._path.with_name(self._path.name + ".tmp")
+            temporary.write_text(json.dumps({**owner, "run": state()._asdict()}), encoding="utf-8")
+            os.replace(temporary, self._path)
+
+
+class LockOwner(NamedTuple):
+    """Who left its name beside the lock."""
+
+    name: str  # pid, host and start time, in words
+    is_alive: bool  # a process of another host counts as alive, nobody here can tell
+    last_heard: float  # epoch seconds
+    run: RunState | None
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether it left the name when it was killed, or seems stuck."""
+        return not self.is_alive or time.time() - self.last_heard > STALE_AFTER_S
+
+
+def read_lock_owner(cache_dir: Path) -> LockOwner | None:
+    """Who left its name beside the lock; None where nobody did."""
+    path, is_alive = cache_dir / LOCK_OWNER_FILE, True
     try:
-        owner = json.loads((cache_dir / LOCK_OWNER_FILE).read_text())
+        last_heard = path.stat().st_mtime
+        owner = json.loads(path.read_text(encoding="utf-8"))
+        name = f"pid {owner['pid']} on {owner['host']}, since {owner['started']}"
+        run = RunState(**owner["run"]) if "run" in owner else None
         if owner["host"] == socket.gethostname():
             os.kill(owner["pid"], 0)
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        if not isinstance(error, PermissionError):  # somebody else's process, and alive
-            return None
-    return f"pid {owner['pid']} on {owner['host']}, since {owner['started']}"
+    except PermissionError:  # somebody else's process, and alive
+        pass
+    except ProcessLookupError:
+        is_alive = False
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return None
+    return LockOwner(name, is_alive, last_heard, run)
+
+
+def lock_owner(cache_dir: Path) -> str | None:
+    """Who seems to hold the lock, in words; None where it left no name, or was a process of this host that is dead."""
+    owner = read_lock_owner(cache_dir)
+    return owner.name if owner is not None and owner.is_alive else None
 
 
 # ======================================================================================================================
@@ -263,6 +337,8 @@ class Progress:
         self.start_time = now
         self.last_update = now
         self.elapsed_s = 0.0  # working time of all runs
+        self.data_folder: str | None = None  # where the last run read, and how many trajectories it knew of, those
+        self.num_trajectories: int | None = None  # present and those recorded; for people, nothing is decided by them
         self.checksum_kind = "stat"
         self.rebuild_started: float | None = None
         self.processing_config: dict[str, Any] = {}
@@ -325,6 +401,8 @@ class Progress:
             "last_update": self.last_update,
             "elapsed_s": self.elapsed_s,
             "total_chunks": self.total_chunks,
+            "data_folder": self.data_folder,
+            "num_trajectories": self.num_trajectories,
             "checksum_kind": self.checksum_kind,
             "rebuild_started": self.rebuild_started,
             "processing_config": self.processing_config,
@@ -359,6 +437,8 @@ class Progress:
         progress = cls(cache_dir, data["dataset_name"])
         for key in _PLAIN_KEYS:
             setattr(progress, key, data[key])
+        for key in _LATER_KEYS:
+            setattr(progress, key, data.get(key))
         progress.checksums = data["trajectory_checksums"]
         progress.records = data["trajectory_records"]
         return progress
@@ -400,6 +480,7 @@ _PLAIN_KEYS = (  # stored under the name of the attribute
     "specs",
     "failures",
 )
+_LATER_KEYS = {"data_folder": str, "num_trajectories": int}  # that a record may lack, or have as null
 _NUMBER = (int, float)
 _NULL = type(None)
 _KEY_TYPES: dict[str, tuple[type, ...]] = {
@@ -441,6 +522,9 @@ def _check_progress(data: Any) -> None:
         if key not in data:
             raise ValueError(f"key {key} is missing")
         if not isinstance(data[key], types) or isinstance(data[key], bool):
+            raise ValueError(f"key {key} has the wrong type ({type(data[key]).__name__})")
+    for key, kind in _LATER_KEYS.items():
+        if data.get(key) is not None and type(data[key]) is not kind:
             raise ValueError(f"key {key} has the wrong type ({type(data[key]).__name__})")
     _check_values(data)
     for name, record in data["trajectory_records"].items():
@@ -523,23 +607,85 @@ def show(cache_dir: Path, *, as_json: bool, show_all: bool) -> int:
         mixed = len(progress.fingerprints) > 1
         print(json.dumps({"cache_dir": str(cache_dir), "mixed": mixed, **progress.to_json()}, ensure_ascii=False))
         return 0
-    print(f"📊 Progress Status for {cache_dir}")
-    print("=" * 60)
-    print(f"Dataset: {progress.dataset_name}")
-    print(f"Completed trajectories: {len(progress.records)}")
-    print(f"Failed trajectories: {len(progress.failures)}")
-    print(f"Total chunks generated: {progress.total_chunks}")
-    print(f"Processing time: {progress.elapsed_s / 3600:.1f} hours")
-    print(f"Last update: {time.ctime(progress.last_update)}")
-    for line in _state_remarks(progress):
-        print(line)
-    print()
-    print("Processing Configuration:")
-    for key, value in progress.processing_config.items():
-        print(f"  {key}: {value}")
-    if progress.failures:
-        _print_failures(progress.failures, show_all)
+    configuration = [f"  {key}: {value}" for key, value in progress.processing_config.items()]
+    lines = [*_status_lines(progress), "", "Processing Configuration:", *configuration]
+    print("\n".join(lines + _failure_lines(progress.failures, show_all)))
     return 0
+
+
+def watch(cache_dir: Path, *, every_s: float, show_all: bool) -> int:
+    """Print the state of one cache again and again, until Ctrl-C: in place on a terminal, else whenever it changed."""
+    load_or_refuse(cache_dir)
+    record, in_place, before = _WatchedRecord(cache_dir), sys.stdout.isatty(), None
+    try:
+        while True:
+            progress = record.load()
+            lines = [*_status_lines(progress), *_failure_lines(progress.failures, show_all)]
+            if in_place:
+                _print_in_place(lines, is_first=before is None)
+            elif lines != before:
+                print("\n".join(lines), end="\n\n", flush=True)
+            before = lines
+            time.sleep(every_s)
+    except KeyboardInterrupt:
+        return 0
+
+
+class _WatchedRecord:
+    """A record that is read again when its file changed, and not for more than a tenth of the time."""
+
+    def __init__(self, cache_dir: Path):
+        self._cache_dir = cache_dir
+        self._progress: Progress | None = None
+        self._stamp: tuple[int, ...] | None = None
+        self._not_before = 0.0
+
+    def load(self) -> Progress:
+        begin = time.monotonic()
+        status = os.stat(self._cache_dir / PROGRESS_FILE)
+        stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
+        if self._progress is None or (stamp != self._stamp and begin >= self._not_before):
+            self._progress, self._stamp = load_or_refuse(self._cache_dir), stamp
+            self._not_before = begin + 10 * (time.monotonic() - begin)
+        return self._progress
+
+
+def _print_in_place(lines: list[str], *, is_first: bool) -> None:
+    """Print over what was printed before, as much of it as fits into the terminal."""
+    width, height = os.get_terminal_size(sys.stdout.fileno())
+    shown = [line[: max(width - 1, 20)] for line in lines[: max(height - 1, 10)]]  # some terminals say 0
+    clear, home, to_line_end, to_screen_end = "\x1b[2J", "\x1b[H", "\x1b[K", "\x1b[J"
+    text = "".join(f"{line}{to_line_end}\n" for line in shown)
+    print(f"{clear if is_first else ''}{home}{text}{to_screen_end}", end="", flush=True)
+
+
+def _status_lines(progress: Progress) -> list[str]:
+    return [
+        f"📊 Progress Status for {progress.cache_dir}",
+        "=" * 60,
+        f"Dataset: {progress.dataset_name}",
+        f"Completed trajectories: {len(progress.records)}",
+        f"Failed trajectories: {len(progress.failures)}",
+        f"Total chunks generated: {progress.total_chunks}",
+        f"Processing time: {progress.elapsed_s / 3600:.1f} hours",
+        f"Last update: {time.ctime(progress.last_update)}",
+        *_run_lines(progress.cache_dir),
+        *_state_remarks(progress),
+    ]
+
+
+def _run_lines(cache_dir: Path) -> list[str]:
+    """What is known of a run at work, or of one that was killed."""
+    owner = read_lock_owner(cache_dir)
+    if owner is None:
+        return []
+    if owner.is_stale:
+        how = "not heard of since" if owner.is_alive else "killed; last heard of"
+        return [f"⚠️ Stale: a run ({owner.name}) was {how} {time.ctime(owner.last_heard)}"]
+    lines = [f"Run at work: {owner.name}"]
+    if owner.run is not None:
+        lines += [owner.run.line(), printable(f"Trajectory in work: {owner.run.trajectory}")]
+    return lines
 
 
 def _state_remarks(progress: Progress) -> list[str]:
@@ -565,14 +711,13 @@ def _other_configurations(progress: Progress) -> list[str]:
     return lines
 
 
-def _print_failures(failures: dict[str, Failure], show_all: bool) -> None:
-    print()
-    print(f"❌ Failed Trajectories ({len(failures)}):")
+def _failure_lines(failures: dict[str, Failure], show_all: bool) -> list[str]:
+    if not failures:
+        return []
     shown = len(failures) if show_all else SHOWN_FAILURES
-    for name, failure in list(failures.items())[:shown]:
-        print(printable(f"  - {name}: {failure['reason']}"))
-    if len(failures) > shown:
-        print(f"  ... and {len(failures) - shown} more")
+    lines = ["", f"❌ Failed Trajectories ({len(failures)}):"]
+    lines += [printable(f"  - {name}: {failure['reason']}") for name, failure in list(failures.items())[:shown]]
+    return lines + [f"  ... and {len(failures) - shown} more"] * (len(failures) > shown)
 
 
 def list_caches(root: Path, *, as_json: bool) -> int:
@@ -603,30 +748,50 @@ def _cache_row(cache_dir: Path) -> dict[str, Any]:
         progress = load_or_refuse(cache_dir)
     except RefusedError as error:
         return {"cache_dir": str(cache_dir), "error": str(error)}
+    total, owner = progress.num_trajectories, read_lock_owner(cache_dir)
     return {
         "cache_dir": str(cache_dir),
         "dataset_name": progress.dataset_name,
         "completed": len(progress.records),
+        "percent": round(100 * len(progress.records) / total, 1) if total else None,
         "failed": len(progress.failures),
         "chunks": progress.total_chunks,
+        "bytes": sum(sum(record["bytes"]) for record in progress.records.values()),
+        "state": "idle" if owner is None else "stale" if owner.is_stale else "running",
         "last_update": progress.last_update,
     }
 
 
+def format_bytes(count: float) -> str:
+    """1234567 -> 1.2 MB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+_TABLE_HEAD = ("Dataset", "Completed", "Done", "Failed", "Chunks", "Size", "State", "Last update", "Cache folder")
+_NUMBER_COLUMNS = range(1, 6)
+
+
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    lines = [("Dataset", "Completed", "Failed", "Chunks", "Last update", "Cache folder")]
-    for row in rows:
-        if "error" in row:
-            lines.append(("unreadable", "?", "?", "?", "?", row["error"]))
-        else:
-            counts = (str(row["completed"]), str(row["failed"]), str(row["chunks"]))
-            lines.append((str(row["dataset_name"]), *counts, time.ctime(row["last_update"]), row["cache_dir"]))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    lines = [_TABLE_HEAD, *map(_table_line, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(_TABLE_HEAD))]
     for line in lines:
         cells = [
-            cell.rjust(width) if 1 <= i <= 3 else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths))
+            cell.rjust(width) if column in _NUMBER_COLUMNS else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths))
         ]
-        print("  ".join(cells).rstrip())
+        print(printable("  ".join(cells).rstrip()))
+
+
+def _table_line(row: dict[str, Any]) -> tuple[str, ...]:
+    if "error" in row:
+        return ("unreadable", *"?" * 7, row["error"])
+    percent = "?" if row["percent"] is None else f"{row['percent']:.1f}%"
+    counts = (str(row["completed"]), percent, str(row["failed"]), str(row["chunks"]), format_bytes(row["bytes"]))
+    return (str(row["dataset_name"]), *counts, row["state"], time.ctime(row["last_update"]), row["cache_dir"])
 
 
 def reset(cache_dir: Path, *, yes: bool) -> int:
@@ -852,7 +1017,8 @@ def rebuild(cache_dir: Path, *, yes: bool) -> int:
             raise RefusedError(f"{cache_dir}: no complete trajectory here to make a record from")
         progress = _progress_from(cache_dir, found)
         if old is not None:
-            progress.elapsed_s = old.elapsed_s
+            progress.elapsed_s, progress.data_folder = old.elapsed_s, old.data_folder
+            progress.num_trajectories = old.num_trajectories
             progress.failures = {name: old.failures[name] for name in old.failures.keys() - progress.records.keys()}
         if len(progress.fingerprints) > 1:
             print(f"Mixed cache: made with {len(progress.fingerprints)} different configurations", file=sys.stderr)
@@ -995,7 +1161,13 @@ def build_parser() -> argparse.ArgumentParser:
     cache_dir = {"type": Path, "required": True, "metavar": "D", "help": "the folder that holds progress.json"}
     show_parser = command("show", "Print the state of one cache.", "--cache-dir D")
     show_parser.add_argument("--cache-dir", **cache_dir)
-    show_parser.add_argument("--json", action="store_true", help="print the whole record as JSON")
+    how = show_parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="print the whole record as JSON")
+    how.add_argument(
+        "--watch", type=_seconds, nargs="?", const=WATCH_INTERVAL_S, metavar="SECONDS",
+        help=f"show it anew every so often (default: {WATCH_INTERVAL_S:g} s) until Ctrl-C, also while a run works; "
+        "into a file or pipe, whenever it changed",
+    )  # fmt: skip
     show_parser.add_argument("--all", action="store_true", help="print all failures, not just the first ten")
     list_parser = command("list", "List the caches below a folder.", "--root /data")
     list_parser.add_argument("--root", type=Path, default=Path("."), help="the folder to search (default: here)")
@@ -1019,7 +1191,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
+    return seconds
+
+
 def run_command(arguments: argparse.Namespace) -> int:
+    if arguments.command == "show" and arguments.watch is not None:
+        return watch(arguments.cache_dir, every_s=arguments.watch, show_all=arguments.all)
     if arguments.command == "show":
         return show(arguments.cache_dir, as_json=arguments.json, show_all=arguments.all)
     if arguments.command == "list":

@@ -23,7 +23,7 @@ from PIL import Image
 
 import dino_cache
 import progress_utils
-from progress_utils import cache_lock
+from progress_utils import cache_lock, read_lock_owner
 from support import (
     ROOT,
     StampEncoder,
@@ -720,6 +720,23 @@ def test_a_held_cache_is_refused_whatever_the_tracking_but_not_for_a_dry_run(rob
         assert run_here(robot.config, "--dry-run").code == 0
         assert tree(robot.cache) == before
     assert run_here(robot.config).code == 0
+
+
+def test_a_run_tells_how_far_it_is_while_it_works(robot, run_here, before_batch, monkeypatch):
+    robot.add("t0", "t1", "t2")
+    monkeypatch.setattr(progress_utils, "TELL_INTERVAL_S", 0.0)
+    monkeypatch.setattr(dino_cache, "SHOW_INTERVAL_S", 0.0)
+    told = []
+    before_batch(lambda batch: told.append(read_lock_owner(robot.cache).run))
+    assert run_here(robot.config).code == 0
+    assert told[0] is None  # nothing is encoded yet
+    states = told[1:]
+    assert [state.frames_left for state in states] == [52, 44, 36, 28, 20, 12, 4]  # of 60, 8 a batch
+    names = [state.trajectory for state in states]
+    assert names[0] == "t0"
+    assert names == sorted(names)
+    assert {(state.total, state.chunks) for state in states} <= {(3, 0), (3, 3), (3, 6)}
+    assert not list(robot.cache.glob(".lock.owner*"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
