@@ -7,6 +7,7 @@
     python progress_utils.py reset        --cache-dir D [--yes]
     python progress_utils.py verify       --cache-dir D [--deep] [--json] [--repair [--yes]]
     python progress_utils.py rebuild      --cache-dir D [--yes]
+    python progress_utils.py export       --cache-dir D --to flat|vint -o PATH [--tokens ...] [--allow-mixed] [--force]
 
 This file owns three things, which dino_cache.py imports from here:
 
@@ -19,7 +20,7 @@ Exit codes: 0 fine, 1 problems found, 2 could not do it, 4 a run holds the cache
 
 A save survives a killed process and, as far as the disk keeps its word about fsync, a power cut. The copy before it
 stays as progress.json.bak. Only the standard library is imported at the top, so that every command starts at once; what
-knows chunk files (verify, rebuild) imports dino_cache when it runs.
+knows chunk files (verify, rebuild, export) imports dino_cache when it runs.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ import contextlib
 import errno
 import functools
 import gc
+import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -1122,6 +1125,13 @@ def _progress_from(cache_dir: Path, found: list[FoundTrajectory]) -> Progress:
     return progress
 
 
+def _with_bar(tasks: list[Any], title: str, unit: str = " chunks") -> Iterable[Any]:
+    """The tasks, with a progress bar on a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(tasks, desc=title, unit=unit, disable=not sys.stderr.isatty())
+
+
 def _on_all_cores(function: Callable[[Any], Any], tasks: list[Any], title: str) -> list[Any]:
     """`function` of each task, in order, in worker processes, with a progress bar on a terminal."""
     from concurrent.futures import ProcessPoolExecutor
@@ -1138,6 +1148,275 @@ def _on_all_cores(function: Callable[[Any], Any], tasks: list[Any], title: str) 
             return list(bar(pool.map(function, tasks, chunksize=max(1, min(64, len(tasks) // (4 * workers))))))
     except BrokenProcessPool as error:
         raise RefusedError("a worker process was killed, for want of memory perhaps; nothing was changed") from error
+
+
+# ======================================================================================================================
+# Exporting a cache to what other training code reads
+# ======================================================================================================================
+
+FLAT_DESCRIPTION = (
+    "flat: one HDF5 file in stable-worldmodel's dialect. Every dataset but ep_len and ep_offset is a column, one row "
+    "a frame, one episode after the other. An episode is a piece of a trajectory that was stored without a gap: it "
+    "ends where a pose jump cut the trajectory. A frame that lies in two chunks appears once."
+)
+VINT_DESCRIPTION = (
+    "vint: a folder with one .pt file a chunk (features (L, D) float16: the CLS tokens; positions, yaws, indices) and "
+    "cache_metadata.json, as visualnav-transformer's feature cache has them. Chunks overlap as in the cache."
+)
+VINT_METADATA = "cache_metadata.json"
+EXPORT_BLOCK_BYTES = 1 << 24  # read and written at a time
+LONGEST_CHUNK_ID = 200  # bytes, so that a file can have it as its name
+
+
+def export(
+    cache_dir: Path, *, layout: str, output: Path, tokens: list[str] | None, allow_mixed: bool, force: bool
+) -> int:
+    """Write what is recorded in another layout; the output appears under its name when it is complete.
+
+    Raises:
+        RefusedError: the cache is empty, mixed without `allow_mixed`, or a chunk file is not as recorded; or the output
+            exists without `force`, or is something that no export made.
+    """
+    progress = load_or_refuse(cache_dir)
+    _refuse_unexportable(progress, allow_mixed)
+    output = Path(os.path.abspath(output))
+    if output.is_relative_to(os.path.abspath(cache_dir)):
+        raise RefusedError(f"-o {output}: lies inside the cache; an export belongs beside it")
+    if not output.parent.is_dir():
+        raise RefusedError(f"-o {output}: there is no folder {output.parent}")
+    if layout == "flat":
+        done = _export_flat(progress, output, _exported_datasets(progress, tokens), force=force)
+    else:
+        if tokens not in (None, ["cls"]):
+            raise RefusedError("--tokens: the vint layout holds one vector a frame, the CLS token")
+        done = _export_vint(progress, output, _exported_datasets(progress, ["cls"])[0], force=force)
+    print(f"Exported {len(progress.records)} trajectories: {done} -> {output}")
+    return 0
+
+
+def _refuse_unexportable(progress: Progress, allow_mixed: bool) -> None:
+    if not progress.records:
+        raise RefusedError(f"{progress.cache_dir}: no trajectory is completed, there is nothing to export")
+    if len(progress.fingerprints) > 1 and not allow_mixed:
+        raise RefusedError(
+            f"{progress.cache_dir}: is mixed: made with {len(progress.fingerprints)} different configurations (`show` "
+            "says which). Give --allow-mixed to export it all the same, or redo it with --force-rebuild"
+        )
+
+
+def _exported_datasets(progress: Progress, tokens: list[str] | None) -> list[str]:
+    """Names of the token datasets to export: those asked for, else those that every chunk has."""
+    from dino_cache import TOKEN_DATASETS
+
+    specs = [progress.specs[fingerprint] for fingerprint in progress.fingerprints]
+    common = [token for token in TOKEN_DATASETS if all(token in spec["tokens"] for spec in specs)]
+    for token in tokens or common:
+        if token not in common:
+            raise RefusedError(
+                f"{progress.cache_dir}: has no {token} tokens, or not in all chunks; it has {', '.join(common)}"
+            )
+    return [TOKEN_DATASETS[token] for token in TOKEN_DATASETS if token in (tokens or common)]
+
+
+@contextlib.contextmanager
+def recorded_chunk(progress: Progress, name: str, index: int, *, deep: bool) -> Iterator[Any]:
+    """A recorded chunk file, open for reading once it proved to be what was recorded; with `deep`, every byte of it.
+
+    Raises:
+        RefusedError: it is missing or damaged, or a run replaced it since the record was read.
+    """
+    import h5py
+
+    path = progress.cache_dir / name / chunk_file_name(index)
+    try:
+        _check_chunk(path, name, progress.records[name], progress.checksums[name], index, deep=deep)
+        file = h5py.File(path)
+    except (DamagedChunkError, OSError) as error:
+        raise RefusedError(
+            f"{path}: {error}. If a run has just replaced it, give the command again; else `progress_utils.py verify "
+            f"--cache-dir {progress.cache_dir} --deep --repair` and a run mend it"
+        ) from error
+    with file:
+        yield file
+
+
+class NewRows(NamedTuple):
+    """Rows [start, stop) of a chunk, those that no chunk before it has."""
+
+    index: int  # of the chunk
+    start: int
+    stop: int
+
+
+def episodes(record: TrajectoryRecord) -> list[list[NewRows]]:
+    """A trajectory's pieces without a gap, each frame once: neighbours overlap, so a gap is where two do not."""
+    pieces, done = [], -1
+    for index, (start, stop) in enumerate(record["spans"]):
+        if start >= done:
+            pieces.append([])
+        pieces[-1].append(NewRows(index, max(0, done - start), stop - start))
+        done = stop
+    return pieces
+
+
+def _export_flat(progress: Progress, output: Path, token_datasets: list[str], *, force: bool) -> str:
+    """Write the flat file; returns what it holds, in words."""
+    from dino_cache import ChunkFile
+
+    if output.is_dir() or (output.exists() and not force):
+        raise RefusedError(f"-o {output}: exists; --force replaces a file")
+    found = [(name, episode) for name, record in progress.records.items() for episode in episodes(record)]
+    temporary = output.with_name(output.name + ".partial")
+    try:
+        temporary.unlink(missing_ok=True)
+        with ChunkFile(temporary, "x+") as raw:
+            _write_flat(progress, raw, found, token_datasets, output.parent)
+            raw.check()
+            os.fsync(raw.fileno())
+        os.replace(temporary, output)
+        fsync_path(output.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+    frames = sum(rows.stop - rows.start for _, episode in found for rows in episode)
+    return f"{len(found)} episodes, {frames} frames, {format_bytes(output.stat().st_size)}"
+
+
+def _write_flat(
+    progress: Progress, raw: Any, found: list[tuple[str, list[NewRows]]], token_datasets: list[str], folder: Path
+) -> None:
+    """Fill an empty file with the episodes found, block by block."""
+    import h5py
+
+    lengths = [sum(rows.stop - rows.start for rows in episode) for _, episode in found]
+    parts = [(name, rows) for name, episode in found for rows in episode]
+    with h5py.File(raw, "w", libver="v110") as file:  # attributes may exceed 64 kB then
+        columns = _make_columns(progress, file, token_datasets, sum(lengths), folder)
+        _write_episodes(progress, file, [name for name, _ in found], lengths)
+        position = 0
+        for name, rows in _with_bar(parts, "Exporting"):
+            with recorded_chunk(progress, name, rows.index, deep=True) as chunk:
+                _copy_rows(chunk, rows, columns, position)
+            raw.check()
+            position += rows.stop - rows.start
+
+
+def _make_columns(
+    progress: Progress, file: Any, token_datasets: list[str], num_frames: int, folder: Path
+) -> dict[str, Any]:
+    """An empty column for each dataset of a chunk; RefusedError where the disk cannot hold them."""
+    from dino_cache import POSE_SHAPES, free_bytes
+
+    with recorded_chunk(progress, next(iter(progress.records)), 0, deep=False) as chunk:
+        rows = {name: (chunk[name].shape[1:], chunk[name].dtype) for name in (*token_datasets, *POSE_SHAPES)}
+    needed = num_frames * sum(math.prod(shape) * dtype.itemsize for shape, dtype in rows.values())
+    if needed > (free := free_bytes(folder)):
+        raise RefusedError(f"{folder}: the export takes {format_bytes(needed)} and {format_bytes(free)} are free")
+    return {name: file.create_dataset(name, (num_frames, *shape), dtype) for name, (shape, dtype) in rows.items()}
+
+
+def _write_episodes(progress: Progress, file: Any, names: list[str], lengths: list[int]) -> None:
+    """Where each episode begins and ends, as datasets and as columns; where it is from, as attributes."""
+    import h5py
+    import numpy as np
+
+    lengths = np.array(lengths, np.int64)
+    file["ep_len"] = lengths
+    file["ep_offset"] = offsets = np.cumsum(lengths) - lengths
+    file["ep_idx"] = np.repeat(np.arange(len(lengths)), lengths)
+    file["step_idx"] = np.arange(lengths.sum()) - np.repeat(offsets, lengths)
+    file.attrs["ep_trajectory"] = np.array(names, h5py.string_dtype())
+    file.attrs["dataset_name"] = str(progress.dataset_name)
+    file.attrs["specs"] = json.dumps(progress.specs)
+    file.attrs["weights"] = json.dumps(progress.weights)
+
+
+def _copy_rows(chunk: Any, rows: NewRows, columns: dict[str, Any], position: int) -> None:
+    for name, column in columns.items():
+        dataset = chunk[name]
+        if dataset.shape[1:] != column.shape[1:]:
+            raise RefusedError(
+                f"{chunk.filename}: {name} has rows of shape {dataset.shape[1:]}, those before have "
+                f"{column.shape[1:]}: one column cannot hold both. Choose other --tokens, or redo the cache"
+            )
+        block = max(1, EXPORT_BLOCK_BYTES // max(1, math.prod(column.shape[1:]) * column.dtype.itemsize))
+        for start in range(rows.start, rows.stop, block):
+            stop = min(start + block, rows.stop)
+            target = position + start - rows.start
+            column[target : target + stop - start] = dataset[start:stop]
+
+
+def _export_vint(progress: Progress, output: Path, token_dataset: str, *, force: bool) -> str:
+    """Write the folder of .pt files; returns what it holds, in words."""
+    _refuse_foreign_folder(output, force)
+    temporary = output.with_name(output.name + ".partial")
+    _refuse_foreign_folder(temporary, True)
+    shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
+    temporary.mkdir()
+    try:
+        chunk_ids, width = _write_vint_chunks(progress, temporary, token_dataset)
+        settings = {key: progress.processing_config.get(key) for key in _VINT_SETTINGS}
+        metadata = {"name": progress.dataset_name, **settings, "feature_dim": width, "cache_path": output.name}
+        write_durably(temporary / VINT_METADATA, json.dumps({**metadata, "chunks": chunk_ids}, indent=2).encode())
+        shutil.rmtree(output, ignore_errors=True)
+        os.rename(temporary, output)
+        fsync_path(output.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return f"{len(chunk_ids)} chunks, features of width {width}"
+
+
+_VINT_SETTINGS = ("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m")
+
+
+def _refuse_foreign_folder(folder: Path, force: bool) -> None:
+    """Raise RefusedError unless the place is free, or an earlier export that may be replaced."""
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir() or folder.is_symlink():
+        raise RefusedError(f"-o {folder}: is not a folder")
+    names = os.listdir(folder)
+    foreign = [name for name in names if not name.startswith(VINT_METADATA) and not name.endswith(".pt")]
+    if foreign:
+        raise RefusedError(f"-o {folder}: holds {min(foreign)}, which no export made; give another folder")
+    if names and not force:
+        raise RefusedError(f"-o {folder}: exists; --force replaces an earlier export")
+
+
+def _write_vint_chunks(progress: Progress, folder: Path, token_dataset: str) -> tuple[list[str], int]:
+    """Write a .pt file for each chunk; returns the chunks' ids and the width of their features."""
+    import torch
+
+    flat_names, chunk_ids, widths = _flat_names(progress.records), [], set()
+    chunks = [(name, index) for name, record in progress.records.items() for index in range(len(record["spans"]))]
+    for name, index in _with_bar(chunks, "Exporting"):
+        with recorded_chunk(progress, name, index, deep=True) as chunk:
+            content = {
+                "features": torch.from_numpy(chunk[token_dataset][...]),  # (L, D) float16
+                "positions": chunk["position"][...].tolist(),  # L times [x, y] [m]
+                "yaws": chunk["yaw"][...].tolist(),  # L numbers [rad]
+                "indices": chunk["frame_index"][...].tolist(),  # L rows of the source's poses
+            }
+        widths.add(content["features"].shape[1])
+        if len(widths) > 1:
+            raise RefusedError(f"{progress.cache_dir}: its features are of widths {sorted(widths)}; redo the cache")
+        chunk_ids.append(f"{flat_names[name]}_{progress.records[name]['spans'][index][0]:05d}")
+        torch.save(content, folder / f"{chunk_ids[-1]}.pt")
+        fsync_path(folder / f"{chunk_ids[-1]}.pt")
+    return chunk_ids, widths.pop()
+
+
+def _flat_names(names: Iterable[str]) -> dict[str, str]:
+    """Trajectory name -> one that can be a file's: without `/`, not too long, and that no other one has."""
+    flat: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in names:
+        candidate = name.replace("/", "__")
+        if candidate.casefold() in taken or len(candidate.encode()) > LONGEST_CHUNK_ID:
+            short = candidate.encode()[: LONGEST_CHUNK_ID - 10].decode(errors="ignore")
+            candidate = f"{short}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        taken.add(candidate.casefold())
+        flat[name] = candidate
+    return flat
 
 
 # ======================================================================================================================
@@ -1188,6 +1467,16 @@ def build_parser() -> argparse.ArgumentParser:
     rebuild_parser = command("rebuild", "Make the record anew from the chunk files.", "--cache-dir D")
     rebuild_parser.add_argument("--cache-dir", **cache_dir)
     rebuild_parser.add_argument("--yes", action="store_true", help="do not ask")
+    export_parser = command("export", "Write a cache in another layout.", "--cache-dir D --to flat -o robot.h5")
+    export_parser.description = f"Write a cache in another layout. {FLAT_DESCRIPTION} {VINT_DESCRIPTION}"
+    export_parser.add_argument("--cache-dir", **cache_dir)
+    export_parser.add_argument("--to", choices=("flat", "vint"), required=True, dest="layout", help="the layout")
+    export_parser.add_argument("-o", "--output", type=Path, required=True, metavar="PATH", help="the file or folder")
+    export_parser.add_argument(
+        "--tokens", nargs="+", choices=("cls", "patch", "register"), help="which of them (default: all that there are)"
+    )
+    export_parser.add_argument("--allow-mixed", action="store_true", help="also of several configurations")
+    export_parser.add_argument("--force", action="store_true", help="replace an earlier export")
     return parser
 
 
@@ -1212,6 +1501,9 @@ def run_command(arguments: argparse.Namespace) -> int:
         return verify(arguments.cache_dir, **how)
     if arguments.command == "rebuild":
         return rebuild(arguments.cache_dir, yes=arguments.yes)
+    if arguments.command == "export":
+        what = {"layout": arguments.layout, "output": arguments.output, "tokens": arguments.tokens}
+        return export(arguments.cache_dir, **what, allow_mixed=arguments.allow_mixed, force=arguments.force)
     return reset_failed(arguments.cache_dir)
 
 
