@@ -7,6 +7,7 @@
     python progress_utils.py reset        --cache-dir D [--yes]
     python progress_utils.py verify       --cache-dir D [--deep] [--json] [--repair [--yes]]
     python progress_utils.py rebuild      --cache-dir D [--yes]
+    python progress_utils.py report       --cache-dir D [-o report.html] [--data-folder DIR]
     python progress_utils.py export       --cache-dir D --to flat|vint -o PATH [--tokens ...] [--allow-mixed] [--force]
 
 This file owns three things, which dino_cache.py imports from here:
@@ -20,12 +21,14 @@ Exit codes: 0 fine, 1 problems found, 2 could not do it, 4 a run holds the cache
 
 A save survives a killed process and, as far as the disk keeps its word about fsync, a power cut. The copy before it
 stays as progress.json.bak. Only the standard library is imported at the top, so that every command starts at once; what
-knows chunk files (verify, rebuild, export) imports dino_cache when it runs.
+knows chunk files (verify, rebuild, export, report) imports dino_cache when it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import bisect
 import calendar
 import collections
 import contextlib
@@ -33,10 +36,13 @@ import errno
 import functools
 import gc
 import hashlib
+import html
+import io
 import itertools
 import json
 import math
 import os
+import random
 import re
 import shutil
 import socket
@@ -1420,6 +1426,582 @@ def _flat_names(names: Iterable[str]) -> dict[str, str]:
 
 
 # ======================================================================================================================
+# Reporting: one HTML file to look at in the morning
+# ======================================================================================================================
+# Counts are of the whole record; what must be read from chunk files is read from a seeded sample of them, so that a
+# report takes seconds whatever the cache's size. numpy and matplotlib are imported in the functions that need them.
+
+REPORT_SEED = 0
+REPORT_CHUNKS = 300  # looked into for time and distance
+REPORT_TRAJECTORIES = 12  # shown with their map and similarity
+REPORT_CHUNKS_OF_ONE = 100  # of one trajectory, from its beginning
+REPORT_POINTS = 400  # of one trajectory's similarity
+REPORT_PICTURES = 6  # frames shown with their patch tokens
+REPORT_NAMES = 20  # of failed trajectories with one cause
+NIGHT_GAP_S = 1800.0  # so long without a chunk: another night
+FROZEN_FRAMES = 5  # in a row with equal features, though the robot moves
+SHUFFLED_RATIO = 0.6  # of how far neighbours are apart to how far any two frames are
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"  # Okabe, Ito
+CHUNK_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY)
+INK = "#010203"  # stands for the text's colour, light or dark, in figures
+
+
+def report(cache_dir: Path, *, output: Path, data_folder: Path | None) -> int:
+    """Write the report; `data_folder` is where the frames are, if not where the last run read them."""
+    progress = load_or_refuse(cache_dir)
+    _require_matplotlib()
+    look = _Look(progress, data_folder or (Path(progress.data_folder) if progress.data_folder else None))
+    sections = [
+        _summary_section(look),
+        _failures_section(progress.failures),
+        _figures_section(look),
+        _trajectories_section(look),
+        _pictures_section(look),
+        _configuration_section(look),
+    ]
+    page = _page(f"{progress.dataset_name}: dino_cache report", _problems_section(look) + "".join(sections))
+    write_durably(output, page.encode(errors="replace"))
+    print(f"Wrote {output} ({format_bytes(output.stat().st_size)})")
+    return 0
+
+
+def _require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise RefusedError(f"report needs matplotlib: pip install -r requirements-report.txt ({error})") from error
+
+
+class ChunkFacts(NamedTuple):
+    """What a report needs of a sampled chunk."""
+
+    num_frames: int
+    distance_m: float
+    created_at: float  # epoch seconds
+    new_frames: int  # of it and of the chunks since the one sampled before, in the order of completion
+    versions: str
+
+
+class TrajectoryLook(NamedTuple):
+    """What a report shows of a sampled trajectory: n frames of those looked into."""
+
+    name: str
+    paths: list[Any]  # per chunk (L, 2) [m]
+    jumps: list[int]  # numbers of the chunks before which the pose jumps
+    jump_frames: list[int]
+    frame_index: Any  # (n,)
+    to_first: Any  # (n,) cosine similarity with the first frame
+    to_next: Any  # (n,) with the frame after it
+    num_chunks: int  # in all
+    remarks: list[str]
+
+
+class _Look:
+    """The record, and what was read of a sample of its chunk files. A file that is not as recorded is left out."""
+
+    def __init__(self, progress: Progress, data_folder: Path | None):
+        self.progress, self.data_folder = progress, data_folder
+        self.random = random.Random(REPORT_SEED)
+        self.problems: dict[str, None] = {}
+        self.num_frames = {
+            name: sum(rows.stop - rows.start for episode in episodes(record) for rows in episode)
+            for name, record in progress.records.items()
+        }
+        self.facts = self._sampled_facts()
+        self.night = self._last_night()
+        names = list(progress.records)
+        chosen = names if len(names) <= REPORT_TRAJECTORIES else self.random.sample(names, REPORT_TRAJECTORIES)
+        looks = [self._tried(_look_at_trajectory, progress, name) for name in sorted(chosen)]
+        self.trajectories = [look for look in looks if look is not None]
+
+    def _tried(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except RefusedError as error:
+            self.problems[str(error)] = None
+            return None
+
+    def _sampled_facts(self, after: float = 0.0) -> list[ChunkFacts]:
+        """Facts of evenly spaced chunks of trajectories completed since `after` [epoch s], about; in order of time."""
+        records = self.progress.records
+        rows = [(name, new) for name, record in records.items() for episode in episodes(record) for new in episode]
+        if after:
+            rows = rows[self._first_chunk_after(rows, after) :]
+        step = max(1, math.ceil(len(rows) / REPORT_CHUNKS))
+        facts = []
+        for last in range(step - 1, len(rows), step):
+            name, new = rows[last]
+            count = sum(part.stop - part.start for _, part in rows[last - step + 1 : last + 1])
+            facts.append(self._tried(_chunk_facts, self.progress, name, new.index, count))
+        return sorted((fact for fact in facts if fact is not None), key=lambda fact: fact.created_at)
+
+    def _first_chunk_after(self, rows: list[tuple[str, NewRows]], after: float) -> int:
+        """Where, in the order of completion, chunks are younger; by bisection, a redone one may be out of order."""
+
+        def is_older(row: tuple[str, NewRows]) -> bool:
+            fact = self._tried(_chunk_facts, self.progress, row[0], row[1].index, 0)
+            return fact is not None and fact.created_at < after
+
+        return bisect.bisect_left(rows, True, key=lambda row: not is_older(row))
+
+    def _last_night(self) -> list[ChunkFacts]:
+        """Facts of chunks since the last long gap."""
+        times = [fact.created_at for fact in self.facts]
+        gaps = [later - earlier for earlier, later in zip(times, times[1:])]
+        long = max(NIGHT_GAP_S, 20 * sorted(gaps)[len(gaps) // 2]) if gaps else NIGHT_GAP_S
+        begins = [time_ for time_, gap in zip(times[1:], gaps) if gap > long]
+        if not begins:
+            return self.facts
+        return [fact for fact in self._sampled_facts(begins[-1]) if fact.created_at >= begins[-1]]
+
+
+def _chunk_facts(progress: Progress, name: str, index: int, new_frames: int) -> ChunkFacts:
+    with recorded_chunk(progress, name, index, deep=False) as chunk:
+        travelled = chunk["travelled_distance"]
+        created_at = calendar.timegm(time.strptime(chunk.attrs["created_at"], "%Y-%m-%dT%H:%M:%SZ"))
+        distance_m = float(travelled[-1] - travelled[0])
+        return ChunkFacts(len(travelled), distance_m, created_at, new_frames, chunk.attrs["versions"])
+
+
+def _look_at_trajectory(progress: Progress, name: str) -> TrajectoryLook:
+    """Read positions and, of evenly spaced frames, features of a trajectory's first chunks."""
+    import numpy as np
+
+    record = progress.records[name]
+    pieces = episodes(record)
+    parts = [rows for episode in pieces for rows in episode][:REPORT_CHUNKS_OF_ONE]
+    jumps = [episode[0].index for episode in pieces[1:] if episode[0].index < len(parts)]
+    paths, rows, pairs, steps, jump_frames = [], [], [], [], []
+    for new in parts:
+        with recorded_chunk(progress, name, new.index, deep=False) as chunk:
+            position, index = chunk["position"][...], chunk["frame_index"][...]
+            paths.append(position)
+            if new.index in jumps:
+                jump_frames.append(int(index[0]))
+            wanted = np.arange(new.start, len(index) - 1, max(1, len(parts) * len(index) // REPORT_POINTS))
+            pairs += [_feature_pair(chunk, row) for row in wanted]
+            rows += index[wanted].tolist()
+            steps += np.linalg.norm(position[wanted + 1] - position[wanted], axis=1).tolist()
+    pairs = np.array(pairs, np.float32).reshape(len(rows), 2, -1)
+    unit = pairs / np.maximum(np.linalg.norm(pairs, axis=2, keepdims=True), 1e-12)  # (n, 2, D)
+    to_next = (unit[:, 0] * unit[:, 1]).sum(1)
+    remarks = _camera_remarks(unit[:, 0], to_next, np.array(steps)) if len(rows) else []
+    to_first = unit[:, 0] @ unit[0, 0] if len(rows) else to_next
+    counts = (len(record["spans"]), remarks)
+    return TrajectoryLook(name, paths, jumps, jump_frames, np.array(rows), to_first, to_next, *counts)
+
+
+def _feature_pair(chunk: Any, row: int) -> Any:
+    """(2, D): a frame's vector and the next one's: the CLS token, else the mean of the tokens that there are."""
+    name = next(name for name in ("cls_token", "patch_tokens", "register_tokens") if name in chunk)
+    tokens = chunk[name][row : row + 2].astype("float32")
+    return tokens.reshape(2, -1, tokens.shape[-1]).mean(1)
+
+
+def _camera_remarks(unit: Any, to_next: Any, steps_m: Any) -> list[str]:
+    """What looks wrong about a camera. `unit` (n, D) are unit vectors; `to_next` (n,); `steps_m` (n,) to the next."""
+    import numpy as np
+
+    remarks = []
+    frozen = (to_next > 1 - 1e-6) & (steps_m > 1e-3)
+    runs = [sum(1 for _ in group) for is_frozen, group in itertools.groupby(frozen.tolist()) if is_frozen]
+    if runs and max(runs) >= FROZEN_FRAMES:
+        remarks.append(f"frozen camera? {max(runs)} frames in a row are alike though the robot moves")
+    if len(unit) >= 20:
+        order = np.random.default_rng(REPORT_SEED).permutation(len(unit))
+        far = 1 - np.median((unit * unit[order]).sum(1)[order != np.arange(len(unit))])
+        near = 1 - np.median(to_next)
+        if far > 1e-6 and near / far > SHUFFLED_RATIO:
+            remarks.append("frames out of order? neighbours are hardly more alike than any two frames")
+    return remarks
+
+
+def _summary_section(look: _Look) -> str:
+    progress = look.progress
+    owner = read_lock_owner(progress.cache_dir)
+    state = "idle" if owner is None else "stale" if owner.is_stale else "running"
+    total = progress.num_trajectories
+    share = f"of {total:,} ({100 * len(progress.records) / total:.1f}%)" if total else "of unknown"
+    size = sum(sum(record["bytes"]) for record in progress.records.values())
+    jumps = sum(len(episodes(record)) > 1 for record in progress.records.values())
+    rate = _night_rate(look.night)
+    tiles = [
+        ("completed trajectories", f"{len(progress.records):,}", share),
+        ("failed trajectories", f"{len(progress.failures):,}", "see below" if progress.failures else "none"),
+        ("frames", f"{sum(look.num_frames.values()):,}", "each counted once"),
+        ("chunks", f"{progress.total_chunks:,}", format_bytes(size)),
+        ("pose jumps", f"{jumps:,}", "trajectories with one or more"),
+        ("rate", f"{rate:.1f} frames/s" if rate else "?", "mean of the last night"),
+        ("time left", _time_left(look, owner, rate), state),
+        ("working time", f"{progress.elapsed_s / 3600:.1f} h", "of all runs"),
+    ]
+    cards = "".join(f"<div class=tile><b>{_text(value)}</b>{_text(name)}<i>{_text(more)}</i></div>"
+                    for name, value, more in tiles)  # fmt: skip
+    remarks = "".join(f"<p class=warn>{_text(remark)}</p>" for remark in _report_remarks(progress))
+    where = f"<p><code>{_text(progress.cache_dir)}</code>, last saved {_text(time.ctime(progress.last_update))}</p>"
+    return f"<h1>{_text(progress.dataset_name)}</h1>{where}{remarks}<div class=tiles>{cards}</div>"
+
+
+def _report_remarks(progress: Progress) -> list[str]:
+    remarks = _state_remarks(progress)
+    if str((progress.weights or {}).get("source", "")).startswith("random"):
+        remarks.append("The weights are random: the features, their similarities and their colours mean nothing")
+    return remarks
+
+
+def _night_rate(night: list[ChunkFacts]) -> float | None:
+    """Frames/s, over the time from the first chunk to the last."""
+    if len(night) < 2 or night[-1].created_at <= night[0].created_at:
+        return None
+    return sum(fact.new_frames for fact in night[1:]) / (night[-1].created_at - night[0].created_at)
+
+
+def _time_left(look: _Look, owner: LockOwner | None, rate: float | None) -> str:
+    progress, total = look.progress, look.progress.num_trajectories
+    if owner is not None and not owner.is_stale and owner.run is not None and owner.run.frames_per_s > 0:
+        return _duration(owner.run.frames_left / owner.run.frames_per_s)
+    left = (total or 0) - len(progress.records) - len(progress.failures)
+    if total is not None and left <= 0:
+        return "none"
+    if not rate or total is None:
+        return "?"
+    return _duration(left * sum(look.num_frames.values()) / len(progress.records) / rate)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
+
+
+def _problems_section(look: _Look) -> str:
+    problems = list(look.problems)
+    items = "".join(f"<li>{_text(problem)}</li>" for problem in problems[:REPORT_NAMES])
+    more = f"<p>... and {len(problems) - REPORT_NAMES} more</p>" if len(problems) > REPORT_NAMES else ""
+    title = f"<p class=warn>{len(problems)} of the chunk files looked into are not as recorded</p>"
+    return f"{title}<ul>{items}</ul>{more}" if problems else ""
+
+
+def failure_causes(failures: dict[str, Failure]) -> dict[str, list[tuple[str, Failure]]]:
+    """Failures by cause, the most frequent first: reasons that differ in names and numbers alone are one cause."""
+    causes: dict[str, list[tuple[str, Failure]]] = {}
+    for name, failure in failures.items():
+        causes.setdefault(_cause(name, failure), []).append((name, failure))
+    return dict(sorted(causes.items(), key=lambda item: -len(item[1])))
+
+
+def _cause(name: str, failure: Failure) -> str:
+    reason = failure["reason"].removeprefix(name)
+    reason = re.sub(r"^/[^:]*?(\.\w+)?: ", lambda match: f"*{match[1] or ''}: ", reason).removeprefix(": ")
+    reason = reason.replace(name, "...")
+    return re.sub(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", "#", reason)
+
+
+def _failures_section(failures: dict[str, Failure]) -> str:
+    if not failures:
+        return ""
+    groups = []
+    for cause, members in failure_causes(failures).items():
+        shown = "".join(
+            f"<li><code>{_text(failure['reason'])}</code> <i>{_count(failure['attempts'], 'attempt')}, last "
+            f"{_text(time.ctime(failure['time']))}</i></li>"
+            for _, failure in members[:REPORT_NAMES]
+        )
+        more = f"<li>... and {len(members) - REPORT_NAMES} more</li>" if len(members) > REPORT_NAMES else ""
+        title = f"<b>{len(members):,}</b> {_text(members[0][1]['error_type'])}: {_text(cause)}"
+        groups.append(f"<details open><summary>{title}</summary><ul>{shown}{more}</ul></details>")
+    return f"<h2>{len(failures):,} failed, by cause</h2>{''.join(groups)}"
+
+
+def _figures_section(look: _Look) -> str:
+    """The rate, and histograms of the chunks."""
+    lengths = [stop - start for record in look.progress.records.values() for start, stop in record["spans"]]
+    distances = [fact.distance_m for fact in look.facts]
+    if not lengths:
+        return ""
+    sampled = f"{len(distances):,} of {len(lengths):,} chunks" if len(distances) < len(lengths) else "all chunks"
+    figures = [
+        _figure(_histogram(lengths, "chunk length [frames]"), "Length of all chunks"),
+        _figure(_histogram(distances, "chunk distance [m]"), f"Travelled distance of {sampled}") if distances else "",
+    ]
+    if _night_rate(look.night):
+        begin, end = (time.localtime(look.night[i].created_at) for i in (0, -1))
+        day = "%a %d %b "
+        until = time.strftime(("" if begin[:3] == end[:3] else day) + "%H:%M", end)
+        caption = f"Rate of the last night, {time.strftime(day + '%H:%M', begin)} to {until}"
+        figures.insert(0, _figure(_rate_figure(look.night), caption))
+    return f"<h2>Rate and chunks</h2><div class=grid>{''.join(figures)}</div>"
+
+
+def _rate_figure(night: list[ChunkFacts]) -> str:
+    import numpy as np
+
+    times = np.array([fact.created_at for fact in night])
+    frames = np.cumsum([fact.new_frames for fact in night])
+    edges = np.linspace(times[0], times[-1], 1 + max(1, min(30, len(night) // 4)))
+    last = np.append(np.diff(times) > 0, True)  # of chunks in one second, the last has them all
+    rates = np.diff(np.interp(edges, times[last], frames[last])) / np.diff(edges)
+
+    def draw(axes: Any) -> None:
+        length_s = edges[-1] - edges[0]
+        unit_s, unit = (3600, "h") if length_s > 7200 else (60, "min") if length_s > 180 else (1, "s")
+        axes.stairs(rates, (edges - edges[0]) / unit_s, fill=True, color=BLUE, alpha=0.7)
+        axes.set(xlabel=f"time since its first chunk [{unit}]", ylabel="rate [frames/s]", ylim=(0, None))
+
+    return _svg(draw)
+
+
+def _histogram(values: list[float], label: str) -> str:
+    def draw(axes: Any) -> None:
+        whole = all(isinstance(value, int) for value in values)
+        bins = range(min(values), max(values) + 2) if whole and max(values) - min(values) < 24 else 24
+        axes.hist(values, bins=bins, color=GREEN, alpha=0.8)
+        axes.set(xlabel=label, ylabel="chunks")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+
+    return _svg(draw)
+
+
+def _trajectories_section(look: _Look) -> str:
+    if not look.trajectories:
+        return ""
+    total = len(look.progress.records)
+    which = f"A seeded sample of {len(look.trajectories)} of {total:,}." if total > REPORT_TRAJECTORIES else "All."
+    keys = [
+        f"Maps: each chunk in a colour, wide and narrow in turn, so that overlaps show; {_key(RED)} a pose jump; the "
+        "ring is the start.",
+        f"Similarity of each frame's features {_key(BLUE)} with the first frame's and {_key(ORANGE)} with the next "
+        "frame's. A camera that works leaves the first frame slowly and stays near 1 from frame to frame; a frozen one "
+        "is flat, shuffled frames jump up and down.",
+    ]
+    cards = "".join(map(_trajectory_card, look.trajectories))
+    return f"<h2>Trajectories</h2><p>{which} {' '.join(keys)}</p><div class=grid>{cards}</div>"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _key(colour: str) -> str:
+    return f'<span class=key style="background:{colour}"></span>'
+
+
+def _trajectory_card(look: TrajectoryLook) -> str:
+    parts = _count(look.num_chunks, "chunk")
+    if look.num_chunks > len(look.paths):
+        parts = f"the first {len(look.paths)} of {parts}"
+    jumps = f", {_count(len(look.jumps), 'pose jump')}" if look.jumps else ""
+    remarks = "".join(f"<p class=warn>{_text(remark)}</p>" for remark in look.remarks)
+    figures = _svg(lambda axes: _draw_map(axes, look), height_in=2.6)
+    if len(look.frame_index):
+        figures += _svg(lambda axes: _draw_similarity(axes, look), height_in=1.9)
+    return f"<figure><figcaption><b>{_text(look.name)}</b> {parts}{jumps}</figcaption>{remarks}{figures}</figure>"
+
+
+def _draw_map(axes: Any, look: TrajectoryLook) -> None:
+    for number, path in enumerate(look.paths):
+        thin = path[:: max(1, len(path) // REPORT_POINTS)]
+        colour = CHUNK_COLOURS[number % len(CHUNK_COLOURS)]
+        axes.plot(
+            *thin.T, color=colour, linewidth=3.5 - 2 * (number % 2), solid_capstyle="round", zorder=2 + number % 2
+        )
+    for number in look.jumps:
+        ends = (look.paths[number - 1][-1], look.paths[number][0])
+        axes.plot(*zip(*ends), color=RED, linestyle=(0, (2, 2)), linewidth=1.2, marker="x", markersize=6, zorder=5)
+    axes.plot(*look.paths[0][0], marker="o", markersize=7, markerfacecolor="none", markeredgecolor=INK, zorder=6)
+    axes.set(xlabel="x [m]", ylabel="y [m]")
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.margins(0.08)
+
+
+def _draw_similarity(axes: Any, look: TrajectoryLook) -> None:
+    axes.plot(look.frame_index, look.to_next, color=ORANGE, linewidth=1)
+    axes.plot(look.frame_index, look.to_first, color=BLUE, linewidth=1.4)
+    for frame in look.jump_frames:
+        axes.axvline(frame, color=RED, linestyle=(0, (2, 2)), linewidth=1.2)
+    lowest = min(look.to_first.min(), look.to_next.min())
+    axes.set(xlabel="frame", ylabel="cosine similarity", ylim=(min(lowest - 0.02, 0.9), 1.01))
+
+
+def _pictures_section(look: _Look) -> str:
+    """Patch tokens as colours beside the frames that they are of."""
+    wanted = _frames_to_picture(look)
+    pictures = [
+        picture for picture in (look._tried(_read_patches, look.progress, *frame) for frame in wanted) if picture
+    ]
+    if not pictures:
+        return ""
+    colours = _colours_of_patches([patches for _, _, patches in pictures])
+    cards, unseen = [], set()
+    for (name, frame, patches), rgb in zip(pictures, colours):
+        try:
+            shown = f'<img alt="frame {frame}" src="{_frame_as_url(look, name, frame)}">'
+        except RefusedError as error:
+            shown, _ = "", unseen.add(str(error))
+        height, width = patches.shape[:2]
+        shown += f'<img class=patches alt="its patch tokens" src="{_image_as_url(rgb, "PNG")}">'
+        caption = f"<figcaption><b>{_text(name)}</b> frame {frame}, {height} x {width} patches</figcaption>"
+        cards.append(f"<figure><div class=pair>{shown}</div>{caption}</figure>")
+    notes = "".join(f"<p class=warn>{_text(note)}</p>" for note in sorted(unseen)[:3])
+    about = (
+        "Each frame as the encoder saw it, and its patch tokens: their first three principal components, common to all "
+        "frames shown here, as red, green and blue. Like things should have like colours, from frame to frame."
+    )
+    return f"<h2>Patch tokens</h2><p>{about}</p>{notes}<div class=grid>{''.join(cards)}</div>"
+
+
+def _frames_to_picture(look: _Look) -> list[tuple[str, int, int]]:
+    """(trajectory, chunk, row) of some frames: a third and two thirds into sampled trajectories with patch tokens."""
+    specs, records = look.progress.specs, look.progress.records
+    names = [
+        shown.name for shown in look.trajectories if "patch" in specs[records[shown.name]["fingerprint"]]["tokens"]
+    ]
+    names = sorted(look.random.sample(names, min(len(names), REPORT_PICTURES // 2)))
+    frames = []
+    for name, share in itertools.product(names, (1 / 3, 2 / 3)):
+        parts = [rows for episode in episodes(records[name]) for rows in episode]
+        row = int(share * look.num_frames[name])
+        for part in parts:
+            if row < part.stop - part.start:
+                frames.append((name, part.index, part.start + row))
+                break
+            row -= part.stop - part.start
+    return frames
+
+
+def _read_patches(progress: Progress, name: str, index: int, row: int) -> tuple[str, int, Any]:
+    """Trajectory, frame's row in the source, patch tokens (h, w, D) float32."""
+    with recorded_chunk(progress, name, index, deep=False) as chunk:
+        return name, int(chunk["frame_index"][row]), chunk["patch_tokens"][row].astype("float32")
+
+
+def _colours_of_patches(patches: list[Any]) -> list[Any]:
+    """(h, w, 3) uint8 for each (h, w, D): the first three principal components of the patches that have its width."""
+    import numpy as np
+
+    colours: dict[int, Any] = {}
+    for width in {grid.shape[-1] for grid in patches}:
+        members = [number for number, grid in enumerate(patches) if grid.shape[-1] == width]
+        rows = np.concatenate([patches[number].reshape(-1, width) for number in members])  # (N, D)
+        centred = rows - rows.mean(0)
+        _, axes = np.linalg.eigh(centred.T @ centred)  # ascending
+        parts = centred @ axes[:, :-4:-1]  # (N, 3)
+        low, high = np.percentile(parts, (1, 99), axis=0)
+        parts = (255 * np.clip((parts - low) / np.maximum(high - low, 1e-12), 0, 1)).astype(np.uint8)
+        for number in members:
+            height_width = patches[number].shape[:2]
+            colours[number], parts = (
+                parts[: math.prod(height_width)].reshape(*height_width, 3),
+                parts[math.prod(height_width) :],
+            )
+    return [colours[number] for number in range(len(patches))]
+
+
+def _frame_as_url(look: _Look, name: str, frame: int) -> str:
+    """A frame, cut and scaled as the encoder saw it. RefusedError where it cannot be had."""
+    from dino_cache import CacheSpec, FrameDecoder, InputError, Trajectory, list_trajectory, read_file
+
+    spec = CacheSpec.model_validate(look.progress.specs[look.progress.records[name]["fingerprint"]])
+    if look.data_folder is None:
+        raise RefusedError("Frames are not shown: give --data-folder, the record does not say where they are")
+    try:
+        listing = list_trajectory(Trajectory(name, look.data_folder / name), spec.frame_pattern)
+        file_name = listing.frames[frame].file_name
+        pixels = FrameDecoder(spec)(read_file(look.data_folder / name / file_name), file_name)  # (3, H, W) uint8
+    except (InputError, OSError, IndexError) as error:
+        raise RefusedError(f"Frames of {name} cannot be shown ({error}); are they elsewhere? --data-folder") from error
+    return _image_as_url(pixels.permute(1, 2, 0).numpy(), "JPEG")
+
+
+def _image_as_url(rgb: Any, kind: str) -> str:
+    """An image (h, w, 3) uint8 as a data URL."""
+    import PIL.Image
+
+    data = io.BytesIO()
+    PIL.Image.fromarray(rgb).save(data, kind, optimize=True)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def _configuration_section(look: _Look) -> str:
+    progress = look.progress
+    weights = progress.weights or {}
+    rows = {
+        **progress.processing_config,
+        "weights source": weights.get("source"),
+        "weights digest": weights.get("digest"),
+    }
+    if look.facts:
+        versions = json.loads(look.facts[-1].versions)
+        rows["made with"] = ", ".join(f"{name} {version}" for name, version in versions.items())
+    rows["data folder"] = look.data_folder
+    cells = "".join(f"<tr><th>{_text(key)}</th><td>{_text(value)}</td></tr>" for key, value in rows.items())
+    return f"<h2>Configuration</h2><table>{cells}</table>"
+
+
+def _figure(svg: str, caption: str) -> str:
+    return f"<figure><figcaption>{_text(caption)}</figcaption>{svg}</figure>"
+
+
+def _text(value: Any) -> str:
+    """For HTML: names and reasons come from strangers' data."""
+    return html.escape(printable(str(value)))
+
+
+def _svg(draw: Callable[[Any], None], height_in: float = 2.2) -> str:
+    """A figure as wide as a card, in the page's text colour."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = {"svg.fonttype": "none", "font.size": 8, "font.family": "sans-serif", "svg.hashsalt": "dino_cache"}
+    colours = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+    with matplotlib.rc_context({**style, **colours}):
+        figure = Figure(figsize=(3.6, height_in), layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.grid(color=INK, alpha=0.15, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.ticklabel_format(useOffset=False) if axes.get_xscale() == "linear" else None
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    svg = text.getvalue()
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg[svg.index("<svg") :], count=2)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    return re.sub(r'<g id="[^"]*">', "<g>", svg).replace(INK, "currentColor")
+
+
+_STYLE = """
+:root{color-scheme:light dark;--back:#fff;--card:#f4f5f7;--ink:#1b1e23;--soft:#5a6270;--line:#d9dce2;--warn:#9a3b00}
+@media(prefers-color-scheme:dark){:root{--back:#14161a;--card:#1e2127;--ink:#e8eaee;--soft:#a5adba;--line:#363b45;
+--warn:#ffa566}}
+*{box-sizing:border-box}
+body{margin:0 auto;padding:16px;max-width:1180px;background:var(--back);color:var(--ink);
+font:15px/1.45 system-ui,sans-serif;overflow-wrap:anywhere}
+h1{font-size:24px;margin:8px 0}h2{font-size:19px;margin:28px 0 8px}p{margin:6px 0}i{color:var(--soft);font-style:normal}
+.warn{color:var(--warn);font-weight:600}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(max(130px,23%),1fr));gap:10px}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(300px,100%),1fr));gap:12px;align-items:start}
+.tile,figure,details{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px;margin:0}
+.tile b{display:block;font-size:20px}.tile i{display:block;font-size:13px}
+figcaption{font-size:13px;color:var(--soft)}figcaption b{color:var(--ink)}
+svg{display:block;width:100%;height:auto}details{margin:8px 0}summary{cursor:pointer}ul{margin:6px 0;padding-left:20px}
+code{font-size:13px}.key{display:inline-block;width:14px;height:4px;border-radius:2px;vertical-align:middle}
+.pair{display:grid;grid-template-columns:1fr 1fr;gap:6px;margin-bottom:6px}.pair img{width:100%;border-radius:4px}
+.patches{image-rendering:pixelated}
+table{border-collapse:collapse;font-size:13px;width:100%}th,td{text-align:left;padding:3px 8px 3px 0;vertical-align:top;
+border-bottom:1px solid var(--line)}th{font-weight:400;color:var(--soft);width:35%}
+"""
+
+
+def _page(title: str, body: str) -> str:
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing comes from elsewhere
+    return (
+        f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{_text(title)}</title><meta name=viewport "
+        f'content="width=device-width,initial-scale=1"><meta http-equiv=Content-Security-Policy content="{policy}">'
+        f"<style>{_STYLE}</style></head><body>{body}<p><i>dino_cache report of {_text(time.ctime())}</i></p></body>"
+        "</html>\n"
+    )
+
+
+# ======================================================================================================================
 # Command line
 # ======================================================================================================================
 
@@ -1477,6 +2059,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export_parser.add_argument("--allow-mixed", action="store_true", help="also of several configurations")
     export_parser.add_argument("--force", action="store_true", help="replace an earlier export")
+    report_parser = command("report", "Write one HTML file to look at.", "--cache-dir D -o report.html")
+    report_parser.add_argument("--cache-dir", **cache_dir)
+    report_parser.add_argument(
+        "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html, here"
+    )
+    report_parser.add_argument(
+        "--data-folder", type=Path, metavar="DIR", help="where the frames are (default: where the last run read them)"
+    )
     return parser
 
 
@@ -1504,6 +2094,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     if arguments.command == "export":
         what = {"layout": arguments.layout, "output": arguments.output, "tokens": arguments.tokens}
         return export(arguments.cache_dir, **what, allow_mixed=arguments.allow_mixed, force=arguments.force)
+    if arguments.command == "report":
+        return report(arguments.cache_dir, output=arguments.output, data_folder=arguments.data_folder)
     return reset_failed(arguments.cache_dir)
 
 
