@@ -1440,7 +1440,8 @@ REPORT_PICTURES = 6  # frames shown with their patch tokens
 REPORT_NAMES = 20  # of failed trajectories with one cause
 NIGHT_GAP_S = 1800.0  # so long without a chunk: another night
 FROZEN_FRAMES = 5  # in a row with equal features, though the robot moves
-SHUFFLED_RATIO = 0.6  # of how far neighbours are apart to how far any two frames are
+SHUFFLED_LEAST = 20  # frames; fewer say nothing
+SHUFFLED_RATIO = 0.75  # of how far neighbours are apart to how far any two frames are
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"  # Okabe, Ito
 CHUNK_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY)
 INK = "#010203"  # stands for the text's colour, light or dark, in figures
@@ -1578,7 +1579,7 @@ def _look_at_trajectory(progress: Progress, name: str) -> TrajectoryLook:
             paths.append(position)
             if new.index in jumps:
                 jump_frames.append(int(index[0]))
-            wanted = np.arange(new.start, len(index) - 1, max(1, len(parts) * len(index) // REPORT_POINTS))
+            wanted = np.arange(max(0, new.start - 1), len(index) - 1, max(1, len(parts) * len(index) // REPORT_POINTS))
             pairs += [_feature_pair(chunk, row) for row in wanted]
             rows += index[wanted].tolist()
             steps += np.linalg.norm(position[wanted + 1] - position[wanted], axis=1).tolist()
@@ -1605,13 +1606,12 @@ def _camera_remarks(unit: Any, to_next: Any, steps_m: Any) -> list[str]:
     remarks = []
     frozen = (to_next > 1 - 1e-6) & (steps_m > 1e-3)
     runs = [sum(1 for _ in group) for is_frozen, group in itertools.groupby(frozen.tolist()) if is_frozen]
-    if runs and max(runs) >= FROZEN_FRAMES:
-        remarks.append(f"frozen camera? {max(runs)} frames in a row are alike though the robot moves")
-    if len(unit) >= 20:
-        order = np.random.default_rng(REPORT_SEED).permutation(len(unit))
-        far = 1 - np.median((unit * unit[order]).sum(1)[order != np.arange(len(unit))])
-        near = 1 - np.median(to_next)
-        if far > 1e-6 and near / far > SHUFFLED_RATIO:
+    if runs and max(runs) + 1 >= FROZEN_FRAMES:
+        remarks.append(f"frozen camera? {max(runs) + 1} frames in a row are alike though the robot moves")
+    if len(unit) >= SHUFFLED_LEAST:
+        apart = np.sqrt(np.maximum(0, 1 - unit @ unit.T))[~np.eye(len(unit), dtype=bool)].mean()
+        next_apart = np.sqrt(np.maximum(0, 1 - to_next)).mean()
+        if next_apart > SHUFFLED_RATIO * apart and apart > 1e-3:
             remarks.append("frames out of order? neighbours are hardly more alike than any two frames")
     return remarks
 
@@ -1743,7 +1743,7 @@ def _rate_figure(night: list[ChunkFacts]) -> str:
     def draw(axes: Any) -> None:
         length_s = edges[-1] - edges[0]
         unit_s, unit = (3600, "h") if length_s > 7200 else (60, "min") if length_s > 180 else (1, "s")
-        axes.stairs(rates, (edges - edges[0]) / unit_s, fill=True, color=BLUE, alpha=0.7)
+        axes.stairs(rates, (edges - edges[0]) / unit_s, fill=True, color=BLUE)
         axes.set(xlabel=f"time since its first chunk [{unit}]", ylabel="rate [frames/s]", ylim=(0, None))
 
     return _svg(draw)
@@ -1753,7 +1753,7 @@ def _histogram(values: list[float], label: str) -> str:
     def draw(axes: Any) -> None:
         whole = all(isinstance(value, int) for value in values)
         bins = range(min(values), max(values) + 2) if whole and max(values) - min(values) < 24 else 24
-        axes.hist(values, bins=bins, color=GREEN, alpha=0.8)
+        axes.hist(values, bins=bins, color=GREEN)
         axes.set(xlabel=label, ylabel="chunks")
         axes.yaxis.get_major_locator().set_params(integer=True)
 
