@@ -780,6 +780,13 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def format_duration(seconds: float) -> str:
+    """5400 -> 1.5 h."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
 _TABLE_HEAD = ("Dataset", "Completed", "Done", "Failed", "Chunks", "Size", "State", "Last update", "Cache folder")
 _NUMBER_COLUMNS = range(1, 6)
 
@@ -1659,17 +1666,13 @@ def _night_rate(night: list[ChunkFacts]) -> float | None:
 def _time_left(look: _Look, owner: LockOwner | None, rate: float | None) -> str:
     progress, total = look.progress, look.progress.num_trajectories
     if owner is not None and not owner.is_stale and owner.run is not None and owner.run.frames_per_s > 0:
-        return _duration(owner.run.frames_left / owner.run.frames_per_s)
+        return format_duration(owner.run.frames_left / owner.run.frames_per_s)
     left = (total or 0) - len(progress.records) - len(progress.failures)
     if total is not None and left <= 0:
         return "none"
     if not rate or total is None:
         return "?"
-    return _duration(left * sum(look.num_frames.values()) / len(progress.records) / rate)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
+    return format_duration(left * sum(look.num_frames.values()) / len(progress.records) / rate)
 
 
 def _problems_section(look: _Look) -> str:
