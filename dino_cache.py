@@ -2852,6 +2852,7 @@ class DatasetRun:
                     self._process()
             self._end_record()
         finally:
+            self._teller.end()
             if self._must_save:
                 self._save()
         return self._summarise()

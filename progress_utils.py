@@ -69,7 +69,7 @@ SAVE_SHARE = 0.02  # saves may take this share of a run's time before they are s
 READABLE_ENTRIES = 1000  # up to here progress.json is indented; json's indenting encoder is 10 times slower
 SHOWN_FAILURES = 10
 TELL_INTERVAL_S = 1.0  # between two times that a run says how far it is
-STALE_AFTER_S = 900.0  # a holder of the lock that says nothing for so long is taken for stuck
+STALE_AFTER_S = 900.0  # a run that encodes and says nothing for so long is taken for stuck
 WATCH_INTERVAL_S = 2.0
 GC_THRESHOLDS = (100_000, 20, 100)  # a large record is a million objects, not to be looked through every 700 new ones
 
@@ -255,17 +255,26 @@ class Teller:
 
     def __init__(self, cache_dir: Path):
         self._path = cache_dir / LOCK_OWNER_FILE
+        self._has_told = False
         self._told_at = time.monotonic()  # a run that is over at once has nothing to tell
 
     def tell(self, state: Callable[[], RunState]) -> None:
         """Tell how far the run is, if it is time to."""
-        if time.monotonic() - self._told_at < TELL_INTERVAL_S:
-            return
-        self._told_at = time.monotonic()
+        if time.monotonic() - self._told_at >= TELL_INTERVAL_S:
+            self._told_at, self._has_told = time.monotonic(), True
+            self._write({"run": state()._asdict()})
+
+    def end(self) -> None:
+        """Tell that the run is over, though its process may hold the lock for longer."""
+        if self._has_told:
+            self._write({})
+
+    def _write(self, more: dict[str, Any]) -> None:
         with contextlib.suppress(OSError, ValueError):  # a full disk, say
             owner = json.loads(self._path.read_text(encoding="utf-8"))
+            owner.pop("run", None)
             temporary = self._path.with_name(self._path.name + ".tmp")
-            temporary.write_text(json.dumps({**owner, "run": state()._asdict()}), encoding="utf-8")
+            temporary.write_text(json.dumps({**owner, **more}), encoding="utf-8")
             os.replace(temporary, self._path)
 
 
@@ -279,8 +288,10 @@ class LockOwner(NamedTuple):
 
     @property
     def is_stale(self) -> bool:
-        """Whether it left the name when it was killed, or seems stuck."""
-        return not self.is_alive or time.time() - self.last_heard > STALE_AFTER_S
+        """Whether it left the name when it was killed, or seems stuck. One that encodes nothing has nothing to say: it
+        reads poses, loads a model, or is at work on another of its config's datasets."""
+        is_silent = self.run is not None and time.time() - self.last_heard > STALE_AFTER_S
+        return is_silent or not self.is_alive
 
 
 def read_lock_owner(cache_dir: Path) -> LockOwner | None:
@@ -1458,6 +1469,8 @@ def report(cache_dir: Path, *, output: Path, data_folder: Path | None) -> int:
     """Write the report; `data_folder` is where the frames are, if not where the last run read them."""
     progress = load_or_refuse(cache_dir)
     _require_matplotlib()
+    if output.is_dir():
+        raise RefusedError(f"-o {output}: is a folder; give the name of a file")
     look = _Look(progress, data_folder or (Path(progress.data_folder) if progress.data_folder else None))
     sections = [
         _summary_section(look),
@@ -1590,7 +1603,7 @@ def _look_at_trajectory(progress: Progress, name: str) -> TrajectoryLook:
             pairs += [_feature_pair(chunk, row) for row in wanted]
             rows += index[wanted].tolist()
             steps += np.linalg.norm(position[wanted + 1] - position[wanted], axis=1).tolist()
-    pairs = np.array(pairs, np.float32).reshape(len(rows), 2, -1)
+    pairs = np.stack(pairs) if pairs else np.zeros((0, 2, 1), np.float32)
     unit = pairs / np.maximum(np.linalg.norm(pairs, axis=2, keepdims=True), 1e-12)  # (n, 2, D)
     to_next = (unit[:, 0] * unit[:, 1]).sum(1)
     remarks = _camera_remarks(unit[:, 0], to_next, np.array(steps)) if len(rows) else []
@@ -2036,6 +2049,15 @@ def build_parser() -> argparse.ArgumentParser:
     list_parser = command("list", "List the caches below a folder.", "--root /data")
     list_parser.add_argument("--root", type=Path, default=Path("."), help="the folder to search (default: here)")
     list_parser.add_argument("--json", action="store_true", help="print the list as JSON")
+    _add_editing_commands(command, cache_dir)
+    _add_export_and_report(command, cache_dir)
+    return parser
+
+
+_AddCommand = Callable[[str, str, str], argparse.ArgumentParser]
+
+
+def _add_editing_commands(command: _AddCommand, cache_dir: dict[str, Any]) -> None:
     reset_parser = command(
         "reset", "Start the record afresh, so that every trajectory is redone.", "--cache-dir D --yes"
     )
@@ -2052,6 +2074,9 @@ def build_parser() -> argparse.ArgumentParser:
     rebuild_parser = command("rebuild", "Make the record anew from the chunk files.", "--cache-dir D")
     rebuild_parser.add_argument("--cache-dir", **cache_dir)
     rebuild_parser.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def _add_export_and_report(command: _AddCommand, cache_dir: dict[str, Any]) -> None:
     export_parser = command("export", "Write a cache in another layout.", "--cache-dir D --to flat -o robot.h5")
     export_parser.description = f"Write a cache in another layout. {FLAT_DESCRIPTION} {VINT_DESCRIPTION}"
     export_parser.add_argument("--cache-dir", **cache_dir)
@@ -2070,7 +2095,6 @@ def build_parser() -> argparse.ArgumentParser:
     report_parser.add_argument(
         "--data-folder", type=Path, metavar="DIR", help="where the frames are (default: where the last run read them)"
     )
-    return parser
 
 
 def _seconds(text: str) -> float:

@@ -235,16 +235,31 @@ def state_of(cache_dir: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return row["state"]
 
 
-def test_list_says_running_stale_or_idle(tmp_path, capsys):
+def tell(cache_dir: Path, done: int, name: str, monkeypatch: pytest.MonkeyPatch) -> progress_utils.Teller:
+    """What a run 360 s old tells at 25 frames/s with 45,000 frames left."""
+    monkeypatch.setattr(progress_utils, "TELL_INTERVAL_S", 0.0)
+    state = progress_utils.RunState(done, 8, 30, 360.0, 45000, 25.0, name)
+    teller = progress_utils.Teller(cache_dir)
+    teller.tell(lambda: state)
+    return teller
+
+
+def test_list_says_running_stale_or_idle(tmp_path, capsys, monkeypatch):
     owner = write_record(tmp_path) / ".lock.owner"
     assert state_of(tmp_path, capsys) == "idle"
     with cache_lock(tmp_path):
         assert state_of(tmp_path, capsys) == "running"
         text = owner.read_text()
-        os.utime(owner, (time.time() - 899, time.time() - 899))
+        os.utime(owner, (0, 0))
+        assert state_of(tmp_path, capsys) == "running"  # it reads poses, or is at work on another dataset
+        teller = tell(tmp_path, 2, "a", monkeypatch)
+        os.utime(owner, (time.time() - 890, time.time() - 890))
         assert state_of(tmp_path, capsys) == "running"
         os.utime(owner, (time.time() - 901, time.time() - 901))
-        assert state_of(tmp_path, capsys) == "stale"  # alive, and silent for 15 minutes
+        assert state_of(tmp_path, capsys) == "stale"  # it encodes, and is silent for 15 minutes
+        teller.end()
+        os.utime(owner, (0, 0))
+        assert state_of(tmp_path, capsys) == "running"  # done with this one
     assert state_of(tmp_path, capsys) == "idle"
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
@@ -256,13 +271,6 @@ def test_list_says_running_stale_or_idle(tmp_path, capsys):
     assert state_of(tmp_path, capsys) == "running"  # nobody here can tell whether that process lives
     owner.write_text("{")
     assert state_of(tmp_path, capsys) == "idle"
-
-
-def tell(cache_dir: Path, done: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a run 360 s old tells at 25 frames/s with 45,000 frames left."""
-    monkeypatch.setattr(progress_utils, "TELL_INTERVAL_S", 0.0)
-    state = progress_utils.RunState(done, 8, 30, 360.0, 45000, 25.0, name)
-    progress_utils.Teller(cache_dir).tell(lambda: state)
 
 
 TOLD = "Progress: 2/8 trajectories (25.0%), 30 chunks, 0.1h elapsed, 0.5h remaining, 25 frames/s"

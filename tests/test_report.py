@@ -283,6 +283,12 @@ def test_a_damaged_chunk_is_named_and_the_rest_is_shown(lab):
     assert "a 6 chunks" in text
 
 
+def test_a_trajectory_of_one_frame_has_a_map(lab):
+    make_trajectory(lab.data / "a", 1, stamp=1)
+    lab.run(min_chunk_distance_m=0.0, tokens=["cls", "patch"])
+    assert "a 1 chunk" in words(lab.report())
+
+
 def test_a_cache_without_completed_trajectories_has_a_report(lab):
     make_trajectory(lab.data / "a", 3, position=np.zeros((3, 2)))
     lab.run()
