@@ -1233,7 +1233,7 @@ def _exported_datasets(progress: Progress, tokens: list[str] | None) -> list[str
     from dino_cache import TOKEN_DATASETS
 
     specs = [progress.specs[fingerprint] for fingerprint in progress.fingerprints]
-    common = [token for token in TOKEN_DATASETS if all(token in spec["tokens"] for spec in specs)]
+    common = [token for token in TOKEN_DATASETS if all(token in spec.get("tokens", ()) for spec in specs)]
     for token in tokens or common:
         if token not in common:
             raise RefusedError(
@@ -1424,7 +1424,9 @@ def _write_vint_chunks(progress: Progress, folder: Path, token_dataset: str) -> 
         if len(widths) > 1:
             raise RefusedError(f"{progress.cache_dir}: its features are of widths {sorted(widths)}; redo the cache")
         chunk_ids.append(f"{flat_names[name]}_{progress.records[name]['spans'][index][0]:05d}")
-        torch.save(content, folder / f"{chunk_ids[-1]}.pt")
+        data = io.BytesIO()
+        torch.save(content, data)  # into memory: for a full disk it has an error of its own
+        (folder / f"{chunk_ids[-1]}.pt").write_bytes(data.getbuffer())
         fsync_path(folder / f"{chunk_ids[-1]}.pt")
     return chunk_ids, widths.pop()
 
@@ -1718,7 +1720,7 @@ def _failures_section(failures: dict[str, Failure]) -> str:
     for cause, members in failure_causes(failures).items():
         shown = "".join(
             f"<li><code>{_text(failure['reason'])}</code> <i>{_count(failure['attempts'], 'attempt')}, last "
-            f"{_text(time.ctime(failure['time']))}</i></li>"
+            f"{_text(_when(failure['time']))}</i></li>"
             for _, failure in members[:REPORT_NAMES]
         )
         more = f"<li>... and {len(members) - REPORT_NAMES} more</li>" if len(members) > REPORT_NAMES else ""
@@ -1790,6 +1792,12 @@ def _trajectories_section(look: _Look) -> str:
     ]
     cards = "".join(map(_trajectory_card, look.trajectories))
     return f"<h2>Trajectories</h2><p>{which} {' '.join(keys)}</p><div class=grid>{cards}</div>"
+
+
+def _when(epoch_s: float) -> str:
+    with contextlib.suppress(ValueError, OverflowError, OSError):  # of a record that was tampered with
+        return time.ctime(epoch_s)
+    return f"at {epoch_s}"
 
 
 def _count(number: int, what: str) -> str:
@@ -1868,7 +1876,9 @@ def _frames_to_picture(look: _Look) -> list[tuple[str, int, int]]:
     """(trajectory, chunk, row) of some frames: a third and two thirds into sampled trajectories with patch tokens."""
     specs, records = look.progress.specs, look.progress.records
     names = [
-        shown.name for shown in look.trajectories if "patch" in specs[records[shown.name]["fingerprint"]]["tokens"]
+        shown.name
+        for shown in look.trajectories
+        if "patch" in specs[records[shown.name]["fingerprint"]].get("tokens", ())
     ]
     names = sorted(look.random.sample(names, min(len(names), REPORT_PICTURES // 2)))
     frames = []

@@ -1,7 +1,10 @@
 """progress_utils.py export: the layouts, read by their own readers' rules, and what is refused."""
 
 import json
+import resource
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import h5py
@@ -193,6 +196,28 @@ def test_a_chunk_that_is_not_as_recorded_ends_the_export_and_leaves_what_was_the
     assert str(path) in message
     assert "verify" in message
     assert tree(robot.out.parent) == before
+
+
+@pytest.mark.parametrize("layout", ["flat", "vint"])
+def test_a_full_disk_ends_the_export_and_leaves_what_was_there(robot, capsys, layout):
+    assert robot.export(layout) == 0
+    before = tree(robot.out.parent)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # no file may grow beyond
+    try:
+        code = robot.export(layout, "--force")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2
+    assert tree(robot.out.parent) == before
+
+
+def test_a_disk_that_cannot_hold_the_export_is_refused_at_once(robot, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5000))
+    assert robot.export("flat") == 2  # 57 rows of 8 + 48 + 40 bytes
+    assert "takes 5.5 kB and 5.0 kB are free" in capsys.readouterr().err
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5500))
+    assert robot.export("flat") == 0
 
 
 @pytest.mark.parametrize("layout", ["flat", "vint"])
