@@ -13,7 +13,7 @@
 This file owns three things, which dino_cache.py imports from here:
 
     durable writing   write_durably, fsync_directory: every file that must survive a crash passes through them
-    the lock          cache_lock: one run, or one edit, per cache
+    the lock          cache_lock: one run, or one edit, per cache; and what a run tells those who watch it
     the record        Progress: what <cache_dir>/progress.json holds, how it is checked, loaded and saved
 
 Reading commands never write and never lock; editing commands take the lock and are refused while a run holds it.
@@ -1457,6 +1457,7 @@ REPORT_TRAJECTORIES = 12  # shown with their map and similarity
 REPORT_CHUNKS_OF_ONE = 100  # of one trajectory, from its beginning
 REPORT_POINTS = 400  # of one trajectory's similarity
 REPORT_PICTURES = 6  # frames shown with their patch tokens
+REPORT_REMARKS = 4  # on one trajectory
 REPORT_NAMES = 20  # of failed trajectories with one cause
 NIGHT_GAP_S = 1800.0  # so long without a chunk: another night
 FROZEN_FRAMES = 5  # in a row with equal features, though the robot moves
@@ -1603,15 +1604,16 @@ def _look_at_trajectory(progress: Progress, name: str) -> TrajectoryLook:
                 jump_frames.append(int(index[0]))
             wanted = np.arange(max(0, new.start - 1), len(index) - 1, max(1, len(parts) * len(index) // REPORT_POINTS))
             pairs += [_feature_pair(chunk, row) for row in wanted]
-            rows += index[wanted].tolist()
+            rows += index[np.stack([wanted, wanted + 1], axis=1)].tolist()
             steps += np.linalg.norm(position[wanted + 1] - position[wanted], axis=1).tolist()
     pairs = np.stack(pairs) if pairs else np.zeros((0, 2, 1), np.float32)
     unit = pairs / np.maximum(np.linalg.norm(pairs, axis=2, keepdims=True), 1e-12)  # (n, 2, D)
     to_next = (unit[:, 0] * unit[:, 1]).sum(1)
-    remarks = _camera_remarks(unit[:, 0], to_next, np.array(steps)) if len(rows) else []
+    rows = np.array(rows, int).reshape(-1, 2)
+    remarks = _camera_remarks(unit[:, 0], to_next, np.array(steps), rows)
     to_first = unit[:, 0] @ unit[0, 0] if len(rows) else to_next
     counts = (len(record["spans"]), remarks)
-    return TrajectoryLook(name, paths, jumps, jump_frames, np.array(rows), to_first, to_next, *counts)
+    return TrajectoryLook(name, paths, jumps, jump_frames, rows[:, 0], to_first, to_next, *counts)
 
 
 def _feature_pair(chunk: Any, row: int) -> Any:
@@ -1621,15 +1623,21 @@ def _feature_pair(chunk: Any, row: int) -> Any:
     return tokens.reshape(2, -1, tokens.shape[-1]).mean(1)
 
 
-def _camera_remarks(unit: Any, to_next: Any, steps_m: Any) -> list[str]:
-    """What looks wrong about a camera. `unit` (n, D) are unit vectors; `to_next` (n,); `steps_m` (n,) to the next."""
+def _camera_remarks(unit: Any, to_next: Any, steps_m: Any, rows: Any) -> list[str]:
+    """What looks wrong about a camera, of n frames that were looked into.
+
+    `unit` (n, D) are unit vectors; `to_next` (n,) similarities with, `steps_m` (n,) steps to the frame after it; `rows`
+    (n, 2) the numbers of both.
+    """
     import numpy as np
 
     remarks = []
     frozen = (to_next > 1 - 1e-6) & (steps_m > 1e-3)
-    runs = [sum(1 for _ in group) for is_frozen, group in itertools.groupby(frozen.tolist()) if is_frozen]
-    if runs and max(runs) + 1 >= FROZEN_FRAMES:
-        remarks.append(f"frozen camera? {max(runs) + 1} frames in a row are alike though the robot moves")
+    for is_frozen, group in itertools.groupby(range(len(frozen)), frozen.__getitem__):
+        numbers = list(group)
+        if is_frozen and len(numbers) + 1 >= FROZEN_FRAMES:
+            first, last = rows[numbers[0], 0], rows[numbers[-1], 1]
+            remarks.append(f"frozen camera? frames {first} to {last} are alike though the robot moves")
     if len(unit) >= SHUFFLED_LEAST:
         apart = np.sqrt(np.maximum(0, 1 - unit @ unit.T))[~np.eye(len(unit), dtype=bool)].mean()
         next_apart = np.sqrt(np.maximum(0, 1 - to_next)).mean()
@@ -1813,7 +1821,7 @@ def _trajectory_card(look: TrajectoryLook) -> str:
     if look.num_chunks > len(look.paths):
         parts = f"the first {len(look.paths)} of {parts}"
     jumps = f", {_count(len(look.jumps), 'pose jump')}" if look.jumps else ""
-    remarks = "".join(f"<p class=warn>{_text(remark)}</p>" for remark in look.remarks)
+    remarks = "".join(f"<p class=warn>{_text(remark)}</p>" for remark in look.remarks[:REPORT_REMARKS])
     figures = _svg(lambda axes: _draw_map(axes, look), height_in=2.6)
     if len(look.frame_index):
         figures += _svg(lambda axes: _draw_similarity(axes, look), height_in=1.9)
@@ -1909,15 +1917,12 @@ def _colours_of_patches(patches: list[Any]) -> list[Any]:
         rows = np.concatenate([patches[number].reshape(-1, width) for number in members])  # (N, D)
         centred = rows - rows.mean(0)
         _, axes = np.linalg.eigh(centred.T @ centred)  # ascending
-        parts = centred @ axes[:, :-4:-1]  # (N, 3)
-        low, high = np.percentile(parts, (1, 99), axis=0)
-        parts = (255 * np.clip((parts - low) / np.maximum(high - low, 1e-12), 0, 1)).astype(np.uint8)
-        for number in members:
-            height_width = patches[number].shape[:2]
-            colours[number], parts = (
-                parts[: math.prod(height_width)].reshape(*height_width, 3),
-                parts[math.prod(height_width) :],
-            )
+        components = centred @ axes[:, :-4:-1]  # (N, 3)
+        low, high = np.percentile(components, (1, 99), axis=0)
+        rgb = (255 * np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1)).astype(np.uint8)
+        borders = np.cumsum([math.prod(patches[number].shape[:2]) for number in members])[:-1]
+        for number, part in zip(members, np.split(rgb, borders)):
+            colours[number] = part.reshape(*patches[number].shape[:2], 3)
     return [colours[number] for number in range(len(patches))]
 
 

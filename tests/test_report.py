@@ -151,7 +151,7 @@ def test_a_frozen_and_a_shuffled_camera_are_named_and_a_good_one_is_not(lab, tok
     for card in lab.report().split("<figure>"):
         if "cosine similarity" in card:
             cards[re.search(r"<b>(\w+)</b>", card)[1]] = words(card.split("</figure>")[0])
-    assert "frozen camera? 10 frames in a row" in cards["frozen"]
+    assert "frozen camera? frames 10 to 19 are alike" in cards["frozen"]
     assert "out of order?" in cards["shuffled"]
     assert not any("?" in cards[name] for name in ("good", "stands"))
     assert "out of order?" not in cards["frozen"]
@@ -204,18 +204,18 @@ def test_frames_are_found_where_they_moved_to_and_the_page_says_if_not(lab, tmp_
 
 
 def test_a_large_cache_is_sampled_always_the_same_way_and_the_page_says_so(lab, monkeypatch):
-    monkeypatch.setattr(progress_utils, "REPORT_CHUNKS", 20)
-    monkeypatch.setattr(progress_utils, "REPORT_TRAJECTORIES", 4)
-    for number in range(15):
+    monkeypatch.setattr(progress_utils, "REPORT_CHUNKS", 10)
+    monkeypatch.setattr(progress_utils, "REPORT_TRAJECTORIES", 2)
+    for number in range(7):
         make_trajectory(lab.data / f"t{number}", 20, stamp=number)
     lab.run(tokens=["cls", "patch"])
     opened = []
     header = dino_cache.read_chunk_header
     monkeypatch.setattr(dino_cache, "read_chunk_header", lambda *a, **k: opened.append(a) or header(*a, **k))
     page = lab.report()
-    assert len(opened) <= 20 + 4 * 3 + 6
-    assert "A seeded sample of 4 of 15." in words(page)
-    assert "Travelled distance of 15 of 45 chunks" in words(page)  # every third
+    assert len(opened) <= 10 + 2 * 3 + 4
+    assert "A seeded sample of 2 of 7." in words(page)
+    assert "Travelled distance of 7 of 21 chunks" in words(page)  # every third
     assert "Length of all chunks" in words(page)
     again = lab.report()
     stamp = re.compile(r"dino_cache report of [^<]*")
