@@ -3093,12 +3093,10 @@ def measure(datasets: list[PreparedDataset], stop: StopRequest) -> dict[str, flo
     return rates
 
 
-def alternative_tokens(spec: CacheSpec) -> list[tuple[Token, ...]]:
-    """Choices of tokens, to compare what they take."""
-    single: list[Token] = [
-        token for token in TOKEN_DATASETS if token != "register" or spec.dino_model_type.endswith("_reg")
-    ]
-    return [(token,) for token in single] + [tuple(single)]
+def alternative_tokens(dataset: PreparedDataset) -> list[tuple[Token, ...]]:
+    """Choices of tokens, to compare what they take: each that the model has, those chosen, and all."""
+    known: list[Token] = [token for token in TOKEN_DATASETS if token != "register" or dataset.shape.num_registers]
+    return list(dict.fromkeys([*((token,) for token in known), dataset.spec.tokens, tuple(known)]))
 
 
 def print_cost(dataset: PreparedDataset, rates: dict[str, float | None]) -> None:
@@ -3107,7 +3105,7 @@ def print_cost(dataset: PreparedDataset, rates: dict[str, float | None]) -> None
     frames, rows, chunks = (sum(getattr(work, key) for work in works) for key in ("frames", "rows", "chunks"))
     if frames:
         sizes = []
-        for tokens in alternative_tokens(dataset.spec):
+        for tokens in alternative_tokens(dataset):
             spec = dataset.spec.model_copy(update={"tokens": tokens})
             chosen = " (chosen)" if tokens == dataset.spec.tokens else ""
             sizes.append(f"{' + '.join(tokens)} {format_bytes(cache_bytes(dataset, spec, rows, chunks))}{chosen}")
