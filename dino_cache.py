@@ -92,12 +92,16 @@ from progress_utils import (
     Failure,
     Progress,
     RefusedError,
+    RunState,
+    Teller,
     TrajectoryRecord,
     ask,
     available_cores,
     cache_lock,
     chunk_file_name,
     chunk_folders,
+    format_bytes,
+    format_duration,
     fsync_path,
     is_chunk_file,
     lock_owner,
@@ -160,6 +164,7 @@ LOST_MOUNT_ERRNOS = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENXIO)
 NAME_FAULTS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR)  # of one trajectory's place in the cache
 LOST_MOUNT_FAILURES = 20  # in a row, without a success between them
 SHOWN_NAMES = 10  # of a list of names in a message
+MEASURE_S = 5.0  # of decoding and encoding, after the first batch, for --measure
 SHOW_INTERVAL_S = 0.2  # between two looks at the progress shown: counting a large cache's chunks takes milliseconds
 
 Token = Literal["cls", "patch", "register"]
@@ -640,7 +645,7 @@ def check_name(trajectory: Trajectory) -> None:
     except UnicodeEncodeError:
         raise InputError(f"{trajectory.name}: the folder's name is not UTF-8; rename it") from None
     first = trajectory.name.partition("/")[0].casefold()
-    if first in OWN_NAMES or first.startswith(PROGRESS_FILE + "."):
+    if first in OWN_NAMES or first.startswith((PROGRESS_FILE + ".", LOCK_OWNER_FILE + ".")):
         raise InputError(f"{trajectory.name}: {first} is the name of one of the cache's own files; rename the folder")
 
 
@@ -2937,6 +2942,17 @@ class StreamWriter:
             self._open = None
 
 
+class NoWriter:
+    """The end of a stream that is only measured: nothing is written, and no trajectory is completed."""
+
+    def write(self, item: EncodedBatch | TrajectoryResult) -> list[TrajectoryResult]:
+        """Pass failures on."""
+        return [item] if isinstance(item, TrajectoryResult) else []
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 def _runs_of_one_trajectory(batch: EncodedBatch) -> Iterator[tuple[TrajectoryPlan, np.ndarray, EncodedRows]]:
     """Cut a batch where the trajectory changes: (plan, kept frames (n,), their rows)."""
     frames = batch.frames
@@ -2974,14 +2990,14 @@ def cache_trajectories(
     label: ChunkLabel,
     options: RunOptions,
     encoder: Encoder,
-    store: ChunkStore,
+    store: ChunkStore | None,
     hooks: Hooks,
 ) -> Iterator[TrajectoryResult]:
     """Cache trajectories: an iterable in, an iterator of what became of each out, in order of completion.
 
     A completed trajectory's chunks are durable and under their final names before its result appears; recording it is
     the caller's part. A trajectory's own fault fails it alone. Memory is bounded by the prefetch depths, whatever a
-    trajectory's length.
+    trajectory's length. Without a store nothing is written and none is completed: for measuring.
 
     Raises:
         StorageError, DeviceError: the fault is not a trajectory's; nothing further is yielded.
@@ -2995,7 +3011,7 @@ def cache_trajectories(
     groups_ahead = max(FILE_THREADS, 2 * batch_size // READ_TOGETHER)
     plan = functools.partial(plan_or_fail, spec=spec, checksum_kind=options.checksum)
     decode = functools.partial(decode_or_fail, decoder=FrameDecoder(spec), failed=failed)
-    writer = StreamWriter(store, label, failed, hooks.before_replacing)
+    writer = NoWriter() if store is None else StreamWriter(store, label, failed, hooks.before_replacing)
     with (
         contextlib.closing(writer),  # first in, last out: no thread writes any more when it drops what is half-made
         _pool(max(FILE_THREADS, workers), "read") as readers,
@@ -3122,6 +3138,7 @@ class Work(NamedTuple):
     frames: int
     chunks: int
     bytes: int
+    rows: int = 0  # of all chunks together
 
 
 class Selection(NamedTuple):
@@ -3294,8 +3311,6 @@ def resolve_device_and_precision(dataset: PreparedDataset) -> None:
 
 def estimate_work(dataset: PreparedDataset, stop: StopRequest) -> list[str]:
     """Plan every pending trajectory, keeping only what it will cost; returns the reasons of those that will fail."""
-    shapes = token_shapes(dataset.spec, dataset.shape) if dataset.shape else {}
-    row_bytes = sum(2 * math.prod(shape) for shape in shapes.values()) + 5 * 8  # and position, yaw, index, distance
     plan = functools.partial(plan_or_fail, spec=dataset.spec, checksum_kind="stat")
     reasons = []
     for outcome in map_files(plan, dataset.pending):
@@ -3304,10 +3319,16 @@ def estimate_work(dataset: PreparedDataset, stop: StopRequest) -> list[str]:
             dataset.work[outcome.name] = Work(0, 0, 0)
             reasons.append(str(outcome.error))
         else:
-            chunks = len(outcome.spans)
-            size = outcome.num_rows * row_bytes + chunks * CHUNK_OVERHEAD_BYTES
-            dataset.work[outcome.trajectory.name] = Work(outcome.num_stored_frames, chunks, size)
+            rows, chunks = outcome.num_rows, len(outcome.spans)
+            size = cache_bytes(dataset, dataset.spec, rows, chunks)
+            dataset.work[outcome.trajectory.name] = Work(outcome.num_stored_frames, chunks, size, rows)
     return reasons
+
+
+def cache_bytes(dataset: PreparedDataset, spec: CacheSpec, rows: int, chunks: int) -> int:
+    """What so many rows in so many chunk files take with the tokens of `spec`, about."""
+    tokens = sum(2 * math.prod(shape) for shape in token_shapes(spec, dataset.shape).values())
+    return rows * (tokens + 5 * 8) + chunks * CHUNK_OVERHEAD_BYTES  # and position, yaw, index, distance
 
 
 def check_disk(datasets: list[PreparedDataset]) -> None:
@@ -3339,15 +3360,6 @@ def free_bytes(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
-
-
-def format_bytes(count: float) -> str:
-    """1234567 -> 1.2 MB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def format_names(names: list[str]) -> str:
@@ -3478,6 +3490,8 @@ class DatasetRun:
         self._must_save = False  # a run that has nothing to do, and changes no setting, leaves the record as it is
         self._elapsed_before_s = dataset.progress.elapsed_s
         self._bar: tqdm | None = None
+        self._teller = Teller(dataset.config.cache_dir)
+        self._unfinished = dict.fromkeys(trajectory.name for trajectory in dataset.pending)  # in the stream's order
 
     def run(self) -> int:
         """Do the work; returns the exit code.
@@ -3495,6 +3509,7 @@ class DatasetRun:
                     self._process()
             self._end_record()
         finally:
+            self._teller.end()
             if self._must_save:
                 self._save()
         return self._summarise()
@@ -3526,6 +3541,8 @@ class DatasetRun:
         """Put the configuration in force into the record, before any work."""
         dataset, progress = self._dataset, self._progress
         before = self._settings()
+        progress.data_folder = str(dataset.config.data_folder)
+        progress.num_trajectories = len(progress.records.keys() | {name for name, *_ in dataset.trajectories})
         if dataset.pending or progress.records:
             progress.processing_config = dataset.spec.to_json()
             progress.weights = dataset.weights
@@ -3545,7 +3562,8 @@ class DatasetRun:
 
     def _settings(self) -> tuple:
         progress = self._progress
-        return progress.processing_config, progress.weights, progress.checksum_kind
+        known = (progress.data_folder, progress.num_trajectories)
+        return progress.processing_config, progress.weights, progress.checksum_kind, *known
 
     def _process(self) -> None:
         dataset = self._dataset
@@ -3595,6 +3613,7 @@ class DatasetRun:
     def _take(self, result: TrajectoryResult, fingerprint: str) -> None:
         """Record one result, or hold it back while it may be the mount's fault."""
         self._results += 1
+        self._unfinished.pop(result.name, None)
         self._frames_finished += self._dataset.work[result.name].frames
         if result.error is None:
             self._complete(result, fingerprint)
@@ -3688,28 +3707,73 @@ class DatasetRun:
             return
         self._last_shown = now
         frames_done = min(max(self._frames_encoded, self._frames_finished), self._frames_total)
-        chunks = self._progress.total_chunks
-        self._bar.set_postfix(trajectories=self._done, chunks=chunks, refresh=False)
+        self._bar.set_postfix(trajectories=self._done, chunks=self._progress.total_chunks, refresh=False)
         self._bar.update(frames_done - self._bar.n)
+        state = functools.partial(self._state, now - self._begin, self._frames_total - frames_done)
         if now - self._last_line >= self._options.progress_interval_s:
             self._last_line = now
-            elapsed_s = now - self._begin
-            done = (self._done, len(self._dataset.trajectories))
-            rate = self._frames_encoded / elapsed_s
-            LOG.info("%s", progress_line(*done, chunks, elapsed_s, self._frames_total - frames_done, rate))
+            LOG.info("%s", state().line())
+        self._teller.tell(state)
+
+    def _state(self, elapsed_s: float, frames_left: int) -> RunState:
+        counts = (self._done, len(self._dataset.trajectories), self._progress.total_chunks)
+        rate = self._frames_encoded / elapsed_s if elapsed_s > 0 else 0.0
+        return RunState(*counts, elapsed_s, frames_left, rate, next(iter(self._unfinished), None))
 
 
-def progress_line(done: int, total: int, chunks: int, elapsed_s: float, frames_left: int, frames_per_s: float) -> str:
-    """The periodic line; time left and rate once there is a rate to tell."""
-    percent = 100 * done / total
-    line = f"Progress: {done}/{total} trajectories ({percent:.1f}%), {chunks} chunks, {elapsed_s / 3600:.1f}h elapsed"
-    if frames_per_s > 0 and elapsed_s > 2:
-        line += f", {frames_left / frames_per_s / 3600:.1f}h remaining, {frames_per_s:.0f} frames/s"
-    return line
+def measure_rate(dataset: PreparedDataset, stop: StopRequest) -> float | None:
+    """Frames/s of decoding and encoding what is pending, after a few seconds of it; None where no frame is encoded."""
+    ticks: list[tuple[float, int]] = [(time.monotonic(), 0)]
+
+    def is_over() -> bool:
+        return stop() or (len(ticks) > 1 and time.monotonic() - ticks[1][0] > MEASURE_S)
+
+    hooks = Hooks(stop=is_over, on_frames=lambda count: ticks.append((time.monotonic(), count)))
+    shapes = token_shapes(dataset.spec, dataset.shape)
+    label = ChunkLabel(dataset.name, dataset.spec, "", dataset.weights["digest"], shapes)
+    for _ in cache_trajectories(dataset.pending, label, dataset.config.options, dataset.encoder, None, hooks):
+        pass
+    first = 1 if len(ticks) > 2 else 0  # the first batch's time is that of filling the pipeline, too
+    elapsed_s = ticks[-1][0] - ticks[first][0]
+    return sum(count for _, count in ticks[first + 1 :]) / elapsed_s if elapsed_s > 0 else None
 
 
-def print_forecast(dataset: PreparedDataset, reasons: list[str]) -> None:
-    """What a run would do, for --dry-run."""
+def measure(datasets: list[PreparedDataset], stop: StopRequest) -> dict[str, float | None]:
+    """Frames/s by dataset, of those that have frames to encode; loads the models and writes nothing."""
+    busy = [dataset for dataset in datasets if any(work.frames for work in dataset.work.values())]
+    load_encoders(busy, stop)
+    rates = {}
+    for dataset in busy:
+        print(f"Measuring {dataset.name} on {dataset.device} ...", file=sys.stderr, flush=True)
+        rates[dataset.name] = measure_rate(dataset, stop)
+        stop.check()
+    return rates
+
+
+def alternative_tokens(dataset: PreparedDataset) -> list[tuple[Token, ...]]:
+    """Choices of tokens, to compare what they take: each that the model has, those chosen, and all."""
+    known: list[Token] = [token for token in TOKEN_DATASETS if token != "register" or dataset.shape.num_registers]
+    return list(dict.fromkeys([*((token,) for token in known), dataset.spec.tokens, tuple(known)]))
+
+
+def print_cost(dataset: PreparedDataset, rates: dict[str, float | None]) -> None:
+    """The space that other tokens would take, and, where it was measured, the time."""
+    works = dataset.work.values()
+    frames, rows, chunks = (sum(getattr(work, key) for work in works) for key in ("frames", "rows", "chunks"))
+    if frames:
+        sizes = []
+        for tokens in alternative_tokens(dataset):
+            spec = dataset.spec.model_copy(update={"tokens": tokens})
+            chosen = " (chosen)" if tokens == dataset.spec.tokens else ""
+            sizes.append(f"{' + '.join(tokens)} {format_bytes(cache_bytes(dataset, spec, rows, chunks))}{chosen}")
+        print(f"  by tokens: {', '.join(sizes)}")
+    if rate := rates.get(dataset.name):
+        how = f"at {rate:.1f} frames/s, measured while decoding and encoding on {dataset.device}"
+        print(f"  estimated time: {format_duration(frames / rate)} {how}")
+
+
+def print_forecast(dataset: PreparedDataset, reasons: list[str], rates: dict[str, float | None]) -> None:
+    """What a run would do, for --dry-run. `rates`: frames/s by dataset, where measured."""
     work, taken = dataset.work.values(), new_bytes(dataset)
     print(f"Dataset {dataset.name}: {dataset.config.data_folder} -> {dataset.config.cache_dir}")
     print(f"  trajectories: {len(dataset.trajectories)}")
@@ -3718,11 +3782,13 @@ def print_forecast(dataset: PreparedDataset, reasons: list[str]) -> None:
     print(f"  frames to encode: {sum(item.frames for item in work)}")
     print(f"  chunks to write: {sum(item.chunks for item in work)}")
     print(f"  bytes they take: {taken} ({format_bytes(taken)}), replacing {format_bytes(replaced_bytes(dataset))}")
+    print_cost(dataset, rates)
     print(f"  free space: {format_bytes(free_bytes(dataset.config.cache_dir))}")
     if dataset.progress.records:
         changes = spec_differences(dataset.progress.processing_config, dataset.spec)
-        if dataset.weights and dataset.weights["source"] != weights_source(dataset.spec)["source"]:
-            changes.append(("weights", dataset.weights["source"], weights_source(dataset.spec)["source"]))
+        recorded, source = dataset.progress.weights, weights_source(dataset.spec)["source"]
+        if recorded and recorded["source"] != source:
+            changes.append(("weights", recorded["source"], source))
         for key, old, new in changes:
             print(f"  changed configuration: {key}: {old} -> {new}")
         if changes:
@@ -3826,6 +3892,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be done and what it takes; write nothing"
     )
+    parser.add_argument(
+        "--measure", action="store_true", help="with --dry-run: decode and encode for some seconds to estimate the time"
+    )
     parser.add_argument("--force-rebuild", action="store_true", help="redo every trajectory")
     parser.add_argument("--yes", action="store_true", help="go on with a changed configuration without asking")
     parser.add_argument("--limit", type=_positive(int), metavar="N", help="at most N pending trajectories per dataset")
@@ -3887,8 +3956,10 @@ def run(arguments: argparse.Namespace, stop: StopRequest) -> int:
                 resolve_device_and_precision(dataset)
                 weights_source(dataset.spec)  # refuses a file that is not there
         if arguments.dry_run:
-            for dataset in datasets:
-                print_forecast(dataset, estimate_work(dataset, stop))
+            reasons = [estimate_work(dataset, stop) for dataset in datasets]
+            rates = measure(datasets, stop) if arguments.measure else {}
+            for dataset, why in zip(datasets, reasons):
+                print_forecast(dataset, why, rates)
             return EXIT_COMPLETED
         with PROFILE("list"):
             for dataset in datasets:
@@ -3923,7 +3994,10 @@ def main(argv: list[str] | None = None) -> int:
     0 everything completed; 1 some trajectories failed; 2 refused, nothing started; 3 stopped by storage, device or an
     unexpected error, resumable; 4 another run holds the cache; 5 --max-hours or --limit left work; 130, 143 signals.
     """
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.measure and not arguments.dry_run:
+        parser.error("--measure: goes with --dry-run")
     stop = StopRequest(arguments.max_hours)
     stop.install()
     set_up_process()

@@ -1,17 +1,19 @@
 #!/usr/bin/env python3
 """Read and edit the progress record of a dino_cache.
 
-    python progress_utils.py show         --cache-dir D [--json] [--all]
+    python progress_utils.py show         --cache-dir D [--json | --watch [SECONDS]] [--all]
     python progress_utils.py list         [--root .] [--json]
     python progress_utils.py reset-failed --cache-dir D
     python progress_utils.py reset        --cache-dir D [--yes]
     python progress_utils.py verify       --cache-dir D [--deep] [--json] [--repair [--yes]]
     python progress_utils.py rebuild      --cache-dir D [--yes]
+    python progress_utils.py report       --cache-dir D [-o report.html] [--data-folder DIR]
+    python progress_utils.py export       --cache-dir D --to flat|vint -o PATH [--tokens ...] [--allow-mixed] [--force]
 
 This file owns three things, which dino_cache.py imports from here:
 
     durable writing   write_durably, fsync_directory: every file that must survive a crash passes through them
-    the lock          cache_lock: one run, or one edit, per cache
+    the lock          cache_lock: one run, or one edit, per cache; and what a run tells those who watch it
     the record        Progress: what <cache_dir>/progress.json holds, how it is checked, loaded and saved
 
 Reading commands never write and never lock; editing commands take the lock and are refused while a run holds it.
@@ -19,21 +21,28 @@ Exit codes: 0 fine, 1 problems found, 2 could not do it, 4 a run holds the cache
 
 A save survives a killed process and, as far as the disk keeps its word about fsync, a power cut. The copy before it
 stays as progress.json.bak. Only the standard library is imported at the top, so that every command starts at once; what
-knows chunk files (verify, rebuild) imports dino_cache when it runs.
+knows chunk files (verify, rebuild, export, report) imports dino_cache when it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import bisect
 import calendar
 import collections
 import contextlib
 import errno
 import functools
 import gc
+import hashlib
+import html
+import io
 import itertools
 import json
+import math
 import os
+import random
 import re
 import shutil
 import socket
@@ -52,13 +61,16 @@ PROGRESS_FILE = "progress.json"
 BACKUP_FILE = "progress.json.bak"
 STAGING_FOLDER = ".staging"
 LOCK_FILE = ".lock"
-LOCK_OWNER_FILE = ".lock.owner"  # who holds the lock: pid, host, start time; advisory, the lock itself decides
-TEMPORARY_FILES = (PROGRESS_FILE + ".tmp", BACKUP_FILE + ".tmp")  # what a save that was killed leaves
+LOCK_OWNER_FILE = ".lock.owner"  # who holds the lock and how far it is; advisory, the lock itself decides
+TEMPORARY_FILES = tuple(f"{name}.tmp" for name in (PROGRESS_FILE, BACKUP_FILE, LOCK_OWNER_FILE))  # of a killed save
 
 PROGRESS_FORMAT_VERSION = 1
 SAVE_SHARE = 0.02  # saves may take this share of a run's time before they are spaced
 READABLE_ENTRIES = 1000  # up to here progress.json is indented; json's indenting encoder is 10 times slower
 SHOWN_FAILURES = 10
+TELL_INTERVAL_S = 1.0  # between two times that a run says how far it is
+STALE_AFTER_S = 900.0  # a run that encodes and says nothing for so long is taken for stuck
+WATCH_INTERVAL_S = 2.0
 GC_THRESHOLDS = (100_000, 20, 100)  # a large record is a million objects, not to be looked through every 700 new ones
 
 
@@ -213,16 +225,98 @@ def cache_lock(cache_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-def lock_owner(cache_dir: Path) -> str | None:
-    """Who seems to hold the lock, in words; None where it left no name, or was a process of this host that is dead."""
+class RunState(NamedTuple):
+    """How far a run is, as it tells it."""
+
+    done: int  # trajectories completed, of those present and selected
+    total: int
+    chunks: int
+    elapsed_s: float
+    frames_left: int
+    frames_per_s: float
+    trajectory: str | None  # the one in work
+
+    def line(self) -> str:
+        """In words; time left and rate once there is a rate to tell."""
+        percent = 100 * self.done / self.total
+        line = f"Progress: {self.done}/{self.total} trajectories ({percent:.1f}%), {self.chunks} chunks"
+        line += f", {self.elapsed_s / 3600:.1f}h elapsed"
+        if self.frames_per_s > 0 and self.elapsed_s > 2:
+            hours_left = self.frames_left / self.frames_per_s / 3600
+            line += f", {hours_left:.1f}h remaining, {self.frames_per_s:.0f} frames/s"
+        return line
+
+
+class Teller:
+    """Tells those who watch how far a run is, beside the name of the lock's holder, once a second at most.
+
+    What is told is for eyes only: it is not forced to the disk, goes with the lock, and nothing is decided by it.
+    """
+
+    def __init__(self, cache_dir: Path):
+        self._path = cache_dir / LOCK_OWNER_FILE
+        self._has_told = False
+        self._told_at = time.monotonic()  # a run that is over at once has nothing to tell
+
+    def tell(self, state: Callable[[], RunState]) -> None:
+        """Tell how far the run is, if it is time to."""
+        if time.monotonic() - self._told_at >= TELL_INTERVAL_S:
+            self._told_at, self._has_told = time.monotonic(), True
+            self._write({"run": state()._asdict()})
+
+    def end(self) -> None:
+        """Tell that the run is over, though its process may hold the lock for longer."""
+        if self._has_told:
+            self._write({})
+
+    def _write(self, more: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError, ValueError):  # a full disk, say
+            owner = json.loads(self._path.read_text(encoding="utf-8"))
+            owner.pop("run", None)
+            temporary = self._path.with_name(self._path.name + ".tmp")
+            temporary.write_text(json.dumps({**owner, **more}), encoding="utf-8")
+            os.replace(temporary, self._path)
+
+
+class LockOwner(NamedTuple):
+    """Who left its name beside the lock."""
+
+    name: str  # pid, host and start time, in words
+    is_alive: bool  # a process of another host counts as alive, nobody here can tell
+    last_heard: float  # epoch seconds
+    run: RunState | None
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether it left the name when it was killed, or seems stuck. One that encodes nothing has nothing to say: it
+        reads poses, loads a model, or is at work on another of its config's datasets."""
+        is_silent = self.run is not None and time.time() - self.last_heard > STALE_AFTER_S
+        return is_silent or not self.is_alive
+
+
+def read_lock_owner(cache_dir: Path) -> LockOwner | None:
+    """Who left its name beside the lock; None where nobody did."""
+    path, is_alive = cache_dir / LOCK_OWNER_FILE, True
     try:
-        owner = json.loads((cache_dir / LOCK_OWNER_FILE).read_text())
+        last_heard = path.stat().st_mtime
+        owner = json.loads(path.read_text(encoding="utf-8"))
+        name = f"pid {owner['pid']} on {owner['host']}, since {owner['started']}"
+        run = RunState(**owner["run"]) if "run" in owner else None
         if owner["host"] == socket.gethostname():
             os.kill(owner["pid"], 0)
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        if not isinstance(error, PermissionError):  # somebody else's process, and alive
-            return None
-    return f"pid {owner['pid']} on {owner['host']}, since {owner['started']}"
+    except PermissionError:  # somebody else's process, and alive
+        pass
+    except ProcessLookupError:
+        is_alive = False
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return None
+    return LockOwner(name, is_alive, last_heard, run)
+
+
+def lock_owner(cache_dir: Path) -> str | None:
+    """Who seems to hold the lock, in words; None where it left no name, or was a process of this host that is dead."""
+    owner = read_lock_owner(cache_dir)
+    return owner.name if owner is not None and owner.is_alive else None
 
 
 # ======================================================================================================================
@@ -263,6 +357,8 @@ class Progress:
         self.start_time = now
         self.last_update = now
         self.elapsed_s = 0.0  # working time of all runs
+        self.data_folder: str | None = None  # where the last run read, and how many trajectories it knew of, those
+        self.num_trajectories: int | None = None  # present and those recorded; for people, nothing is decided by them
         self.checksum_kind = "stat"
         self.rebuild_started: float | None = None
         self.processing_config: dict[str, Any] = {}
@@ -325,6 +421,8 @@ class Progress:
             "last_update": self.last_update,
             "elapsed_s": self.elapsed_s,
             "total_chunks": self.total_chunks,
+            "data_folder": self.data_folder,
+            "num_trajectories": self.num_trajectories,
             "checksum_kind": self.checksum_kind,
             "rebuild_started": self.rebuild_started,
             "processing_config": self.processing_config,
@@ -361,6 +459,8 @@ class Progress:
         progress = cls(cache_dir, data["dataset_name"])
         for key in _PLAIN_KEYS:
             setattr(progress, key, data[key])
+        for key in _LATER_KEYS:
+            setattr(progress, key, data.get(key))
         progress.checksums = data["trajectory_checksums"]
         progress.records = data["trajectory_records"]
         return progress
@@ -402,6 +502,7 @@ _PLAIN_KEYS = (  # stored under the name of the attribute
     "specs",
     "failures",
 )
+_LATER_KEYS = {"data_folder": str, "num_trajectories": int}  # that a record may lack, or have as null
 _NUMBER = (int, float)
 _NULL = type(None)
 _KEY_TYPES: dict[str, tuple[type, ...]] = {
@@ -454,6 +555,9 @@ def _check_progress(data: Any) -> None:
         if key not in data:
             raise ValueError(f"key {key} is missing")
         if not isinstance(data[key], types) or isinstance(data[key], bool):
+            raise ValueError(f"key {key} has the wrong type ({type(data[key]).__name__})")
+    for key, kind in _LATER_KEYS.items():
+        if data.get(key) is not None and type(data[key]) is not kind:
             raise ValueError(f"key {key} has the wrong type ({type(data[key]).__name__})")
     _check_values(data)
     for name, record in data["trajectory_records"].items():
@@ -541,23 +645,85 @@ def show(cache_dir: Path, *, as_json: bool, show_all: bool) -> int:
         mixed = len(progress.fingerprints) > 1
         print(json.dumps({"cache_dir": str(cache_dir), "mixed": mixed, **progress.to_json()}, ensure_ascii=False))
         return 0
-    print(f"📊 Progress Status for {cache_dir}")
-    print("=" * 60)
-    print(f"Dataset: {progress.dataset_name}")
-    print(f"Completed trajectories: {len(progress.records)}")
-    print(f"Failed trajectories: {len(progress.failures)}")
-    print(f"Total chunks generated: {progress.total_chunks}")
-    print(f"Processing time: {progress.elapsed_s / 3600:.1f} hours")
-    print(f"Last update: {time.ctime(progress.last_update)}")
-    for line in _state_remarks(progress):
-        print(line)
-    print()
-    print("Processing Configuration:")
-    for key, value in progress.processing_config.items():
-        print(f"  {key}: {value}")
-    if progress.failures:
-        _print_failures(progress.failures, show_all)
+    configuration = [f"  {key}: {value}" for key, value in progress.processing_config.items()]
+    lines = [*_status_lines(progress), "", "Processing Configuration:", *configuration]
+    print("\n".join(lines + _failure_lines(progress.failures, show_all)))
     return 0
+
+
+def watch(cache_dir: Path, *, every_s: float, show_all: bool) -> int:
+    """Print the state of one cache again and again, until Ctrl-C: in place on a terminal, else whenever it changed."""
+    load_or_refuse(cache_dir)
+    record, in_place, before = _WatchedRecord(cache_dir), sys.stdout.isatty(), None
+    try:
+        while True:
+            progress = record.load()
+            lines = [*_status_lines(progress), *_failure_lines(progress.failures, show_all)]
+            if in_place:
+                _print_in_place(lines, is_first=before is None)
+            elif lines != before:
+                print("\n".join(lines), end="\n\n", flush=True)
+            before = lines
+            time.sleep(every_s)
+    except KeyboardInterrupt:
+        return 0
+
+
+class _WatchedRecord:
+    """A record that is read again when its file changed, and not for more than a tenth of the time."""
+
+    def __init__(self, cache_dir: Path):
+        self._cache_dir = cache_dir
+        self._progress: Progress | None = None
+        self._stamp: tuple[int, ...] | None = None
+        self._not_before = 0.0
+
+    def load(self) -> Progress:
+        begin = time.monotonic()
+        status = os.stat(self._cache_dir / PROGRESS_FILE)
+        stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
+        if self._progress is None or (stamp != self._stamp and begin >= self._not_before):
+            self._progress, self._stamp = load_or_refuse(self._cache_dir), stamp
+            self._not_before = begin + 10 * (time.monotonic() - begin)
+        return self._progress
+
+
+def _print_in_place(lines: list[str], *, is_first: bool) -> None:
+    """Print over what was printed before, as much of it as fits into the terminal."""
+    width, height = os.get_terminal_size(sys.stdout.fileno())
+    shown = [line[: max(width - 1, 20)] for line in lines[: max(height - 1, 10)]]  # some terminals say 0
+    clear, home, to_line_end, to_screen_end = "\x1b[2J", "\x1b[H", "\x1b[K", "\x1b[J"
+    text = "".join(f"{line}{to_line_end}\n" for line in shown)
+    print(f"{clear if is_first else ''}{home}{text}{to_screen_end}", end="", flush=True)
+
+
+def _status_lines(progress: Progress) -> list[str]:
+    return [
+        f"📊 Progress Status for {progress.cache_dir}",
+        "=" * 60,
+        f"Dataset: {progress.dataset_name}",
+        f"Completed trajectories: {len(progress.records)}",
+        f"Failed trajectories: {len(progress.failures)}",
+        f"Total chunks generated: {progress.total_chunks}",
+        f"Processing time: {progress.elapsed_s / 3600:.1f} hours",
+        f"Last update: {time.ctime(progress.last_update)}",
+        *_run_lines(progress.cache_dir),
+        *_state_remarks(progress),
+    ]
+
+
+def _run_lines(cache_dir: Path) -> list[str]:
+    """What is known of a run at work, or of one that was killed."""
+    owner = read_lock_owner(cache_dir)
+    if owner is None:
+        return []
+    if owner.is_stale:
+        how = "not heard of since" if owner.is_alive else "killed; last heard of"
+        return [f"⚠️ Stale: a run ({owner.name}) was {how} {time.ctime(owner.last_heard)}"]
+    lines = [f"Run at work: {owner.name}"]
+    if owner.run is not None:
+        lines += [owner.run.line(), printable(f"Trajectory in work: {owner.run.trajectory}")]
+    return lines
 
 
 def _state_remarks(progress: Progress) -> list[str]:
@@ -583,14 +749,13 @@ def _other_configurations(progress: Progress) -> list[str]:
     return lines
 
 
-def _print_failures(failures: dict[str, Failure], show_all: bool) -> None:
-    print()
-    print(f"❌ Failed Trajectories ({len(failures)}):")
+def _failure_lines(failures: dict[str, Failure], show_all: bool) -> list[str]:
+    if not failures:
+        return []
     shown = len(failures) if show_all else SHOWN_FAILURES
-    for name, failure in list(failures.items())[:shown]:
-        print(printable(f"  - {name}: {failure['reason']}"))
-    if len(failures) > shown:
-        print(f"  ... and {len(failures) - shown} more")
+    lines = ["", f"❌ Failed Trajectories ({len(failures)}):"]
+    lines += [printable(f"  - {name}: {failure['reason']}") for name, failure in list(failures.items())[:shown]]
+    return lines + [f"  ... and {len(failures) - shown} more"] * (len(failures) > shown)
 
 
 def list_caches(root: Path, *, as_json: bool) -> int:
@@ -621,30 +786,57 @@ def _cache_row(cache_dir: Path) -> dict[str, Any]:
         progress = load_or_refuse(cache_dir)
     except RefusedError as error:
         return {"cache_dir": str(cache_dir), "error": str(error)}
+    total, owner = progress.num_trajectories, read_lock_owner(cache_dir)
     return {
         "cache_dir": str(cache_dir),
         "dataset_name": progress.dataset_name,
         "completed": len(progress.records),
+        "percent": round(100 * len(progress.records) / total, 1) if total else None,
         "failed": len(progress.failures),
         "chunks": progress.total_chunks,
+        "bytes": sum(sum(record["bytes"]) for record in progress.records.values()),
+        "state": "idle" if owner is None else "stale" if owner.is_stale else "running",
         "last_update": progress.last_update,
     }
 
 
+def format_bytes(count: float) -> str:
+    """1234567 -> 1.2 MB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def format_duration(seconds: float) -> str:
+    """5400 -> 1.5 h."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+_TABLE_HEAD = ("Dataset", "Completed", "Done", "Failed", "Chunks", "Size", "State", "Last update", "Cache folder")
+_NUMBER_COLUMNS = range(1, 6)
+
+
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    lines = [("Dataset", "Completed", "Failed", "Chunks", "Last update", "Cache folder")]
-    for row in rows:
-        if "error" in row:
-            lines.append(("unreadable", "?", "?", "?", "?", row["error"]))
-        else:
-            counts = (str(row["completed"]), str(row["failed"]), str(row["chunks"]))
-            lines.append((str(row["dataset_name"]), *counts, time.ctime(row["last_update"]), row["cache_dir"]))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    lines = [_TABLE_HEAD, *map(_table_line, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(_TABLE_HEAD))]
     for line in lines:
         cells = [
-            cell.rjust(width) if 1 <= i <= 3 else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths))
+            cell.rjust(width) if column in _NUMBER_COLUMNS else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths))
         ]
-        print("  ".join(cells).rstrip())
+        print(printable("  ".join(cells).rstrip()))
+
+
+def _table_line(row: dict[str, Any]) -> tuple[str, ...]:
+    if "error" in row:
+        return ("unreadable", *"?" * 7, row["error"])
+    percent = "?" if row["percent"] is None else f"{row['percent']:.1f}%"
+    counts = (str(row["completed"]), percent, str(row["failed"]), str(row["chunks"]), format_bytes(row["bytes"]))
+    return (str(row["dataset_name"]), *counts, row["state"], time.ctime(row["last_update"]), row["cache_dir"])
 
 
 def reset(cache_dir: Path, *, yes: bool) -> int:
@@ -870,7 +1062,8 @@ def rebuild(cache_dir: Path, *, yes: bool) -> int:
             raise RefusedError(f"{cache_dir}: no complete trajectory here to make a record from")
         progress = _progress_from(cache_dir, found)
         if old is not None:
-            progress.elapsed_s = old.elapsed_s
+            progress.elapsed_s, progress.data_folder = old.elapsed_s, old.data_folder
+            progress.num_trajectories = old.num_trajectories
             progress.failures = {name: old.failures[name] for name in old.failures.keys() - progress.records.keys()}
         if len(progress.fingerprints) > 1:
             print(f"Mixed cache: made with {len(progress.fingerprints)} different configurations", file=sys.stderr)
@@ -974,6 +1167,13 @@ def _progress_from(cache_dir: Path, found: list[FoundTrajectory]) -> Progress:
     return progress
 
 
+def _with_bar(tasks: list[Any], title: str, unit: str = " chunks") -> Iterable[Any]:
+    """The tasks, with a progress bar on a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(tasks, desc=title, unit=unit, disable=not sys.stderr.isatty())
+
+
 def _on_all_cores(function: Callable[[Any], Any], tasks: list[Any], title: str) -> list[Any]:
     """`function` of each task, in order, in worker processes, with a progress bar on a terminal."""
     from concurrent.futures import ProcessPoolExecutor
@@ -990,6 +1190,864 @@ def _on_all_cores(function: Callable[[Any], Any], tasks: list[Any], title: str) 
             return list(bar(pool.map(function, tasks, chunksize=max(1, min(64, len(tasks) // (4 * workers))))))
     except BrokenProcessPool as error:
         raise RefusedError("a worker process was killed, for want of memory perhaps; nothing was changed") from error
+
+
+# ======================================================================================================================
+# Exporting a cache to what other training code reads
+# ======================================================================================================================
+
+FLAT_DESCRIPTION = (
+    "flat: one HDF5 file in stable-worldmodel's dialect. Every dataset but ep_len and ep_offset is a column, one row "
+    "a frame, one episode after the other. An episode is a piece of a trajectory that was stored without a gap: it "
+    "ends where a pose jump cut the trajectory. A frame that lies in two chunks appears once."
+)
+VINT_DESCRIPTION = (
+    "vint: a folder with one .pt file a chunk (features (L, D) float16: the CLS tokens; positions, yaws, indices) and "
+    "cache_metadata.json, as visualnav-transformer's feature cache has them. Chunks overlap as in the cache."
+)
+VINT_METADATA = "cache_metadata.json"
+EXPORT_BLOCK_BYTES = 1 << 24  # read and written at a time
+LONGEST_CHUNK_ID = 200  # bytes, so that a file can have it as its name
+
+
+def export(
+    cache_dir: Path, *, layout: str, output: Path, tokens: list[str] | None, allow_mixed: bool, force: bool
+) -> int:
+    """Write what is recorded in another layout; the output appears under its name when it is complete.
+
+    Raises:
+        RefusedError: the cache is empty, mixed without `allow_mixed`, or a chunk file is not as recorded; or the output
+            exists without `force`, or is something that no export made.
+    """
+    progress = load_or_refuse(cache_dir)
+    _refuse_unexportable(progress, allow_mixed)
+    output = Path(os.path.abspath(output))
+    if output.is_relative_to(os.path.abspath(cache_dir)):
+        raise RefusedError(f"-o {output}: lies inside the cache; an export belongs beside it")
+    if not output.parent.is_dir():
+        raise RefusedError(f"-o {output}: there is no folder {output.parent}")
+    if layout == "flat":
+        done = _export_flat(progress, output, _exported_datasets(progress, tokens), force=force)
+    else:
+        if tokens not in (None, ["cls"]):
+            raise RefusedError("--tokens: the vint layout holds one vector a frame, the CLS token")
+        done = _export_vint(progress, output, _exported_datasets(progress, ["cls"])[0], force=force)
+    print(f"Exported {len(progress.records)} trajectories: {done} -> {output}")
+    return 0
+
+
+def _refuse_unexportable(progress: Progress, allow_mixed: bool) -> None:
+    if not progress.records:
+        raise RefusedError(f"{progress.cache_dir}: no trajectory is completed, there is nothing to export")
+    if len(progress.fingerprints) > 1 and not allow_mixed:
+        raise RefusedError(
+            f"{progress.cache_dir}: is mixed: made with {len(progress.fingerprints)} different configurations (`show` "
+            "says which). Give --allow-mixed to export it all the same, or redo it with --force-rebuild"
+        )
+
+
+def _exported_datasets(progress: Progress, tokens: list[str] | None) -> list[str]:
+    """Names of the token datasets to export: those asked for, else those that every chunk has."""
+    from dino_cache import TOKEN_DATASETS
+
+    specs = [progress.specs[fingerprint] for fingerprint in progress.fingerprints]
+    common = [token for token in TOKEN_DATASETS if all(token in spec.get("tokens", ()) for spec in specs)]
+    for token in tokens or common:
+        if token not in common:
+            raise RefusedError(
+                f"{progress.cache_dir}: has no {token} tokens, or not in all chunks; it has {', '.join(common)}"
+            )
+    return [TOKEN_DATASETS[token] for token in TOKEN_DATASETS if token in (tokens or common)]
+
+
+@contextlib.contextmanager
+def recorded_chunk(progress: Progress, name: str, index: int, *, deep: bool) -> Iterator[Any]:
+    """A recorded chunk file, open for reading once it proved to be what was recorded; with `deep`, every byte of it.
+
+    Raises:
+        RefusedError: it is missing or damaged, or a run replaced it since the record was read.
+    """
+    import h5py
+
+    path = progress.cache_dir / name / chunk_file_name(index)
+    try:
+        _check_chunk(path, name, progress.records[name], progress.checksums[name], index, deep=deep)
+        file = h5py.File(path)
+    except (DamagedChunkError, OSError) as error:
+        raise RefusedError(
+            f"{path}: {error}. If a run has just replaced it, give the command again; else `progress_utils.py verify "
+            f"--cache-dir {progress.cache_dir} --deep --repair` and a run mend it"
+        ) from error
+    with file:
+        yield file
+
+
+class NewRows(NamedTuple):
+    """Rows [start, stop) of a chunk, those that no chunk before it has."""
+
+    index: int  # of the chunk
+    start: int
+    stop: int
+
+
+def episodes(record: TrajectoryRecord) -> list[list[NewRows]]:
+    """A trajectory's pieces without a gap, each frame once: neighbours overlap, so a gap is where two do not."""
+    pieces, done = [], -1
+    for index, (start, stop) in enumerate(record["spans"]):
+        if start >= done:
+            pieces.append([])
+        pieces[-1].append(NewRows(index, max(0, done - start), stop - start))
+        done = stop
+    return pieces
+
+
+def _export_flat(progress: Progress, output: Path, token_datasets: list[str], *, force: bool) -> str:
+    """Write the flat file; returns what it holds, in words."""
+    from dino_cache import ChunkFile
+
+    if output.is_dir() or (output.exists() and not force):
+        raise RefusedError(f"-o {output}: exists; --force replaces a file")
+    found = [(name, episode) for name, record in progress.records.items() for episode in episodes(record)]
+    temporary = output.with_name(output.name + ".partial")
+    try:
+        temporary.unlink(missing_ok=True)
+        with ChunkFile(temporary, "x+") as raw:
+            _write_flat(progress, raw, found, token_datasets, output.parent)
+            raw.check()
+            os.fsync(raw.fileno())
+        os.replace(temporary, output)
+        fsync_path(output.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+    frames = sum(rows.stop - rows.start for _, episode in found for rows in episode)
+    return f"{len(found)} episodes, {frames} frames, {format_bytes(output.stat().st_size)}"
+
+
+def _write_flat(
+    progress: Progress, raw: Any, found: list[tuple[str, list[NewRows]]], token_datasets: list[str], folder: Path
+) -> None:
+    """Fill an empty file with the episodes found, block by block."""
+    import h5py
+
+    lengths = [sum(rows.stop - rows.start for rows in episode) for _, episode in found]
+    parts = [(name, rows) for name, episode in found for rows in episode]
+    with h5py.File(raw, "w", libver="v110") as file:  # attributes may exceed 64 kB then
+        columns = _make_columns(progress, file, token_datasets, sum(lengths), folder)
+        _write_episodes(progress, file, [name for name, _ in found], lengths)
+        position = 0
+        for name, rows in _with_bar(parts, "Exporting"):
+            with recorded_chunk(progress, name, rows.index, deep=True) as chunk:
+                _copy_rows(chunk, rows, columns, position)
+            raw.check()
+            position += rows.stop - rows.start
+
+
+def _make_columns(
+    progress: Progress, file: Any, token_datasets: list[str], num_frames: int, folder: Path
+) -> dict[str, Any]:
+    """An empty column for each dataset of a chunk; RefusedError where the disk cannot hold them."""
+    from dino_cache import POSE_SHAPES, free_bytes
+
+    with recorded_chunk(progress, next(iter(progress.records)), 0, deep=False) as chunk:
+        rows = {name: (chunk[name].shape[1:], chunk[name].dtype) for name in (*token_datasets, *POSE_SHAPES)}
+    needed = num_frames * sum(math.prod(shape) * dtype.itemsize for shape, dtype in rows.values())
+    if needed > (free := free_bytes(folder)):
+        raise RefusedError(f"{folder}: the export takes {format_bytes(needed)} and {format_bytes(free)} are free")
+    return {name: file.create_dataset(name, (num_frames, *shape), dtype) for name, (shape, dtype) in rows.items()}
+
+
+def _write_episodes(progress: Progress, file: Any, names: list[str], lengths: list[int]) -> None:
+    """Where each episode begins and ends, as datasets and as columns; where it is from, as attributes."""
+    import h5py
+    import numpy as np
+
+    lengths = np.array(lengths, np.int64)
+    file["ep_len"] = lengths
+    file["ep_offset"] = offsets = np.cumsum(lengths) - lengths
+    file["ep_idx"] = np.repeat(np.arange(len(lengths)), lengths)
+    file["step_idx"] = np.arange(lengths.sum()) - np.repeat(offsets, lengths)
+    file.attrs["ep_trajectory"] = np.array(names, h5py.string_dtype())
+    file.attrs["dataset_name"] = str(progress.dataset_name)
+    file.attrs["specs"] = json.dumps(progress.specs)
+    file.attrs["weights"] = json.dumps(progress.weights)
+
+
+def _copy_rows(chunk: Any, rows: NewRows, columns: dict[str, Any], position: int) -> None:
+    for name, column in columns.items():
+        dataset = chunk[name]
+        if dataset.shape[1:] != column.shape[1:]:
+            raise RefusedError(
+                f"{chunk.filename}: {name} has rows of shape {dataset.shape[1:]}, those before have "
+                f"{column.shape[1:]}: one column cannot hold both. Choose other --tokens, or redo the cache"
+            )
+        block = max(1, EXPORT_BLOCK_BYTES // max(1, math.prod(column.shape[1:]) * column.dtype.itemsize))
+        for start in range(rows.start, rows.stop, block):
+            stop = min(start + block, rows.stop)
+            target = position + start - rows.start
+            column[target : target + stop - start] = dataset[start:stop]
+
+
+def _export_vint(progress: Progress, output: Path, token_dataset: str, *, force: bool) -> str:
+    """Write the folder of .pt files; returns what it holds, in words."""
+    _refuse_foreign_folder(output, force)
+    temporary = output.with_name(output.name + ".partial")
+    _refuse_foreign_folder(temporary, True)
+    shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
+    temporary.mkdir()
+    try:
+        chunk_ids, width = _write_vint_chunks(progress, temporary, token_dataset)
+        settings = {key: progress.processing_config.get(key) for key in _VINT_SETTINGS}
+        metadata = {"name": progress.dataset_name, **settings, "feature_dim": width, "cache_path": output.name}
+        write_durably(temporary / VINT_METADATA, json.dumps({**metadata, "chunks": chunk_ids}, indent=2).encode())
+        shutil.rmtree(output, ignore_errors=True)
+        os.rename(temporary, output)
+        fsync_path(output.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return f"{len(chunk_ids)} chunks, features of width {width}"
+
+
+_VINT_SETTINGS = ("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m")
+
+
+def _refuse_foreign_folder(folder: Path, force: bool) -> None:
+    """Raise RefusedError unless the place is free, or an earlier export that may be replaced."""
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir() or folder.is_symlink():
+        raise RefusedError(f"-o {folder}: is not a folder")
+    names = os.listdir(folder)
+    foreign = [name for name in names if not name.startswith(VINT_METADATA) and not name.endswith(".pt")]
+    if foreign:
+        raise RefusedError(f"-o {folder}: holds {min(foreign)}, which no export made; give another folder")
+    if names and not force:
+        raise RefusedError(f"-o {folder}: exists; --force replaces an earlier export")
+
+
+def _write_vint_chunks(progress: Progress, folder: Path, token_dataset: str) -> tuple[list[str], int]:
+    """Write a .pt file for each chunk; returns the chunks' ids and the width of their features."""
+    import torch
+
+    flat_names, chunk_ids, widths = _flat_names(progress.records), [], set()
+    chunks = [(name, index) for name, record in progress.records.items() for index in range(len(record["spans"]))]
+    for name, index in _with_bar(chunks, "Exporting"):
+        with recorded_chunk(progress, name, index, deep=True) as chunk:
+            content = {
+                "features": torch.from_numpy(chunk[token_dataset][...]),  # (L, D) float16
+                "positions": chunk["position"][...].tolist(),  # L times [x, y] [m]
+                "yaws": chunk["yaw"][...].tolist(),  # L numbers [rad]
+                "indices": chunk["frame_index"][...].tolist(),  # L rows of the source's poses
+            }
+        widths.add(content["features"].shape[1])
+        if len(widths) > 1:
+            raise RefusedError(f"{progress.cache_dir}: its features are of widths {sorted(widths)}; redo the cache")
+        chunk_ids.append(f"{flat_names[name]}_{progress.records[name]['spans'][index][0]:05d}")
+        data = io.BytesIO()
+        torch.save(content, data)  # into memory: for a full disk it has an error of its own
+        (folder / f"{chunk_ids[-1]}.pt").write_bytes(data.getbuffer())
+        fsync_path(folder / f"{chunk_ids[-1]}.pt")
+    return chunk_ids, widths.pop()
+
+
+def _flat_names(names: Iterable[str]) -> dict[str, str]:
+    """Trajectory name -> one that can be a file's: without `/`, not too long, and that no other one has."""
+    flat: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in names:
+        candidate = name.replace("/", "__")
+        if candidate.casefold() in taken or len(candidate.encode()) > LONGEST_CHUNK_ID:
+            short = candidate.encode()[: LONGEST_CHUNK_ID - 10].decode(errors="ignore")
+            candidate = f"{short}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        taken.add(candidate.casefold())
+        flat[name] = candidate
+    return flat
+
+
+# ======================================================================================================================
+# Reporting: one HTML file to look at in the morning
+# ======================================================================================================================
+# Counts are of the whole record; what must be read from chunk files is read from a seeded sample of them, so that a
+# report takes seconds whatever the cache's size. numpy and matplotlib are imported in the functions that need them.
+
+REPORT_SEED = 0
+REPORT_CHUNKS = 300  # looked into for time and distance
+REPORT_TRAJECTORIES = 12  # shown with their map and similarity
+REPORT_CHUNKS_OF_ONE = 100  # of one trajectory, from its beginning
+REPORT_POINTS = 400  # of one trajectory's similarity
+REPORT_PICTURES = 6  # frames shown with their patch tokens
+REPORT_REMARKS = 4  # on one trajectory
+REPORT_NAMES = 20  # of failed trajectories with one cause
+NIGHT_GAP_S = 1800.0  # so long without a chunk: another night
+FROZEN_FRAMES = 5  # in a row with equal features, though the robot moves
+SHUFFLED_LEAST = 20  # frames; fewer say nothing
+SHUFFLED_RATIO = 0.75  # of how far neighbours are apart to how far any two frames are
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"  # Okabe, Ito
+CHUNK_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY)
+INK = "#010203"  # stands for the text's colour, light or dark, in figures
+
+
+def report(cache_dir: Path, *, output: Path, data_folder: Path | None) -> int:
+    """Write the report; `data_folder` is where the frames are, if not where the last run read them."""
+    progress = load_or_refuse(cache_dir)
+    _require_matplotlib()
+    if output.is_dir():
+        raise RefusedError(f"-o {output}: is a folder; give the name of a file")
+    look = _Look(progress, data_folder or (Path(progress.data_folder) if progress.data_folder else None))
+    sections = [
+        _summary_section(look),
+        _failures_section(progress.failures),
+        _figures_section(look),
+        _trajectories_section(look),
+        _pictures_section(look),
+        _configuration_section(look),
+    ]
+    page = _page(f"{progress.dataset_name}: dino_cache report", _problems_section(look) + "".join(sections))
+    write_durably(output, page.encode(errors="replace"))
+    print(f"Wrote {output} ({format_bytes(output.stat().st_size)})")
+    return 0
+
+
+def _require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise RefusedError(f"report needs matplotlib: pip install -r requirements-report.txt ({error})") from error
+
+
+class ChunkFacts(NamedTuple):
+    """What a report needs of a sampled chunk."""
+
+    num_frames: int
+    distance_m: float
+    created_at: float  # epoch seconds
+    new_frames: int  # of it and of the chunks since the one sampled before, in the order of completion
+    versions: str
+
+
+class TrajectoryLook(NamedTuple):
+    """What a report shows of a sampled trajectory: n frames of those looked into."""
+
+    name: str
+    paths: list[Any]  # per chunk (L, 2) [m]
+    jumps: list[int]  # numbers of the chunks before which the pose jumps
+    jump_frames: list[int]
+    frame_index: Any  # (n,)
+    to_first: Any  # (n,) cosine similarity with the first frame
+    to_next: Any  # (n,) with the frame after it
+    num_chunks: int  # in all
+    remarks: list[str]
+
+
+class _Look:
+    """The record, and what was read of a sample of its chunk files. A file that is not as recorded is left out."""
+
+    def __init__(self, progress: Progress, data_folder: Path | None):
+        self.progress, self.data_folder = progress, data_folder
+        self.random = random.Random(REPORT_SEED)
+        self.problems: dict[str, None] = {}
+        self.num_frames = {
+            name: sum(rows.stop - rows.start for episode in episodes(record) for rows in episode)
+            for name, record in progress.records.items()
+        }
+        self.facts = self._sampled_facts()
+        self.night = self._last_night()
+        names = list(progress.records)
+        chosen = names if len(names) <= REPORT_TRAJECTORIES else self.random.sample(names, REPORT_TRAJECTORIES)
+        looks = [self._tried(_look_at_trajectory, progress, name) for name in sorted(chosen)]
+        self.trajectories = [look for look in looks if look is not None]
+
+    def _tried(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except RefusedError as error:
+            self.problems[str(error)] = None
+            return None
+
+    def _sampled_facts(self, after: float = 0.0) -> list[ChunkFacts]:
+        """Facts of evenly spaced chunks of trajectories completed since `after` [epoch s], about; in order of time."""
+        records = self.progress.records
+        rows = [(name, new) for name, record in records.items() for episode in episodes(record) for new in episode]
+        if after:
+            rows = rows[self._first_chunk_after(rows, after) :]
+        step = max(1, math.ceil(len(rows) / REPORT_CHUNKS))
+        facts = []
+        for last in range(step - 1, len(rows), step):
+            name, new = rows[last]
+            count = sum(part.stop - part.start for _, part in rows[last - step + 1 : last + 1])
+            facts.append(self._tried(_chunk_facts, self.progress, name, new.index, count))
+        return sorted((fact for fact in facts if fact is not None), key=lambda fact: fact.created_at)
+
+    def _first_chunk_after(self, rows: list[tuple[str, NewRows]], after: float) -> int:
+        """Where, in the order of completion, chunks are younger; by bisection, a redone one may be out of order."""
+
+        def is_older(row: tuple[str, NewRows]) -> bool:
+            fact = self._tried(_chunk_facts, self.progress, row[0], row[1].index, 0)
+            return fact is not None and fact.created_at < after
+
+        return bisect.bisect_left(rows, True, key=lambda row: not is_older(row))
+
+    def _last_night(self) -> list[ChunkFacts]:
+        """Facts of chunks since the last long gap."""
+        times = [fact.created_at for fact in self.facts]
+        gaps = [later - earlier for earlier, later in zip(times, times[1:])]
+        long = max(NIGHT_GAP_S, 20 * sorted(gaps)[len(gaps) // 2]) if gaps else NIGHT_GAP_S
+        begins = [time_ for time_, gap in zip(times[1:], gaps) if gap > long]
+        if not begins:
+            return self.facts
+        return [fact for fact in self._sampled_facts(begins[-1]) if fact.created_at >= begins[-1]]
+
+
+def _chunk_facts(progress: Progress, name: str, index: int, new_frames: int) -> ChunkFacts:
+    with recorded_chunk(progress, name, index, deep=False) as chunk:
+        travelled = chunk["travelled_distance"]
+        created_at = calendar.timegm(time.strptime(chunk.attrs["created_at"], "%Y-%m-%dT%H:%M:%SZ"))
+        distance_m = float(travelled[-1] - travelled[0])
+        return ChunkFacts(len(travelled), distance_m, created_at, new_frames, chunk.attrs["versions"])
+
+
+def _look_at_trajectory(progress: Progress, name: str) -> TrajectoryLook:
+    """Read positions and, of evenly spaced frames, features of a trajectory's first chunks."""
+    import numpy as np
+
+    record = progress.records[name]
+    pieces = episodes(record)
+    parts = [rows for episode in pieces for rows in episode][:REPORT_CHUNKS_OF_ONE]
+    jumps = [episode[0].index for episode in pieces[1:] if episode[0].index < len(parts)]
+    paths, rows, pairs, steps, jump_frames = [], [], [], [], []
+    for new in parts:
+        with recorded_chunk(progress, name, new.index, deep=False) as chunk:
+            position, index = chunk["position"][...], chunk["frame_index"][...]
+            paths.append(position)
+            if new.index in jumps:
+                jump_frames.append(int(index[0]))
+            wanted = np.arange(max(0, new.start - 1), len(index) - 1, max(1, len(parts) * len(index) // REPORT_POINTS))
+            pairs += [_feature_pair(chunk, row) for row in wanted]
+            rows += index[np.stack([wanted, wanted + 1], axis=1)].tolist()
+            steps += np.linalg.norm(position[wanted + 1] - position[wanted], axis=1).tolist()
+    pairs = np.stack(pairs) if pairs else np.zeros((0, 2, 1), np.float32)
+    unit = pairs / np.maximum(np.linalg.norm(pairs, axis=2, keepdims=True), 1e-12)  # (n, 2, D)
+    to_next = (unit[:, 0] * unit[:, 1]).sum(1)
+    rows = np.array(rows, int).reshape(-1, 2)
+    remarks = _camera_remarks(unit[:, 0], to_next, np.array(steps), rows)
+    to_first = unit[:, 0] @ unit[0, 0] if len(rows) else to_next
+    counts = (len(record["spans"]), remarks)
+    return TrajectoryLook(name, paths, jumps, jump_frames, rows[:, 0], to_first, to_next, *counts)
+
+
+def _feature_pair(chunk: Any, row: int) -> Any:
+    """(2, D): a frame's vector and the next one's: the CLS token, else the mean of the tokens that there are."""
+    name = next(name for name in ("cls_token", "patch_tokens", "register_tokens") if name in chunk)
+    tokens = chunk[name][row : row + 2].astype("float32")
+    return tokens.reshape(2, -1, tokens.shape[-1]).mean(1)
+
+
+def _camera_remarks(unit: Any, to_next: Any, steps_m: Any, rows: Any) -> list[str]:
+    """What looks wrong about a camera, of n frames that were looked into.
+
+    `unit` (n, D) are unit vectors; `to_next` (n,) similarities with, `steps_m` (n,) steps to the frame after it; `rows`
+    (n, 2) the numbers of both.
+    """
+    import numpy as np
+
+    remarks = []
+    frozen = (to_next > 1 - 1e-6) & (steps_m > 1e-3)
+    for is_frozen, group in itertools.groupby(range(len(frozen)), frozen.__getitem__):
+        numbers = list(group)
+        if is_frozen and len(numbers) + 1 >= FROZEN_FRAMES:
+            first, last = rows[numbers[0], 0], rows[numbers[-1], 1]
+            remarks.append(f"frozen camera? frames {first} to {last} are alike though the robot moves")
+    if len(unit) >= SHUFFLED_LEAST:
+        apart = np.sqrt(np.maximum(0, 1 - unit @ unit.T))[~np.eye(len(unit), dtype=bool)].mean()
+        next_apart = np.sqrt(np.maximum(0, 1 - to_next)).mean()
+        if next_apart > SHUFFLED_RATIO * apart and apart > 1e-3:
+            remarks.append("frames out of order? neighbours are hardly more alike than any two frames")
+    return remarks
+
+
+def _summary_section(look: _Look) -> str:
+    progress = look.progress
+    owner = read_lock_owner(progress.cache_dir)
+    state = "idle" if owner is None else "stale" if owner.is_stale else "running"
+    total = progress.num_trajectories
+    share = f"of {total:,} ({100 * len(progress.records) / total:.1f}%)" if total else "of unknown"
+    size = sum(sum(record["bytes"]) for record in progress.records.values())
+    jumps = sum(len(episodes(record)) > 1 for record in progress.records.values())
+    rate = _night_rate(look.night)
+    tiles = [
+        ("completed trajectories", f"{len(progress.records):,}", share),
+        ("failed trajectories", f"{len(progress.failures):,}", "see below" if progress.failures else "none"),
+        ("frames", f"{sum(look.num_frames.values()):,}", "each counted once"),
+        ("chunks", f"{progress.total_chunks:,}", format_bytes(size)),
+        ("pose jumps", f"{jumps:,}", "trajectories with one or more"),
+        ("rate", f"{rate:.1f} frames/s" if rate else "?", "mean of the last night"),
+        ("time left", _time_left(look, owner, rate), state),
+        ("working time", f"{progress.elapsed_s / 3600:.1f} h", "of all runs"),
+    ]
+    cards = "".join(f"<div class=tile><b>{_text(value)}</b>{_text(name)}<i>{_text(more)}</i></div>"
+                    for name, value, more in tiles)  # fmt: skip
+    remarks = "".join(f"<p class=warn>{_text(remark)}</p>" for remark in _report_remarks(progress))
+    where = f"<p><code>{_text(progress.cache_dir)}</code>, last saved {_text(time.ctime(progress.last_update))}</p>"
+    return f"<h1>{_text(progress.dataset_name)}</h1>{where}{remarks}<div class=tiles>{cards}</div>"
+
+
+def _report_remarks(progress: Progress) -> list[str]:
+    remarks = _state_remarks(progress)
+    if str((progress.weights or {}).get("source", "")).startswith("random"):
+        remarks.append("The weights are random: the features, their similarities and their colours mean nothing")
+    return remarks
+
+
+def _night_rate(night: list[ChunkFacts]) -> float | None:
+    """Frames/s, over the time from the first chunk to the last."""
+    if len(night) < 2 or night[-1].created_at <= night[0].created_at:
+        return None
+    return sum(fact.new_frames for fact in night[1:]) / (night[-1].created_at - night[0].created_at)
+
+
+def _time_left(look: _Look, owner: LockOwner | None, rate: float | None) -> str:
+    progress, total = look.progress, look.progress.num_trajectories
+    if owner is not None and not owner.is_stale and owner.run is not None and owner.run.frames_per_s > 0:
+        return format_duration(owner.run.frames_left / owner.run.frames_per_s)
+    left = (total or 0) - len(progress.records) - len(progress.failures)
+    if total is not None and left <= 0:
+        return "none"
+    if not rate or total is None:
+        return "?"
+    return format_duration(left * sum(look.num_frames.values()) / len(progress.records) / rate)
+
+
+def _problems_section(look: _Look) -> str:
+    problems = list(look.problems)
+    items = "".join(f"<li>{_text(problem)}</li>" for problem in problems[:REPORT_NAMES])
+    more = f"<p>... and {len(problems) - REPORT_NAMES} more</p>" if len(problems) > REPORT_NAMES else ""
+    title = f"<p class=warn>{len(problems)} of the chunk files looked into are not as recorded</p>"
+    return f"{title}<ul>{items}</ul>{more}" if problems else ""
+
+
+def failure_causes(failures: dict[str, Failure]) -> dict[str, list[tuple[str, Failure]]]:
+    """Failures by cause, the most frequent first: reasons that differ in names and numbers alone are one cause."""
+    causes: dict[str, list[tuple[str, Failure]]] = {}
+    for name, failure in failures.items():
+        causes.setdefault(_cause(name, failure), []).append((name, failure))
+    return dict(sorted(causes.items(), key=lambda item: -len(item[1])))
+
+
+def _cause(name: str, failure: Failure) -> str:
+    reason = failure["reason"].removeprefix(name)
+    reason = re.sub(r"^/[^:]*?(\.\w+)?: ", lambda match: f"*{match[1] or ''}: ", reason).removeprefix(": ")
+    reason = reason.replace(name, "...")
+    return re.sub(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", "#", reason)
+
+
+def _failures_section(failures: dict[str, Failure]) -> str:
+    if not failures:
+        return ""
+    groups = []
+    for cause, members in failure_causes(failures).items():
+        shown = "".join(
+            f"<li><code>{_text(failure['reason'])}</code> <i>{_count(failure['attempts'], 'attempt')}, last "
+            f"{_text(_when(failure['time']))}</i></li>"
+            for _, failure in members[:REPORT_NAMES]
+        )
+        more = f"<li>... and {len(members) - REPORT_NAMES} more</li>" if len(members) > REPORT_NAMES else ""
+        title = f"<b>{len(members):,}</b> {_text(members[0][1]['error_type'])}: {_text(cause)}"
+        groups.append(f"<details open><summary>{title}</summary><ul>{shown}{more}</ul></details>")
+    return f"<h2>{len(failures):,} failed, by cause</h2>{''.join(groups)}"
+
+
+def _figures_section(look: _Look) -> str:
+    """The rate, and histograms of the chunks."""
+    lengths = [stop - start for record in look.progress.records.values() for start, stop in record["spans"]]
+    distances = [fact.distance_m for fact in look.facts]
+    if not lengths:
+        return ""
+    sampled = f"{len(distances):,} of {len(lengths):,} chunks" if len(distances) < len(lengths) else "all chunks"
+    figures = [
+        _figure(_histogram(lengths, "chunk length [frames]"), "Length of all chunks"),
+        _figure(_histogram(distances, "chunk distance [m]"), f"Travelled distance of {sampled}") if distances else "",
+    ]
+    if _night_rate(look.night):
+        begin, end = (time.localtime(look.night[i].created_at) for i in (0, -1))
+        day = "%a %d %b "
+        until = time.strftime(("" if begin[:3] == end[:3] else day) + "%H:%M", end)
+        caption = f"Rate of the last night, {time.strftime(day + '%H:%M', begin)} to {until}"
+        figures.insert(0, _figure(_rate_figure(look.night), caption))
+    return f"<h2>Rate and chunks</h2><div class=grid>{''.join(figures)}</div>"
+
+
+def _rate_figure(night: list[ChunkFacts]) -> str:
+    import numpy as np
+
+    times = np.array([fact.created_at for fact in night])
+    frames = np.cumsum([fact.new_frames for fact in night])
+    edges = np.linspace(times[0], times[-1], 1 + max(1, min(30, len(night) // 4)))
+    last = np.append(np.diff(times) > 0, True)  # of chunks in one second, the last has them all
+    rates = np.diff(np.interp(edges, times[last], frames[last])) / np.diff(edges)
+
+    def draw(axes: Any) -> None:
+        length_s = edges[-1] - edges[0]
+        unit_s, unit = (3600, "h") if length_s > 7200 else (60, "min") if length_s > 180 else (1, "s")
+        axes.stairs(rates, (edges - edges[0]) / unit_s, fill=True, color=BLUE)
+        axes.set(xlabel=f"time since its first chunk [{unit}]", ylabel="rate [frames/s]", ylim=(0, None))
+
+    return _svg(draw)
+
+
+def _histogram(values: list[float], label: str) -> str:
+    def draw(axes: Any) -> None:
+        whole = all(isinstance(value, int) for value in values)
+        bins = range(min(values), max(values) + 2) if whole and max(values) - min(values) < 24 else 24
+        axes.hist(values, bins=bins, color=GREEN)
+        axes.set(xlabel=label, ylabel="chunks")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+
+    return _svg(draw)
+
+
+def _trajectories_section(look: _Look) -> str:
+    if not look.trajectories:
+        return ""
+    total = len(look.progress.records)
+    which = f"A seeded sample of {len(look.trajectories)} of {total:,}." if total > REPORT_TRAJECTORIES else "All."
+    keys = [
+        f"Maps: each chunk in a colour, wide and narrow in turn, so that overlaps show; {_key(RED)} a pose jump; the "
+        "ring is the start.",
+        f"Similarity of each frame's features {_key(BLUE)} with the first frame's and {_key(ORANGE)} with the next "
+        "frame's. A camera that works leaves the first frame slowly and stays near 1 from frame to frame; a frozen one "
+        "is flat, shuffled frames jump up and down.",
+    ]
+    cards = "".join(map(_trajectory_card, look.trajectories))
+    return f"<h2>Trajectories</h2><p>{which} {' '.join(keys)}</p><div class=grid>{cards}</div>"
+
+
+def _when(epoch_s: float) -> str:
+    with contextlib.suppress(ValueError, OverflowError, OSError):  # of a record that was tampered with
+        return time.ctime(epoch_s)
+    return f"at {epoch_s}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _key(colour: str) -> str:
+    return f'<span class=key style="background:{colour}"></span>'
+
+
+def _trajectory_card(look: TrajectoryLook) -> str:
+    parts = _count(look.num_chunks, "chunk")
+    if look.num_chunks > len(look.paths):
+        parts = f"the first {len(look.paths)} of {parts}"
+    jumps = f", {_count(len(look.jumps), 'pose jump')}" if look.jumps else ""
+    remarks = "".join(f"<p class=warn>{_text(remark)}</p>" for remark in look.remarks[:REPORT_REMARKS])
+    figures = _svg(lambda axes: _draw_map(axes, look), height_in=2.6)
+    if len(look.frame_index):
+        figures += _svg(lambda axes: _draw_similarity(axes, look), height_in=1.9)
+    return f"<figure><figcaption><b>{_text(look.name)}</b> {parts}{jumps}</figcaption>{remarks}{figures}</figure>"
+
+
+def _draw_map(axes: Any, look: TrajectoryLook) -> None:
+    for number, path in enumerate(look.paths):
+        thin = path[:: max(1, len(path) // REPORT_POINTS)]
+        colour = CHUNK_COLOURS[number % len(CHUNK_COLOURS)]
+        axes.plot(
+            *thin.T, color=colour, linewidth=3.5 - 2 * (number % 2), solid_capstyle="round", zorder=2 + number % 2
+        )
+    for number in look.jumps:
+        ends = (look.paths[number - 1][-1], look.paths[number][0])
+        axes.plot(*zip(*ends), color=RED, linestyle=(0, (2, 2)), linewidth=1.2, marker="x", markersize=6, zorder=5)
+    axes.plot(*look.paths[0][0], marker="o", markersize=7, markerfacecolor="none", markeredgecolor=INK, zorder=6)
+    axes.set(xlabel="x [m]", ylabel="y [m]")
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.margins(0.08)
+
+
+def _draw_similarity(axes: Any, look: TrajectoryLook) -> None:
+    axes.plot(look.frame_index, look.to_next, color=ORANGE, linewidth=1)
+    axes.plot(look.frame_index, look.to_first, color=BLUE, linewidth=1.4)
+    for frame in look.jump_frames:
+        axes.axvline(frame, color=RED, linestyle=(0, (2, 2)), linewidth=1.2)
+    lowest = min(look.to_first.min(), look.to_next.min())
+    axes.set(xlabel="frame", ylabel="cosine similarity", ylim=(min(lowest - 0.02, 0.9), 1.01))
+
+
+def _pictures_section(look: _Look) -> str:
+    """Patch tokens as colours beside the frames that they are of."""
+    wanted = _frames_to_picture(look)
+    pictures = [
+        picture for picture in (look._tried(_read_patches, look.progress, *frame) for frame in wanted) if picture
+    ]
+    if not pictures:
+        return ""
+    colours = _colours_of_patches([patches for _, _, patches in pictures])
+    cards, unseen = [], set()
+    for (name, frame, patches), rgb in zip(pictures, colours):
+        try:
+            shown = f'<img alt="frame {frame}" src="{_frame_as_url(look, name, frame)}">'
+        except RefusedError as error:
+            shown, _ = "", unseen.add(str(error))
+        height, width = patches.shape[:2]
+        shown += f'<img class=patches alt="its patch tokens" src="{_image_as_url(rgb, "PNG")}">'
+        caption = f"<figcaption><b>{_text(name)}</b> frame {frame}, {height} x {width} patches</figcaption>"
+        cards.append(f"<figure><div class=pair>{shown}</div>{caption}</figure>")
+    notes = "".join(f"<p class=warn>{_text(note)}</p>" for note in sorted(unseen)[:3])
+    about = (
+        "Each frame as the encoder saw it, and its patch tokens: their first three principal components, common to all "
+        "frames shown here, as red, green and blue. Like things should have like colours, from frame to frame."
+    )
+    return f"<h2>Patch tokens</h2><p>{about}</p>{notes}<div class=grid>{''.join(cards)}</div>"
+
+
+def _frames_to_picture(look: _Look) -> list[tuple[str, int, int]]:
+    """(trajectory, chunk, row) of some frames: a third and two thirds into sampled trajectories with patch tokens."""
+    specs, records = look.progress.specs, look.progress.records
+    names = [
+        shown.name
+        for shown in look.trajectories
+        if "patch" in specs[records[shown.name]["fingerprint"]].get("tokens", ())
+    ]
+    names = sorted(look.random.sample(names, min(len(names), REPORT_PICTURES // 2)))
+    frames = []
+    for name, share in itertools.product(names, (1 / 3, 2 / 3)):
+        parts = [rows for episode in episodes(records[name]) for rows in episode]
+        row = int(share * look.num_frames[name])
+        for part in parts:
+            if row < part.stop - part.start:
+                frames.append((name, part.index, part.start + row))
+                break
+            row -= part.stop - part.start
+    return frames
+
+
+def _read_patches(progress: Progress, name: str, index: int, row: int) -> tuple[str, int, Any]:
+    """Trajectory, frame's row in the source, patch tokens (h, w, D) float32."""
+    with recorded_chunk(progress, name, index, deep=False) as chunk:
+        return name, int(chunk["frame_index"][row]), chunk["patch_tokens"][row].astype("float32")
+
+
+def _colours_of_patches(patches: list[Any]) -> list[Any]:
+    """(h, w, 3) uint8 for each (h, w, D): the first three principal components of the patches that have its width."""
+    import numpy as np
+
+    colours: dict[int, Any] = {}
+    for width in {grid.shape[-1] for grid in patches}:
+        members = [number for number, grid in enumerate(patches) if grid.shape[-1] == width]
+        rows = np.concatenate([patches[number].reshape(-1, width) for number in members])  # (N, D)
+        centred = rows - rows.mean(0)
+        _, axes = np.linalg.eigh(centred.T @ centred)  # ascending
+        components = centred @ axes[:, :-4:-1]  # (N, 3)
+        low, high = np.percentile(components, (1, 99), axis=0)
+        rgb = (255 * np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1)).astype(np.uint8)
+        borders = np.cumsum([math.prod(patches[number].shape[:2]) for number in members])[:-1]
+        for number, part in zip(members, np.split(rgb, borders)):
+            colours[number] = part.reshape(*patches[number].shape[:2], 3)
+    return [colours[number] for number in range(len(patches))]
+
+
+def _frame_as_url(look: _Look, name: str, frame: int) -> str:
+    """A frame, cut and scaled as the encoder saw it. RefusedError where it cannot be had."""
+    from dino_cache import CacheSpec, FrameDecoder, InputError, Trajectory, list_trajectory, read_file
+
+    spec = CacheSpec.model_validate(look.progress.specs[look.progress.records[name]["fingerprint"]])
+    if look.data_folder is None:
+        raise RefusedError("Frames are not shown: give --data-folder, the record does not say where they are")
+    try:
+        listing = list_trajectory(Trajectory(name, look.data_folder / name), spec.frame_pattern)
+        file_name = listing.frames[frame].file_name
+        pixels = FrameDecoder(spec)(read_file(look.data_folder / name / file_name), file_name)  # (3, H, W) uint8
+    except (InputError, OSError, IndexError) as error:
+        raise RefusedError(f"Frames of {name} cannot be shown ({error}); are they elsewhere? --data-folder") from error
+    return _image_as_url(pixels.permute(1, 2, 0).numpy(), "JPEG")
+
+
+def _image_as_url(rgb: Any, kind: str) -> str:
+    """An image (h, w, 3) uint8 as a data URL."""
+    import PIL.Image
+
+    data = io.BytesIO()
+    PIL.Image.fromarray(rgb).save(data, kind, optimize=True)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def _configuration_section(look: _Look) -> str:
+    progress = look.progress
+    weights = progress.weights or {}
+    rows = {
+        **progress.processing_config,
+        "weights source": weights.get("source"),
+        "weights digest": weights.get("digest"),
+    }
+    if look.facts:
+        versions = json.loads(look.facts[-1].versions)
+        rows["made with"] = ", ".join(f"{name} {version}" for name, version in versions.items())
+    rows["data folder"] = look.data_folder
+    cells = "".join(f"<tr><th>{_text(key)}</th><td>{_text(value)}</td></tr>" for key, value in rows.items())
+    return f"<h2>Configuration</h2><table>{cells}</table>"
+
+
+def _figure(svg: str, caption: str) -> str:
+    return f"<figure><figcaption>{_text(caption)}</figcaption>{svg}</figure>"
+
+
+def _text(value: Any) -> str:
+    """For HTML: names and reasons come from strangers' data."""
+    return html.escape(printable(str(value)))
+
+
+def _svg(draw: Callable[[Any], None], height_in: float = 2.2) -> str:
+    """A figure as wide as a card, in the page's text colour."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = {"svg.fonttype": "none", "font.size": 8, "font.family": "sans-serif", "svg.hashsalt": "dino_cache"}
+    colours = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+    with matplotlib.rc_context({**style, **colours}):
+        figure = Figure(figsize=(3.6, height_in), layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.grid(color=INK, alpha=0.15, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.ticklabel_format(useOffset=False) if axes.get_xscale() == "linear" else None
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    svg = text.getvalue()
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg[svg.index("<svg") :], count=2)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    return re.sub(r'<g id="[^"]*">', "<g>", svg).replace(INK, "currentColor")
+
+
+_STYLE = """
+:root{color-scheme:light dark;--back:#fff;--card:#f4f5f7;--ink:#1b1e23;--soft:#5a6270;--line:#d9dce2;--warn:#9a3b00}
+@media(prefers-color-scheme:dark){:root{--back:#14161a;--card:#1e2127;--ink:#e8eaee;--soft:#a5adba;--line:#363b45;
+--warn:#ffa566}}
+*{box-sizing:border-box}
+body{margin:0 auto;padding:16px;max-width:1180px;background:var(--back);color:var(--ink);
+font:15px/1.45 system-ui,sans-serif;overflow-wrap:anywhere}
+h1{font-size:24px;margin:8px 0}h2{font-size:19px;margin:28px 0 8px}p{margin:6px 0}i{color:var(--soft);font-style:normal}
+.warn{color:var(--warn);font-weight:600}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(max(130px,23%),1fr));gap:10px}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(300px,100%),1fr));gap:12px;align-items:start}
+.tile,figure,details{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px;margin:0}
+.tile b{display:block;font-size:20px}.tile i{display:block;font-size:13px}
+figcaption{font-size:13px;color:var(--soft)}figcaption b{color:var(--ink)}
+svg{display:block;width:100%;height:auto}details{margin:8px 0}summary{cursor:pointer}ul{margin:6px 0;padding-left:20px}
+code{font-size:13px}.key{display:inline-block;width:14px;height:4px;border-radius:2px;vertical-align:middle}
+.pair{display:grid;grid-template-columns:1fr 1fr;gap:6px;margin-bottom:6px}.pair img{width:100%;border-radius:4px}
+.patches{image-rendering:pixelated}
+table{border-collapse:collapse;font-size:13px;width:100%}th,td{text-align:left;padding:3px 8px 3px 0;vertical-align:top;
+border-bottom:1px solid var(--line)}th{font-weight:400;color:var(--soft);width:35%}
+"""
+
+
+def _page(title: str, body: str) -> str:
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing comes from elsewhere
+    return (
+        f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{_text(title)}</title><meta name=viewport "
+        f'content="width=device-width,initial-scale=1"><meta http-equiv=Content-Security-Policy content="{policy}">'
+        f"<style>{_STYLE}</style></head><body>{body}<p><i>dino_cache report of {_text(time.ctime())}</i></p></body>"
+        "</html>\n"
+    )
 
 
 # ======================================================================================================================
@@ -1013,11 +2071,26 @@ def build_parser() -> argparse.ArgumentParser:
     cache_dir = {"type": Path, "required": True, "metavar": "D", "help": "the folder that holds progress.json"}
     show_parser = command("show", "Print the state of one cache.", "--cache-dir D")
     show_parser.add_argument("--cache-dir", **cache_dir)
-    show_parser.add_argument("--json", action="store_true", help="print the whole record as JSON")
+    how = show_parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="print the whole record as JSON")
+    how.add_argument(
+        "--watch", type=_seconds, nargs="?", const=WATCH_INTERVAL_S, metavar="SECONDS",
+        help=f"show it anew every so often (default: {WATCH_INTERVAL_S:g} s) until Ctrl-C, also while a run works; "
+        "into a file or pipe, whenever it changed",
+    )  # fmt: skip
     show_parser.add_argument("--all", action="store_true", help="print all failures, not just the first ten")
     list_parser = command("list", "List the caches below a folder.", "--root /data")
     list_parser.add_argument("--root", type=Path, default=Path("."), help="the folder to search (default: here)")
     list_parser.add_argument("--json", action="store_true", help="print the list as JSON")
+    _add_editing_commands(command, cache_dir)
+    _add_export_and_report(command, cache_dir)
+    return parser
+
+
+_AddCommand = Callable[[str, str, str], argparse.ArgumentParser]
+
+
+def _add_editing_commands(command: _AddCommand, cache_dir: dict[str, Any]) -> None:
     reset_parser = command(
         "reset", "Start the record afresh, so that every trajectory is redone.", "--cache-dir D --yes"
     )
@@ -1034,10 +2107,39 @@ def build_parser() -> argparse.ArgumentParser:
     rebuild_parser = command("rebuild", "Make the record anew from the chunk files.", "--cache-dir D")
     rebuild_parser.add_argument("--cache-dir", **cache_dir)
     rebuild_parser.add_argument("--yes", action="store_true", help="do not ask")
-    return parser
+
+
+def _add_export_and_report(command: _AddCommand, cache_dir: dict[str, Any]) -> None:
+    export_parser = command("export", "Write a cache in another layout.", "--cache-dir D --to flat -o robot.h5")
+    export_parser.description = f"Write a cache in another layout. {FLAT_DESCRIPTION} {VINT_DESCRIPTION}"
+    export_parser.add_argument("--cache-dir", **cache_dir)
+    export_parser.add_argument("--to", choices=("flat", "vint"), required=True, dest="layout", help="the layout")
+    export_parser.add_argument("-o", "--output", type=Path, required=True, metavar="PATH", help="the file or folder")
+    export_parser.add_argument(
+        "--tokens", nargs="+", choices=("cls", "patch", "register"), help="which of them (default: all that there are)"
+    )
+    export_parser.add_argument("--allow-mixed", action="store_true", help="also of several configurations")
+    export_parser.add_argument("--force", action="store_true", help="replace an earlier export")
+    report_parser = command("report", "Write one HTML file to look at.", "--cache-dir D -o report.html")
+    report_parser.add_argument("--cache-dir", **cache_dir)
+    report_parser.add_argument(
+        "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html, here"
+    )
+    report_parser.add_argument(
+        "--data-folder", type=Path, metavar="DIR", help="where the frames are (default: where the last run read them)"
+    )
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
+    return seconds
 
 
 def run_command(arguments: argparse.Namespace) -> int:
+    if arguments.command == "show" and arguments.watch is not None:
+        return watch(arguments.cache_dir, every_s=arguments.watch, show_all=arguments.all)
     if arguments.command == "show":
         return show(arguments.cache_dir, as_json=arguments.json, show_all=arguments.all)
     if arguments.command == "list":
@@ -1049,6 +2151,11 @@ def run_command(arguments: argparse.Namespace) -> int:
         return verify(arguments.cache_dir, **how)
     if arguments.command == "rebuild":
         return rebuild(arguments.cache_dir, yes=arguments.yes)
+    if arguments.command == "export":
+        what = {"layout": arguments.layout, "output": arguments.output, "tokens": arguments.tokens}
+        return export(arguments.cache_dir, **what, allow_mixed=arguments.allow_mixed, force=arguments.force)
+    if arguments.command == "report":
+        return report(arguments.cache_dir, output=arguments.output, data_folder=arguments.data_folder)
     return reset_failed(arguments.cache_dir)
 
 

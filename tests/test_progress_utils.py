@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +28,7 @@ KEYS = {
     "failed_trajectories", "total_chunks", "processing_config", "trajectory_checksums", "checksum_kind",
     "rebuild_started", "weights", "specs", "trajectory_records", "failures",
 }  # fmt: skip
+LATER_KEYS = {"data_folder", "num_trajectories"}  # that records of earlier versions lack
 
 
 def record(failed: int = 0, **changes: Any) -> dict[str, Any]:
@@ -43,6 +46,8 @@ def record(failed: int = 0, **changes: Any) -> dict[str, Any]:
         "total_chunks": 3,
         "processing_config": SPEC,
         "trajectory_checksums": {"a": "0" * 16, "b/ü": "1" * 16},
+        "data_folder": "/data/robot",
+        "num_trajectories": 8,
         "checksum_kind": "stat",
         "rebuild_started": None,
         "weights": {"source": "random", "size": None, "mtime": None, "digest": "d" * 16},
@@ -158,15 +163,18 @@ def test_total_chunks_is_derived_from_the_record(tmp_path):
 
 def test_list_prints_a_line_for_every_cache_below_root(tmp_path):
     write_record(tmp_path / "lab" / "cache", failed=4)
-    write_record(tmp_path / "yard", dataset_name="yard_walks")
+    write_record(tmp_path / "yard", dataset_name="yard_walks", num_trajectories=None)
     listed = run_utils("list", "--root", tmp_path)
     lines = [line.split() for line in listed.stdout.splitlines()]
     date = ["Mon", "Jan", "10", "15:30:45", "2022"]
     assert lines == [
-        ["Dataset", "Completed", "Failed", "Chunks", "Last", "update", "Cache", "folder"],
-        ["robot", "2", "4", "3", *date, str(tmp_path / "lab" / "cache")],
-        ["yard_walks", "2", "0", "3", *date, str(tmp_path / "yard")],
+        ["Dataset", "Completed", "Done", "Failed", "Chunks", "Size", "State", "Last", "update", "Cache", "folder"],
+        ["robot", "2", "25.0%", "4", "3", "230", "bytes", "idle", *date, str(tmp_path / "lab" / "cache")],
+        ["yard_walks", "2", "?", "0", "3", "230", "bytes", "idle", *date, str(tmp_path / "yard")],
     ]
+    rows = listed.stdout.splitlines()
+    ends = [re.search(r"Completed|\b2\b", row).end() for row in rows]
+    assert len(set(ends)) == 1  # numbers stand under each other
     assert listed.returncode == 0
 
 
@@ -175,6 +183,7 @@ def test_list_json_has_the_same_facts(tmp_path):
     listed = run_utils("list", "--root", tmp_path, "--json")
     assert listed.returncode == 0
     facts = {"dataset_name": "robot", "completed": 2, "failed": 4, "chunks": 3, "last_update": 1641828645.0}
+    facts |= {"percent": 25.0, "bytes": 230, "state": "idle"}  # 2 of 8; 100 + 60 + 70 bytes
     assert json.loads(listed.stdout) == [{"cache_dir": str(tmp_path / "cache"), **facts}]
 
 
@@ -195,7 +204,7 @@ def test_list_goes_on_past_an_unreadable_cache_and_exits_1(tmp_path):
     rows = json.loads(run_utils("list", "--root", tmp_path, "--json").stdout)
     assert [sorted(row) for row in rows] == [
         ["cache_dir", "error"],
-        ["cache_dir", "chunks", "completed", "dataset_name", "failed", "last_update"],
+        ["bytes", "cache_dir", "chunks", "completed", "dataset_name", "failed", "last_update", "percent", "state"],
     ]
 
 
@@ -205,6 +214,144 @@ def test_list_without_caches_is_fine_and_without_root_is_not(tmp_path):
     assert json.loads(run_utils("list", "--root", tmp_path, "--json").stdout) == []
     listed = run_utils("list", "--root", tmp_path / "absent")
     assert (listed.returncode, str(tmp_path / "absent") in listed.stderr) == (2, True)
+
+
+def test_a_record_of_an_earlier_version_is_shown_and_listed(tmp_path):
+    data = {key: value for key, value in record().items() if key not in LATER_KEYS}
+    (tmp_path / "progress.json").write_text(json.dumps(data))
+    assert run_utils("show", "--cache-dir", tmp_path).returncode == 0
+    (row,) = json.loads(run_utils("list", "--root", tmp_path, "--json").stdout)
+    assert (row["completed"], row["percent"]) == (2, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run tells while it works
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def state_of(cache_dir: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    assert progress_utils.main(["list", "--root", str(cache_dir), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    return row["state"]
+
+
+def tell(cache_dir: Path, done: int, name: str, monkeypatch: pytest.MonkeyPatch) -> progress_utils.Teller:
+    """What a run 360 s old tells at 25 frames/s with 45,000 frames left."""
+    monkeypatch.setattr(progress_utils, "TELL_INTERVAL_S", 0.0)
+    state = progress_utils.RunState(done, 8, 30, 360.0, 45000, 25.0, name)
+    teller = progress_utils.Teller(cache_dir)
+    teller.tell(lambda: state)
+    return teller
+
+
+def test_list_says_running_stale_or_idle(tmp_path, capsys, monkeypatch):
+    owner = write_record(tmp_path) / ".lock.owner"
+    assert state_of(tmp_path, capsys) == "idle"
+    with cache_lock(tmp_path):
+        assert state_of(tmp_path, capsys) == "running"
+        text = owner.read_text()
+        os.utime(owner, (0, 0))
+        assert state_of(tmp_path, capsys) == "running"  # it reads poses, or is at work on another dataset
+        teller = tell(tmp_path, 2, "a", monkeypatch)
+        os.utime(owner, (time.time() - 890, time.time() - 890))
+        assert state_of(tmp_path, capsys) == "running"
+        os.utime(owner, (time.time() - 901, time.time() - 901))
+        assert state_of(tmp_path, capsys) == "stale"  # it encodes, and is silent for 15 minutes
+        teller.end()
+        os.utime(owner, (0, 0))
+        assert state_of(tmp_path, capsys) == "running"  # done with this one
+    assert state_of(tmp_path, capsys) == "idle"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    owner.write_text(text.replace(str(os.getpid()), str(dead.pid)))  # as a kill -9 leaves it
+    assert state_of(tmp_path, capsys) == "stale"
+    progress_utils.main(["show", "--cache-dir", str(tmp_path)])
+    assert f"Stale: a run (pid {dead.pid} on " in capsys.readouterr().out
+    owner.write_text(text.replace(str(os.getpid()), str(dead.pid)).replace(os.uname().nodename, "elsewhere"))
+    assert state_of(tmp_path, capsys) == "running"  # nobody here can tell whether that process lives
+    owner.write_text("{")
+    assert state_of(tmp_path, capsys) == "idle"
+
+
+TOLD = "Progress: 2/8 trajectories (25.0%), 30 chunks, 0.1h elapsed, 0.5h remaining, 25 frames/s"
+
+
+def test_show_says_how_far_a_run_is_and_which_trajectory_is_in_work(tmp_path, monkeypatch):
+    write_record(tmp_path)
+    with cache_lock(tmp_path):
+        lines = run_utils("show", "--cache-dir", tmp_path).stdout.splitlines()
+        (line,) = [line for line in lines if line.startswith("Run at work: ")]
+        assert line.startswith(f"Run at work: pid {os.getpid()} on ")
+        tell(tmp_path, 2, "b/\x1b[31mred", monkeypatch)
+        lines = run_utils("show", "--cache-dir", tmp_path).stdout.splitlines()
+        assert lines[lines.index(line) + 1 :][:2] == [TOLD, "Trajectory in work: b/\\x1b[31mred"]
+        with pytest.raises(progress_utils.CacheLockedError, match=f"pid {os.getpid()} on "), cache_lock(tmp_path):
+            pass  # what is told leaves the holder's name as it was
+    assert "Run at work" not in run_utils("show", "--cache-dir", tmp_path).stdout
+    assert set(tree(tmp_path)) == {"progress.json", ".lock"}
+
+
+def test_what_is_told_is_spaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress_utils, "TELL_INTERVAL_S", 0.2)
+    told = []
+    state = progress_utils.RunState(1, 2, 3, 4.0, 5, 6.0, "t")
+    with cache_lock(tmp_path):
+        begin = time.monotonic()
+        teller = progress_utils.Teller(tmp_path)
+        while len(told) < 2:
+            teller.tell(lambda: told.append(time.monotonic()) or state)
+    assert told[0] - begin >= 0.2  # a run that is over at once tells nothing
+    assert told[1] - told[0] >= 0.2
+
+
+def test_watch_shows_in_place_what_changes_until_ctrl_c(tmp_path, monkeypatch):
+    write_record(tmp_path)
+    arguments = [str(ROOT / "progress_utils.py"), "show", "--cache-dir", str(tmp_path), "--watch", "0.1"]
+    with pexpect.spawn(sys.executable, arguments, timeout=60, encoding="utf-8", dimensions=(30, 120)) as terminal:
+        terminal.expect_exact("\x1b[2J")  # the screen is cleared once
+        terminal.expect_exact("Completed trajectories: 2")
+        with cache_lock(tmp_path):
+            terminal.expect_exact("Run at work: ")
+            tell(tmp_path, 2, "b/c", monkeypatch)
+            terminal.expect_exact(TOLD)
+            terminal.expect_exact("Trajectory in work: b/c")
+        progress = Progress.load(tmp_path)
+        progress.fail("f", record(1)["failures"]["f0"])
+        progress.save()
+        terminal.expect_exact("  - f: f0/0.jpg: broken")
+        assert "\x1b[2J" not in terminal.before
+        terminal.sendintr()
+        terminal.expect(pexpect.EOF)
+    assert terminal.exitstatus == 0
+
+
+def test_watch_without_a_terminal_prints_a_block_for_each_change(tmp_path):
+    write_record(tmp_path)
+    command = [sys.executable, str(ROOT / "progress_utils.py"), "show", "--cache-dir", str(tmp_path), "--watch", "0.1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as it:
+        first = list(iter(it.stdout.readline, "\n"))
+        time.sleep(0.5)  # nothing changes
+        progress = Progress.load(tmp_path)
+        progress.forget("a")
+        progress.save()
+        second = list(iter(it.stdout.readline, "\n"))
+        it.send_signal(signal.SIGINT)
+        rest, errors = it.communicate(timeout=60)
+    assert "Completed trajectories: 2\n" in first
+    assert "Completed trajectories: 1\n" in second
+    assert (it.returncode, rest, errors) == (0, "", "")
+    assert not any("\x1b" in line for line in first + second)
+
+
+@pytest.mark.parametrize("arguments", [["--watch", "0"], ["--watch", "nan"], ["--watch", "--json"]], ids=" ".join)
+def test_a_watch_that_cannot_be_is_refused(tmp_path, arguments):
+    write_record(tmp_path)
+    assert run_utils("show", "--cache-dir", tmp_path, *arguments).returncode == 2
+
+
+def test_watch_refuses_a_folder_without_a_record(tmp_path):
+    refused = run_utils("show", "--cache-dir", tmp_path, "--watch")
+    assert (refused.returncode, "no progress.json here" in refused.stderr) == (2, True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,7 +534,9 @@ def test_a_run_records_exactly_these_keys(tmp_path, run_here):
     write_poses(make_trajectory(tmp_path / "data" / "bad", 3), np.full((3, 2), np.nan), np.zeros(3))
     assert run_here(write_config(tmp_path / "c.yaml", tmp_path / "data")).code == 1
     written = read_progress(tmp_path / "data" / "dino_cache_small")
-    assert written.keys() == KEYS
+    assert written.keys() == KEYS | LATER_KEYS
+    assert written["data_folder"] == str(tmp_path / "data")
+    assert written["num_trajectories"] == 2
     assert written["completed_trajectories"] == ["good"]
     assert written["failed_trajectories"] == ["bad"]
     entry, failure = written["trajectory_records"]["good"], written["failures"]["bad"]
@@ -430,7 +579,7 @@ UNUSABLE: dict[str, Any] = {
     "an older layout": {"completed_trajectories": ["a"], "failed_trajectories": [], "total_chunks": 1},
     "version 0": record(format_version=0),
     **{f"no {key}": without(record(1), key) for key in sorted(KEYS)},
-    **{f"{key} of a wrong type": with_wrong_type(key) for key in sorted(KEYS)},
+    **{f"{key} of a wrong type": with_wrong_type(key) for key in sorted(KEYS | LATER_KEYS)},
     "elapsed_s is true": record(elapsed_s=True),
     "completed without a record": record(completed_trajectories=["a", "b/ü", "c"]),
     "a record that is not completed": record(completed_trajectories=["a"]),
@@ -649,7 +798,17 @@ def test_importing_it_imports_the_standard_library_only():
 
 
 def test_the_scripts_help_ends_in_an_example():
-    for arguments in ([], ["show"], ["list"], ["reset"], ["reset-failed"], ["verify"], ["rebuild"]):
+    for arguments in (
+        [],
+        ["show"],
+        ["list"],
+        ["reset"],
+        ["reset-failed"],
+        ["verify"],
+        ["rebuild"],
+        ["export"],
+        ["report"],
+    ):
         shown = run_utils(*arguments, "--help")
         assert shown.returncode == 0
         assert "Example: python progress_utils.py " in " ".join(shown.stdout.splitlines()[-2:])

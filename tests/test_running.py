@@ -23,7 +23,7 @@ from PIL import Image
 
 import dino_cache
 import progress_utils
-from progress_utils import cache_lock
+from progress_utils import cache_lock, read_lock_owner
 from support import (
     ROOT,
     StampEncoder,
@@ -722,6 +722,23 @@ def test_a_held_cache_is_refused_whatever_the_tracking_but_not_for_a_dry_run(rob
     assert run_here(robot.config).code == 0
 
 
+def test_a_run_tells_how_far_it_is_while_it_works(robot, run_here, before_batch, monkeypatch):
+    robot.add("t0", "t1", "t2")
+    monkeypatch.setattr(progress_utils, "TELL_INTERVAL_S", 0.0)
+    monkeypatch.setattr(dino_cache, "SHOW_INTERVAL_S", 0.0)
+    told = []
+    before_batch(lambda batch: told.append(read_lock_owner(robot.cache).run))
+    assert run_here(robot.config).code == 0
+    assert told[0] is None  # nothing is encoded yet
+    states = told[1:]
+    assert [state.frames_left for state in states] == [52, 44, 36, 28, 20, 12, 4]  # of 60, 8 a batch
+    names = [state.trajectory for state in states]
+    assert names[0] == "t0"
+    assert names == sorted(names)
+    assert {(state.total, state.chunks) for state in states} <= {(3, 0), (3, 3), (3, 6)}
+    assert not list(robot.cache.glob(".lock.owner*"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Dry run, disk, deadline
 # ---------------------------------------------------------------------------------------------------------------------
@@ -753,6 +770,56 @@ def test_dry_run_tells_what_a_run_would_do_and_writes_nothing(robot, run_here, e
     assert "max_chunk_distance_m: 2.0 -> 3.0" in run_here(robot.config, "--dry-run").out
     robot.configure()
     assert tree(tmp_path) == before
+
+
+def test_dry_run_tells_what_other_tokens_would_take(robot, run_here):
+    robot.add("t0", "t1")
+    line = next(line for line in run_here(robot.config, "--dry-run").out.splitlines() if "by tokens: " in line)
+    found = re.findall(r"([a-z][a-z +]*) ([\d.]+) (k?B|bytes)( \(chosen\))?", line.partition("by tokens: ")[2])
+    assert [(tokens, chosen) for tokens, _, _, chosen in found] == [
+        ("cls", " (chosen)"),
+        ("patch", ""),
+        ("cls + patch", ""),
+    ]
+    told = [float(number) * (1000 if unit == "kB" else 1) for _, number, unit, _ in found]
+    for tokens, size in zip(("cls", "patch", ["cls", "patch"]), told):
+        robot.configure(tokens=[tokens] if isinstance(tokens, str) else tokens)
+        assert run_here(robot.config, "--force-rebuild").code == 0
+        taken = sum(path.stat().st_size for path in chunk_files(robot.cache))
+        assert 0.95 * taken <= size <= 1.5 * taken
+
+
+@pytest.mark.parametrize(
+    ("names", "batches", "rate", "left"), [(("t0", "t1", "t2"), 4, "4.0", "15 s"), (("t0",), 1, "2.5", "2 s")]
+)
+def test_dry_run_measures_the_speed_and_writes_nothing(
+    robot, run_here, encoders, clock, before_batch, tmp_path, names, batches, rate, left
+):
+    """A batch of 8 takes 2 s; measured are batches until 5 s after the first, which fills the pipeline."""
+    for name in names:
+        make_trajectory(robot.data / name, FRAMES if len(names) > 1 else 5, stamp=int(name[-1]))
+
+    def tick(batch: int) -> None:
+        clock.now += 2
+
+    before_batch(tick)
+    before = tree(tmp_path)
+    outcome = run_here(robot.config, "--dry-run", "--measure")
+    assert outcome.code == 0
+    assert f"  estimated time: {left} at {rate} frames/s, measured while decoding and encoding on cpu\n" in outcome.out
+    assert len(encoders[-1].batch_sizes) == batches
+    assert tree(tmp_path) == before
+    assert run_here(robot.config).code == 0
+    assert "estimated time" not in run_here(robot.config, "--dry-run", "--measure").out  # nothing is left to do
+
+
+def test_measure_without_dry_run_is_refused(robot, run_here, encoders, capsys):
+    robot.add("t0")
+    with pytest.raises(SystemExit) as refused:
+        run_here(robot.config, "--measure")
+    assert refused.value.code == 2
+    assert "--dry-run" in capsys.readouterr().err
+    assert encoders == []
 
 
 def set_free_space(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
