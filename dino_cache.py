@@ -35,6 +35,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import difflib
 import errno
 import functools
@@ -46,15 +47,19 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import pickletools
+import queue
 import re
 import reprlib
 import resource
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import tempfile
 import threading
@@ -134,11 +139,15 @@ RANDOM_WEIGHTS_SEED = 0
 
 MEASURED_ITEMS = 64  # trajectories after which it is known whether their files are slow; a thread's share, if so
 FILE_THREADS = 16  # that wait for slow files
+FOLDERS_LOOKED_INTO = 8  # to tell a format, and that there is not another one beside it
 PLANS_AHEAD = 16  # trajectories whose poses are read before their frames are wanted
 READ_TOGETHER = 8  # frame files, by one thread
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEPT_BYTES = 1 << 30  # of memory that was freed
 BATCHES_TO_WRITE = 2  # encoded batches that may wait for the disk
+HDF5_PROCESSES = 4  # that read others' HDF5 files, at most
+HDF5_TIMEOUT_S = 30  # for one answer of such a process
+HDF5_MEMORY_BYTES = 4 << 30  # that such a process may take
 MAX_FILE_BYTES = 1 << 29  # a pose or frame file larger than this is refused unread
 MAX_POSE_NUMBERS = 50_000_000  # so many numbers in a pose file at most
 MAX_POSITION_M = 1e8  # no place on Earth is farther from any map's origin; one glitch of 1e16 m would swallow all steps
@@ -157,6 +166,7 @@ ModelType = Literal[
     "dinov3_small", "dinov3_small_plus", "dinov3_base", "dinov3_large", "dinov3_huge_plus", "dinov3_7b",
 ]  # fmt: skip
 ChecksumKind = Literal["stat", "content"]
+FormatName = Literal["gnm", "recon", "lerobot", "video"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -250,6 +260,7 @@ Metres = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
 StrictBool = Annotated[bool, Field(strict=True)]
 ChannelValues = tuple[float, float, float]
+DataKey = Annotated[str, Field(min_length=1)]
 
 
 class CacheSpec(BaseModel):
@@ -270,6 +281,13 @@ class CacheSpec(BaseModel):
     min_chunk_distance_m: Metres = 0.3
     frame_stride: PositiveInt = 1
     frame_pattern: str = FRAME_PATTERN
+    image_key: DataKey | None = None
+    position_key: DataKey | None = None
+    yaw_key: DataKey | None = None
+    position_scale: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] = 1.0  # metres per unit
+    chunk_by: Literal["distance", "frames"] = "distance"
+    max_chunk_frames: PositiveInt = 256  # kept frames
+    overlap_frames: Annotated[int, Field(strict=True, ge=0)] = 8
 
     @field_validator("tokens")
     @classmethod
@@ -308,6 +326,10 @@ class CacheSpec(BaseModel):
                 f"min_chunk_distance_m: {self.min_chunk_distance_m} must be at most "
                 f"max_chunk_distance_m: {self.max_chunk_distance_m}"
             )
+        if self.overlap_frames >= self.max_chunk_frames:
+            raise ValueError(
+                f"overlap_frames: {self.overlap_frames} must be less than max_chunk_frames: {self.max_chunk_frames}"
+            )
         if "register" in self.tokens and self.dino_model_type not in MODELS_WITH_REGISTERS:
             raise ValueError(
                 f"tokens: register needs a model with registers; dino_model_type: {self.dino_model_type} has none, "
@@ -316,13 +338,23 @@ class CacheSpec(BaseModel):
         return self
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, key by key."""
-        return self.model_dump(mode="json")
+        """Plain JSON values, key by key. Settings that came later are left out where they are at their defaults, which
+        do what was done before: older caches keep their configuration and their fingerprint."""
+        values = self.model_dump(mode="json")
+        return {
+            key: value for key, value in values.items() if key not in _LATER_DEFAULTS or value != _LATER_DEFAULTS[key]
+        }
 
     def fingerprint(self, weights_digest: str) -> str:
         """16 hex digits that name what is computed: all settings, with the weights by content, not by place."""
         identity = json.dumps({**self.to_json(), "weights": weights_digest}, sort_keys=True)
         return hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+
+_LATER_SETTINGS = (
+    "image_key", "position_key", "yaw_key", "position_scale", "chunk_by", "max_chunk_frames", "overlap_frames",
+)  # fmt: skip
+_LATER_DEFAULTS = {key: CacheSpec.model_fields[key].default for key in _LATER_SETTINGS}
 
 
 class RunOptions(BaseModel):
@@ -341,13 +373,14 @@ class RunOptions(BaseModel):
 
 
 class DatasetPaths(BaseModel):
-    """Where a dataset is read and its cache written."""
+    """Where a dataset is read, in which format, and where its cache is written."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     data_folder: Annotated[str, Field(min_length=1)]
     cache_dir: Annotated[str, Field(min_length=1)] | None = None
     split: Annotated[str, Field(min_length=1)] | None = None
+    format: FormatName | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -360,6 +393,8 @@ class DatasetConfig:
     split: Path | None
     spec: CacheSpec
     options: RunOptions
+    format: FormatName | Literal["auto"] = "auto"
+    own_keys: frozenset[str] = frozenset()  # given under the dataset, not at the top
 
 
 _SECTIONS: tuple[type[BaseModel], ...] = (CacheSpec, RunOptions, DatasetPaths)
@@ -423,8 +458,8 @@ def _refuse_unknown_keys(path: Path, prefix: str, section: dict[str, Any], known
     known = tuple(known)
     for key, value in section.items():
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+            near = difflib.get_close_matches(str(key), known, n=2, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known keys: {', '.join(known)}"
             raise RefusedError(f"{path}: unknown key {prefix}{key}: {_brief(value)}; {hint}")
 
 
@@ -451,7 +486,7 @@ def _load_dataset(path: Path, name: Any, top: dict[str, Any], section: Any, over
     split = _resolve_path(path, f"{prefix}split", paths.split) if paths.split else None
     if spec.weights not in ("pretrained", "random"):
         spec = spec.model_copy(update={"weights": str(_resolve_path(path, "weights", spec.weights))})
-    return DatasetConfig(name, data_folder, cache_dir, split, spec, options)
+    return DatasetConfig(name, data_folder, cache_dir, split, spec, options, paths.format, frozenset(section))
 
 
 def _explain(error: ValidationError, prefix_of: Callable[[str], str]) -> list[str]:
@@ -493,24 +528,84 @@ def _refuse_shared_folders(path: Path, configs: list[DatasetConfig]) -> None:
 
 def spec_differences(recorded: dict[str, Any], spec: CacheSpec) -> list[tuple[str, Any, Any]]:
     """(key, recorded value, new value) of every setting that differs. Weights are compared by digest, not here."""
-    new = spec.to_json()
-    keys = [*new, *(key for key in recorded if key not in new)]
-    return [
-        (key, recorded.get(key), new.get(key)) for key in keys if key != "weights" and recorded.get(key) != new.get(key)
-    ]
+    old, new = ({**_LATER_DEFAULTS, **settings} for settings in (recorded, spec.to_json()))
+    return [(key, old.get(key), new.get(key)) for key in new | old if key != "weights" and old.get(key) != new.get(key)]
 
 
 # ======================================================================================================================
-# Trajectories: folders of numbered frames with a pose file
+# Trajectories: poses, and a way to get at frames; what comes after these sections knows nothing of formats
 # ======================================================================================================================
 
 
 class Trajectory(NamedTuple):
-    """A folder with a pose file. `name` is its path relative to data_folder, with `/`."""
+    """Where a trajectory is. A small value that can be sent to another process; `open_source` opens it."""
 
-    name: str
-    folder: Path
+    name: str  # in gnm and video its path relative to data_folder, with `/`
+    path: Path  # gnm: its folder; recon, video: its file; lerobot: the dataset's folder
     lacks_poses: bool = False  # frames and no pose file: not a trajectory, and worth a remark
+    format: FormatName = "gnm"
+    episode: int = 0  # lerobot: its number
+
+
+class DataKeys(NamedTuple):
+    """The settings of a CacheSpec that say which of the data are read; None where the format knows."""
+
+    frame_pattern: str = FRAME_PATTERN
+    image_key: str | None = None
+    position_key: str | None = None
+    yaw_key: str | None = None
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> DataKeys:
+        """Those among the settings of a recorded spec, which may be from before some of them."""
+        return cls(**{key: settings[key] for key in cls._fields if key in settings})
+
+
+def data_keys(spec: CacheSpec) -> DataKeys:
+    """Those of a spec."""
+    return DataKeys(*(getattr(spec, key) for key in DataKeys._fields))
+
+
+class Poses(NamedTuple):
+    """A trajectory's T frames that can be cached, and where the robot was; None where the data do not tell."""
+
+    frame_index: np.ndarray  # (T,) int64, ascending: the numbers by which `Frames.read` knows them
+    position: np.ndarray | None  # (T, 2) float64, in the data's unit
+    yaw: np.ndarray | None  # (T,) float64 [rad]
+
+
+class Frames(Protocol):
+    """Some frames of a trajectory, each to be read once, at least roughly in order. Safe to use from many threads."""
+
+    def name(self, number: int) -> str:
+        """A frame, for messages."""
+
+    def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+        """Frames by ascending number: the bytes (N,) uint8 of an image file, or (h, w, 3) uint8 RGB if decoded.
+
+        Raises:
+            InputError, OSError: where the frame's turn comes.
+        """
+
+    def close(self) -> None:
+        """Give back what is open; no frame is wanted any more."""
+
+
+class Source(Protocol):
+    """A trajectory's data, as its format keeps them."""
+
+    def checksum(self, kind: ChecksumKind) -> str:
+        """16 hex digits that change when the data do; how closely it looks, `kind` says."""
+
+    def poses(self, *, required: bool) -> Poses:
+        """Check everything but the frames' own bytes, and read the poses.
+
+        Raises:
+            InputError: something is wrong, or there are no poses and they are required.
+        """
+
+    def frames(self, numbers: Sequence[int]) -> Frames:
+        """A way to those frames, ascending, before any is read."""
 
 
 class FrameFile(NamedTuple):
@@ -608,6 +703,34 @@ def _walk(
                 yield from _walk(child, child_name + "/", found.subfolders, (*ancestors, real), frame_pattern)
 
 
+class FolderFiles(NamedTuple):
+    """A folder below data_folder: what comes before the names of its files, '' or 'a/b/', and those, sorted."""
+
+    name: str
+    path: Path
+    files: list[str]
+
+
+def walk_folders(folder: Path, name: str = "", ancestors: tuple[str, ...] = ()) -> Iterator[FolderFiles]:
+    """`folder` and all below it, sorted. Caches of this tool, and what is below a gnm trajectory, are left out; links
+    are followed, except back to a folder that holds them; what cannot be listed is passed over."""
+    real = os.path.realpath(folder)
+    if real in ancestors:
+        return
+    try:
+        with os.scandir(folder) as entries:
+            by_name = {entry.name: entry for entry in entries}
+        subfolders = [name for name in sorted(by_name) if _is_folder(by_name[name])]
+    except OSError:
+        return
+    if STAGING_FOLDER in subfolders and all(own in by_name for own in _OF_A_CACHE):
+        return
+    yield FolderFiles(name, folder, sorted(by_name.keys() - set(subfolders)))
+    if _first_pose_file(by_name) is None:
+        for child in subfolders:
+            yield from walk_folders(folder / child, f"{name}{child}/", (*ancestors, real))
+
+
 def _printable(name: str) -> str:
     """The name itself if it is UTF-8; else one that can be printed and recorded, and that check_name refuses."""
     return name if name.isascii() else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -625,7 +748,7 @@ def read_split(path: Path) -> list[str]:
 def check_name(trajectory: Trajectory) -> None:
     """Raise InputError unless the name can be recorded and cannot collide with the cache's own files."""
     try:
-        os.fspath(trajectory.folder).encode("utf-8")
+        os.fspath(trajectory.path).encode("utf-8")
     except UnicodeEncodeError:
         raise InputError(f"{trajectory.name}: the folder's name is not UTF-8; rename it") from None
     first = trajectory.name.partition("/")[0].casefold()
@@ -641,7 +764,7 @@ def list_trajectory(trajectory: Trajectory, frame_pattern: str) -> TrajectoryLis
     """
     fullmatch = re.compile(frame_pattern).fullmatch
     frames, names = [], set()
-    with os.scandir(trajectory.folder) as entries:
+    with os.scandir(trajectory.path) as entries:
         for entry in entries:
             name = entry.name
             names.add(name)
@@ -662,13 +785,20 @@ def _regular_size(entry: os.DirEntry[str]) -> int:
     return status.st_size if stat.S_ISREG(status.st_mode) else -1
 
 
+def open_regular(path: Path | str) -> int:
+    """A descriptor of a regular file, open for reading. Anything else is refused without waiting on it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(f"{path}: not a regular file")
+    return descriptor
+
+
 def read_file(path: Path | str) -> np.ndarray:
     """A regular file's bytes, (N,) uint8. Anything else (a pipe, a device) is refused without waiting on it."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = open_regular(path)
     try:
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{path}: not a regular file")
         if status.st_size > MAX_FILE_BYTES:
             raise InputError(f"{path}: {status.st_size} bytes is too large for a frame or a pose file")
         data = np.empty(status.st_size, dtype=np.uint8)
@@ -686,7 +816,7 @@ def trajectory_checksum(listing: TrajectoryListing, kind: ChecksumKind) -> str:
     Frames that frame_stride skips count too. Raises OSError where a file cannot be read.
     """
     digest = hashlib.sha256(kind.encode())
-    folder = os.fspath(listing.trajectory.folder)
+    folder = os.fspath(listing.trajectory.path)
     if listing.pose_file is not None:
         digest.update(listing.pose_file.encode())
         digest.update(read_file(f"{folder}/{listing.pose_file}"))
@@ -869,17 +999,28 @@ def read_poses(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
         poses = {key: _rebuilt(value) for key, value in poses.items() if isinstance(key, str)}
     else:
         raise InputError(f"{where}: holds a {type(poses).__name__}, expected a mapping with position and yaw")
-    position, yaw = (_pose_array(where, poses, key) for key in ("position", "yaw"))
+    position = checked_position(where, poses, "position")
+    return position, checked_yaw(where, poses, "yaw", position)
+
+
+def checked_position(where: str, poses: dict[str, Any], key: str) -> np.ndarray:
+    """(T, 2) float64: the first two columns of what a source has under `key`. Raises InputError."""
+    position = _pose_array(where, poses, key)
     if position.ndim != 2 or position.shape[1] < 2:
-        raise InputError(f"{where}: position is {position.shape}, expected (T, 2)")
-    if yaw.shape not in ((len(position),), (len(position), 1)):
-        raise InputError(f"{where}: yaw is {yaw.shape}, expected ({len(position)},) like position {position.shape}")
-    if len(position) == 0:
-        raise InputError(f"{where}: holds no poses")
-    position, yaw = np.ascontiguousarray(position[:, :2]), yaw.reshape(-1)
-    _check_values(where, "position", position, MAX_POSITION_M)
-    _check_values(where, "yaw", yaw, math.inf)
-    return position, yaw
+        raise InputError(f"{where}: {key} is {position.shape}, expected (T, 2)")
+    position = np.ascontiguousarray(position[:, :2])
+    _check_values(where, key, position, MAX_POSITION_M)
+    return position
+
+
+def checked_yaw(where: str, poses: dict[str, Any], key: str, like: Sequence) -> np.ndarray:
+    """(T,) float64 of what a source has under `key`, as many as there are in `like`. Raises InputError."""
+    yaw = _pose_array(where, poses, key)
+    if yaw.shape not in ((len(like),), (len(like), 1)):
+        raise InputError(f"{where}: {key} is {yaw.shape}, expected ({len(like)},), one for each position")
+    yaw = yaw.reshape(-1)
+    _check_values(where, key, yaw, math.inf)
+    return yaw
 
 
 def _check_values(where: str, key: str, values: np.ndarray, most: float) -> None:
@@ -930,6 +1071,326 @@ def _plain_rows(values: Any) -> Any:
         elif not_numbers := {type(number) for number in row if not isinstance(number, int | float | np.number)}:
             raise ValueError(f"holds a {not_numbers.pop().__name__}; expected rows of numbers")
     return values
+
+
+class FolderSource:
+    """gnm: a folder with a pose file and numbered frames."""
+
+    def __init__(self, trajectory: Trajectory, keys: DataKeys):
+        self._name, self._folder = trajectory.name, trajectory.path
+        self._listing = list_trajectory(trajectory, keys.frame_pattern)
+
+    def checksum(self, kind: ChecksumKind) -> str:
+        return trajectory_checksum(self._listing, kind)
+
+    def poses(self, *, required: bool) -> Poses:
+        pose_file, frames = self._listing.pose_file, self._listing.frames
+        if pose_file is None and required:
+            raise InputError(f"{self._name}: no pose file; expected one of {', '.join(POSE_FILES)}")
+        check_frames(self._listing)
+        numbers = np.arange(len(frames), dtype=np.int64)
+        if pose_file is None:
+            return Poses(numbers, None, None)
+        position, yaw = read_poses(self._folder / pose_file, self._name)
+        if len(position) != len(frames):
+            raise InputError(
+                f"{self._name}: {len(frames)} frames ({frames[0].file_name} ... {frames[-1].file_name}) "
+                f"but {len(position)} poses in {pose_file}"
+            )
+        return Poses(numbers, position, yaw)
+
+    def frames(self, numbers: Sequence[int]) -> Frames:
+        return self
+
+    def name(self, number: int) -> str:
+        return f"{self._name}/{_printable(self._listing.frames[number].file_name)}"
+
+    def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+        for number in numbers:
+            yield read_file(f"{self._folder}/{self._listing.frames[number].file_name}")
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+
+# ======================================================================================================================
+# RECON: an HDF5 file a trajectory, JPEG bytes inside, read in a process of its own
+# ======================================================================================================================
+
+RECON_KEYS = ("images/rgb_left", "jackal/position", "jackal/yaw")
+RECON_SUFFIX = ".hdf5"
+
+
+def find_recon(data_folder: Path, keys: DataKeys) -> Iterator[Trajectory]:
+    """The .hdf5 files in `data_folder`, sorted; a trajectory's name is its file's, up to the first dot."""
+    for file_name in sorted(os.listdir(data_folder)):
+        if file_name.endswith(RECON_SUFFIX) and not file_name.startswith("."):
+            yield Trajectory(_printable(file_name.partition(".")[0]), data_folder / file_name, format="recon")
+
+
+class ReconSource:
+    """recon: image bytes and poses, row by row, in one HDF5 file."""
+
+    def __init__(self, trajectory: Trajectory, keys: DataKeys):
+        self._trajectory = trajectory
+        self._where = f"{trajectory.name} ({_printable(trajectory.path.name)})"
+        given = (keys.image_key, keys.position_key, keys.yaw_key)
+        self._keys = [key or default for key, default in zip(given, RECON_KEYS)]
+        self._size = os.stat(trajectory.path).st_size
+
+    @functools.cached_property
+    def _content(self) -> tuple[int, dict[str, np.ndarray]]:
+        """The number of images, and the poses by key."""
+        return self._ask(None)
+
+    def _ask(self, rows: list[int] | None) -> Any:
+        return HDF5_READERS.read(self._where, (os.fspath(self._trajectory.path), self._keys, rows))
+
+    def checksum(self, kind: ChecksumKind) -> str:
+        """Over the poses and the file's size (`stat`), or over the file's bytes (`content`)."""
+        digest = hashlib.sha256(f"{kind} {self._keys} {self._size}".encode())
+        if kind == "content":
+            with open(open_regular(self._trajectory.path), "rb") as file:
+                digest = hashlib.file_digest(file, lambda: digest)
+        else:
+            for values in self._content[1].values():
+                digest.update(np.ascontiguousarray(values))
+        return digest.hexdigest()[:16]
+
+    def poses(self, *, required: bool) -> Poses:
+        count, poses = self._content
+        _, position_key, yaw_key = self._keys
+        position = checked_position(self._where, poses, position_key)
+        yaw = checked_yaw(self._where, poses, yaw_key, position)
+        if count != len(position):
+            raise InputError(f"{self._where}: {count} images in {self._keys[0]} but {len(position)} poses")
+        return Poses(np.arange(count, dtype=np.int64), position, yaw)
+
+    def frames(self, numbers: Sequence[int]) -> Frames:
+        return self
+
+    def name(self, number: int) -> str:
+        return f"{self._where} {self._keys[0]}[{number}]"
+
+    def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+        yield from (np.frombuffer(bytearray(data), np.uint8) for data in self._ask(list(numbers)))
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+
+class Hdf5Process:
+    """A process that reads files for this one: damaged HDF5 metadata can crash the library, or keep it in a loop. It
+    imports numpy and h5py, not torch, and ends when this process does."""
+
+    def __init__(self) -> None:
+        self._connection, theirs = multiprocessing.Pipe()
+        here = os.fspath(Path(__file__).resolve().parent)
+        code = f"import sys; sys.path.insert(0, {here!r}); import dino_cache; dino_cache.serve_hdf5({theirs.fileno()})"
+        command = [sys.executable, "-c", code]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()], start_new_session=True,
+        )  # fmt: skip
+        theirs.close()
+
+    def ask(self, request: tuple) -> tuple[str, Any]:
+        """Its answer. Raises TimeoutError where it takes too long, EOFError or ConnectionError where it died."""
+        self._connection.send(request)
+        if not self._connection.poll(HDF5_TIMEOUT_S):
+            raise TimeoutError(errno.EIO, f"HDF5 gave no answer in {HDF5_TIMEOUT_S} s")
+        return self._connection.recv()
+
+    def end(self) -> int:
+        """Kill it; its exit status, negative where a signal ended it."""
+        self._connection.close()
+        try:
+            return self._process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+
+class Hdf5Readers:
+    """At most so many Hdf5Process, each started when it is first needed and replaced when it dies."""
+
+    def __init__(self, count: int):
+        self._idle: queue.LifoQueue[Hdf5Process | None] = queue.LifoQueue()
+        for _ in range(count):
+            self._idle.put(None)
+
+    def read(self, where: str, request: tuple) -> Any:
+        """What `read_recon` returns for the request; `where` is for messages.
+
+        Raises:
+            InputError: the file is damaged, lacks a key, or crashes HDF5 twice.
+            OSError: it cannot be opened or read, or HDF5 does not come to an end with it.
+        """
+        process = self._idle.get()
+        try:
+            for is_last in (False, True):
+                process = process or Hdf5Process()
+                try:
+                    kind, value = process.ask(request)
+                    break
+                except TimeoutError:
+                    process.end()
+                    process = None
+                    raise
+                except (EOFError, ConnectionError) as error:
+                    status, process = process.end(), None
+                    if is_last:
+                        raise InputError(f"{where}: HDF5 crashed on it (exit status {status})") from error
+        finally:
+            self._idle.put(process)
+        if kind == "error":
+            raise OSError(*value)
+        if kind == "fault":
+            raise InputError(f"{where}: {value}")
+        return value
+
+
+HDF5_READERS = Hdf5Readers(HDF5_PROCESSES)
+
+
+def serve_hdf5(descriptor: int) -> None:
+    """Answer the requests that come from the process at the other end, until it goes away. Runs in a Hdf5Process."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # of the whole group: the run ends itself, and this with it
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_DATA, (HDF5_MEMORY_BYTES, HDF5_MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    connection = multiprocessing.connection.Connection(descriptor)
+    while True:
+        try:
+            request = connection.recv()
+        except EOFError:
+            return
+        connection.send(_answer(request))
+
+
+def _answer(request: tuple) -> tuple[str, Any]:
+    """("value", what read_recon returns), ("error", an OSError's arguments) or ("fault", what is wrong with a file)."""
+    try:
+        return "value", read_recon(*request)
+    except Exception as error:  # of damaged bytes, h5py makes all sorts
+        reason = " ".join(str(error).split()) or type(error).__name__
+        number = re.search(r"errno = (\d+)", reason)  # h5py puts the system's errors only into its text
+        code = getattr(error, "errno", None) or (int(number[1]) if number else None)
+        return ("error", (code, f"{request[0]}: {reason}")) if code else ("fault", f"cannot read it: {reason}")
+
+
+def read_recon(path: str, keys: list[str], rows: list[int] | None) -> Any:
+    """Without rows, the number of images and the poses by key; else those images' bytes. Runs in a Hdf5Process.
+
+    Raises:
+        InputError, OSError, or whatever h5py makes of damaged bytes.
+    """
+    os.close(open_regular(path))
+    with h5py.File(path, "r", locking=False) as file:
+        images, *poses = (_recon_dataset(file, key) for key in keys)
+        if rows is not None:
+            return [_image_bytes(value) for value in images[rows]]
+        if any(values.size > MAX_POSE_NUMBERS for values in poses):
+            raise InputError(f"{keys[1:]} hold more than {MAX_POSE_NUMBERS} numbers")
+        return len(images), {key: values[...] for key, values in zip(keys[1:], poses)}
+
+
+def _recon_dataset(file: h5py.File, key: str) -> h5py.Dataset:
+    dataset = file.get(key)
+    if not isinstance(dataset, h5py.Dataset) or dataset.ndim == 0:
+        names: list[str] = []
+        file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+        raise InputError(f"has no {key}; its keys are {', '.join(names)[:500]}")
+    if dataset.file.filename != file.filename or dataset.external or dataset.is_virtual:
+        raise InputError(f"{key} lies in another file; what a file refers to is not read")
+    return dataset
+
+
+def _image_bytes(value: Any) -> bytes:
+    """The bytes of one image, of fixed length, of variable length, or a padded row of numbers."""
+    if isinstance(value, bytes):
+        return value
+    array = np.asarray(value)
+    if array.dtype.kind != "V" and array.dtype not in (np.uint8, np.int8):
+        raise InputError(f"its images are {array.dtype} values, expected bytes")
+    return array.tobytes()
+
+
+# ======================================================================================================================
+# Formats: which one a folder holds, and what there is to each
+# ======================================================================================================================
+
+
+class Format(NamedTuple):
+    """What the program has to know of a format."""
+
+    find: Callable[[Path, DataKeys], Iterator[Trajectory]]  # names are unique where the data are sound
+    open: Callable[[Trajectory, DataKeys], Source]
+    settings: tuple[str, ...]  # of those that not every format has
+    trajectory: str  # what is one, for messages
+
+
+FORMATS: dict[FormatName, Format] = {
+    "gnm": Format(
+        lambda data_folder, keys: find_trajectories(data_folder, keys.frame_pattern),
+        FolderSource,
+        ("frame_pattern",),
+        f"a folder with one of {', '.join(POSE_FILES)} and its frames",
+    ),
+    "recon": Format(find_recon, ReconSource, ("image_key", "position_key", "yaw_key"), f"a *{RECON_SUFFIX} file"),
+}
+
+
+class FoundFormat(NamedTuple):
+    """What a folder is taken for, and by which sign."""
+
+    name: FormatName
+    sign: str
+
+
+def detect_format(data_folder: Path, keys: DataKeys) -> FoundFormat:
+    """The format of what lies in `data_folder`: by a look at the first folders, and at more until there is a sign.
+
+    Raises:
+        RefusedError: nothing tells, or it could be two formats.
+    """
+    signs: dict[FormatName, str] = {}
+    pattern = re.compile(keys.frame_pattern)
+    frames_alone = None  # frames without poses tell only where nothing else does
+    for count, folder in enumerate(walk_folders(data_folder), 1):
+        for name, sign in _signs(folder, pattern, is_top=count == 1):
+            signs.setdefault(name, folder.name + sign)
+        frames_alone = frames_alone or next(
+            (folder.name + file for file in filter(pattern.fullmatch, folder.files)), None
+        )
+        if signs and count >= FOLDERS_LOOKED_INTO:
+            break
+    if not signs and frames_alone:
+        signs["gnm"] = frames_alone
+    if len(signs) == 1:
+        return FoundFormat(*next(iter(signs.items())))
+    if signs:
+        what = " and ".join(f"{name} ({sign})" for name, sign in signs.items())
+        raise RefusedError(f"{data_folder}: looks like {what}; set format: under the dataset, or separate them")
+    kinds = "; ".join(f"{name}: {kind.trajectory}" for name, kind in FORMATS.items())
+    raise RefusedError(f"{data_folder}: no trajectories below it; looked for {kinds}. Is the disk mounted?")
+
+
+def _signs(folder: FolderFiles, frame_pattern: re.Pattern[str], *, is_top: bool) -> Iterator[tuple[FormatName, str]]:
+    if pose_file := _first_pose_file(folder.files):
+        yield "gnm", pose_file
+    if is_top and (files := [file for file in folder.files if file.endswith(RECON_SUFFIX)]):
+        yield "recon", files[0]
+
+
+def open_source(trajectory: Trajectory, keys: DataKeys) -> Source:
+    """A trajectory's data.
+
+    Raises:
+        InputError, OSError: they cannot be had.
+    """
+    return FORMATS[trajectory.format].open(trajectory, keys)
 
 
 # ======================================================================================================================
@@ -1001,6 +1462,12 @@ def _plan_piece(s: list[float], first: int, last: int, max_m: float, overlap_m: 
         a = following
 
 
+def plan_frame_chunks(count: int, max_frames: int, overlap: int) -> list[Span]:
+    """Cut `count` frames into chunks of at most `max_frames`, neighbours sharing `overlap`, which must be less."""
+    starts = range(0, max(1, count - overlap), max_frames - overlap)
+    return [Span(start, min(start + max_frames, count)) for start in starts]
+
+
 @dataclass(frozen=True)
 class TrajectoryPlan:
     """A trajectory that passed every check, and how it is cut. T kept frames, after striding."""
@@ -1008,24 +1475,21 @@ class TrajectoryPlan:
     trajectory: Trajectory
     checksum: str
     checksum_kind: ChecksumKind
-    frame_files: list[str]  # (T,)
+    frames: Frames
     frame_index: np.ndarray  # (T,) int64, row of the source's pose arrays
-    position: np.ndarray  # (T, 2) float64 [m]
-    yaw: np.ndarray  # (T,) float64 [rad]
-    travelled: np.ndarray  # (T,) float64 [m]
+    position: np.ndarray | None  # (T, 2) float64 [m]
+    yaw: np.ndarray | None  # (T,) float64 [rad]
+    travelled: np.ndarray | None  # (T,) float64 [m]; None where chunks are cut by number of frames
     spans: list[Span]
 
     def stored_frames(self) -> Iterator[int]:
         """Kept frames that lie in a chunk, each once, in order."""
-        done = 0
-        for span in self.spans:
-            yield from range(max(span.start, done), span.stop)
-            done = span.stop
+        return _stored_frames(self.spans)
 
     def left_out(self) -> list[Span]:
         """Kept frames that lie in no chunk: pieces between pose jumps that travel too little."""
         starts = [0, *(span.stop for span in self.spans)]
-        stops = [*(span.start for span in self.spans), len(self.frame_files)]
+        stops = [*(span.start for span in self.spans), len(self.frame_index)]
         return [Span(start, stop) for start, stop in zip(starts, stops) if start < stop]
 
     @functools.cached_property
@@ -1038,42 +1502,46 @@ class TrajectoryPlan:
         return sum(span.stop - span.start for span in self.spans)
 
 
+def _stored_frames(spans: list[Span]) -> Iterator[int]:
+    done = 0
+    for span in spans:
+        yield from range(max(span.start, done), span.stop)
+        done = span.stop
+
+
 def plan_trajectory(
-    listing: TrajectoryListing, checksum: str, checksum_kind: ChecksumKind, spec: CacheSpec
+    trajectory: Trajectory, source: Source, checksum: str, checksum_kind: ChecksumKind, spec: CacheSpec
 ) -> TrajectoryPlan:
     """Check a trajectory and cut it.
 
     Raises:
         InputError: name, frames or poses break a rule, they do not match each other, or it moves too little.
-        OSError: the pose file cannot be read.
+        OSError: the poses cannot be read.
     """
-    name = listing.trajectory.name
-    check_name(listing.trajectory)
-    if listing.pose_file is None:
-        raise InputError(f"{name}: no pose file; expected one of {', '.join(POSE_FILES)}")
-    check_frames(listing)
-    position, yaw = read_poses(listing.trajectory.folder / listing.pose_file, name)
-    if len(position) != len(listing.frames):
-        raise InputError(
-            f"{name}: {len(listing.frames)} frames ({listing.frames[0].file_name} ... {listing.frames[-1].file_name}) "
-            f"but {len(position)} poses in {listing.pose_file}"
-        )
+    check_name(trajectory)
+    by_distance = spec.chunk_by == "distance"
+    poses = source.poses(required=by_distance)
     kept = slice(None, None, spec.frame_stride)
-    travelled = travelled_distance(position[kept])
-    spans = plan_chunks(travelled, spec.max_chunk_distance_m, spec.overlap_distance_m, spec.min_chunk_distance_m)
+    frame_index = poses.frame_index[kept]
+    position = None if poses.position is None else poses.position[kept] * spec.position_scale
+    if by_distance:
+        travelled = travelled_distance(position)
+        spans = plan_chunks(travelled, spec.max_chunk_distance_m, spec.overlap_distance_m, spec.min_chunk_distance_m)
+    else:
+        travelled, spans = None, plan_frame_chunks(len(frame_index), spec.max_chunk_frames, spec.overlap_frames)
     if not spans:
         raise InputError(
-            f"{name}: insufficient movement: {travelled[-1]:.3g} m in all, no piece between pose jumps reaches "
-            f"min_chunk_distance_m {spec.min_chunk_distance_m}"
+            f"{trajectory.name}: insufficient movement: {travelled[-1]:.3g} m in all, no piece between pose jumps "
+            f"reaches min_chunk_distance_m {spec.min_chunk_distance_m}"
         )
     return TrajectoryPlan(
-        trajectory=listing.trajectory,
+        trajectory=trajectory,
         checksum=checksum,
         checksum_kind=checksum_kind,
-        frame_files=[frame.file_name for frame in listing.frames[kept]],
-        frame_index=np.arange(len(listing.frames), dtype=np.int64)[kept],
-        position=position[kept],
-        yaw=yaw[kept],
+        frames=source.frames(frame_index[list(_stored_frames(spans))].tolist()),
+        frame_index=frame_index,
+        position=position,
+        yaw=None if poses.yaw is None else poses.yaw[kept],
         travelled=travelled,
         spans=spans,
     )
@@ -1135,6 +1603,17 @@ class FrameDecoder:
                 reason = "not a JPEG, PNG, WebP or BMP image"
             raise InputError(f"{name}: cannot decode {len(data)} bytes: {reason}") from error
         return self._fit(image, name)
+
+    def fit(self, image: np.ndarray, name: str) -> torch.Tensor:
+        """Bring a frame that a video's decoder made, (h, w, 3) uint8 RGB, to the input size.
+
+        Raises:
+            InputError: it is too narrow, or huge.
+        """
+        height, width, _ = image.shape
+        if height * width > MAX_FRAME_PIXELS:
+            raise InputError(f"{name}: {width}x{height} px; more than {MAX_FRAME_PIXELS} pixels are refused")
+        return self._fit(self._torch.from_numpy(image).permute(2, 0, 1), name)
 
     @staticmethod
     def _check_header(picture: PIL.Image.Image) -> None:
@@ -1661,14 +2140,15 @@ class ChunkWriter:
         """Add poses, attributes and digests, force the file to the disk; returns its size in bytes."""
         plan, rows = self._plan, slice(*self._span)
         poses = {
-            "position": plan.position[rows],
-            "yaw": plan.yaw[rows],
-            "frame_index": plan.frame_index[rows],
-            "travelled_distance": plan.travelled[rows],
+            "position": plan.position,
+            "yaw": plan.yaw,
+            "frame_index": plan.frame_index,
+            "travelled_distance": plan.travelled,
         }
         for name, values in poses.items():
-            self._file.create_dataset(name, data=values)
-            self._digests[name] = bytes_digest(np.ascontiguousarray(values))
+            if values is not None:
+                self._file.create_dataset(name, data=values[rows])
+                self._digests[name] = bytes_digest(np.ascontiguousarray(values[rows]))
         digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
         for name, digest in digests.items():
             self._file[name].attrs["digest"] = digest
@@ -1877,7 +2357,8 @@ def read_chunk_header(path: Path, *, deep: bool) -> ChunkHeader:
         with h5py.File(path) as file:
             attributes = _plain_attributes(file.attrs)
             _check_attributes(attributes, {name: str(file[name].attrs.get("digest")) for name in file})
-            datasets = {name: _check_dataset(file[name], name, shape) for name, shape in _dataset_shapes(attributes)}
+            shapes = _dataset_shapes(attributes, file)
+            datasets = {name: _check_dataset(file[name], name, shape) for name, shape in shapes}
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:  # h5py's, of bad bytes
         raise DamagedChunkError(f"cannot be read as HDF5: {error}") from error
     if deep:
@@ -1912,13 +2393,19 @@ def _check_attributes(attributes: dict[str, Any], dataset_digests: dict[str, str
         raise DamagedChunkError("its attributes do not match their digest")
 
 
-def _dataset_shapes(attributes: dict[str, Any]) -> Iterator[tuple[str, tuple[int | None, ...]]]:
-    """(dataset name, shape) that a chunk's attributes promise; None where only the model knows."""
+def _dataset_shapes(
+    attributes: dict[str, Any], present: Container[str]
+) -> Iterator[tuple[str, tuple[int | None, ...]]]:
+    """(dataset name, shape) that a chunk's attributes promise; None where only the model knows. A chunk cut by number
+    of frames has the poses that its source had, and those are covered by the digest if they are present."""
     length = attributes["stop"] - attributes["start"]
+    spec = json.loads(attributes["spec"])
+    by_distance = spec.get("chunk_by", "distance") == "distance"
     for name, shape in POSE_SHAPES.items():
-        yield name, (length, *shape)
+        if by_distance or name == "frame_index" or name in present:
+            yield name, (length, *shape)
     token_dimensions = {"cls": 1, "patch": 3, "register": 2}
-    for token in json.loads(attributes["spec"])["tokens"]:
+    for token in spec["tokens"]:
         yield TOKEN_DATASETS[token], (length, *[None] * token_dimensions[token])
 
 
@@ -1972,8 +2459,8 @@ class TrajectoryResult:
 
 
 class Frame(NamedTuple):
-    """One frame in the stream: a kept frame of a plan; its file's bytes (N,) uint8, then its pixels (3, H, W) uint8, or
-    why there are none."""
+    """One frame in the stream: a kept frame of a plan; its image's bytes (N,) uint8, then its pixels (3, H, W) uint8,
+    or why there are none."""
 
     plan: TrajectoryPlan
     row: int
@@ -1984,7 +2471,7 @@ class Frame(NamedTuple):
     @property
     def name(self) -> str:
         """For messages."""
-        return f"{self.plan.trajectory.name}/{_printable(self.plan.frame_files[self.row])}"
+        return self.plan.frames.name(int(self.plan.frame_index[self.row]))
 
 
 @dataclass(frozen=True)
@@ -2054,12 +2541,12 @@ def prefetch(
 def plan_or_fail(
     trajectory: Trajectory, spec: CacheSpec, checksum_kind: ChecksumKind
 ) -> TrajectoryPlan | TrajectoryResult:
-    """List, check and cut a trajectory; a failure is a value."""
+    """Open, check and cut a trajectory; a failure is a value."""
     checksum = None
     try:
-        listing = list_trajectory(trajectory, spec.frame_pattern)
-        checksum = trajectory_checksum(listing, checksum_kind)
-        return plan_trajectory(listing, checksum, checksum_kind, spec)
+        source = open_source(trajectory, data_keys(spec))
+        checksum = source.checksum(checksum_kind)
+        return plan_trajectory(trajectory, source, checksum, checksum_kind, spec)
     except (InputError, OSError) as error:
         return TrajectoryResult(trajectory.name, checksum, checksum_kind, error=error)
 
@@ -2071,15 +2558,39 @@ def in_groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield group
 
 
-def read_or_fail(item: Frame | TrajectoryResult, failed: Failed) -> Frame | TrajectoryResult:
-    """Read a frame's file; a failure is a value."""
-    if isinstance(item, TrajectoryResult) or item.plan.trajectory.name in failed:
-        return item
+def read_group(
+    group: list[Frame | TrajectoryResult], decoder: FrameDecoder, failed: Failed
+) -> list[Frame | TrajectoryResult]:
+    """Read frames, each trajectory's together; a failure is a value."""
+    done: list[Frame | TrajectoryResult] = []
+    for _, items in itertools.groupby(group, lambda item: id(item.plan) if isinstance(item, Frame) else None):
+        run = list(items)
+        if isinstance(run[0], Frame) and run[0].plan.trajectory.name not in failed:
+            run = _read_frames(run, decoder)
+        elif isinstance(run[0], Frame):
+            run[0].plan.frames.close()
+        done += run
+    return done
+
+
+def _read_frames(run: list[Frame], decoder: FrameDecoder) -> list[Frame]:
+    """Frames of one plan with their bytes, or with their pixels where the source decodes; from the one on that cannot
+    be had, with the reason."""
+    plan, done = run[0].plan, []
+    contents = plan.frames.read([int(plan.frame_index[frame.row]) for frame in run])
     try:
-        with PROFILE("read"):
-            return item._replace(data=read_file(f"{item.plan.trajectory.folder}/{item.plan.frame_files[item.row]}"))
+        for frame in run:
+            with PROFILE("read"):
+                content = next(contents)
+            if content.ndim == 1:
+                done.append(frame._replace(data=content))
+            else:  # at once: the input's size is what waits for the encoder
+                with PROFILE("decode"):
+                    done.append(frame._replace(pixels=decoder.fit(content, frame.name)))
     except (InputError, OSError) as error:
-        return item._replace(error=error)
+        plan.frames.close()
+        done += [frame._replace(error=error) for frame in run[len(done) :]]
+    return done
 
 
 def decode_or_fail(item: Frame | TrajectoryResult, decoder: FrameDecoder, failed: Failed) -> Frame | TrajectoryResult:
@@ -2245,8 +2756,8 @@ class StreamWriter:
         if name in self._failed:
             return []
         if not encoded.finite.all():
-            file_name = plan.frame_files[rows[int(np.argmin(encoded.finite))]]
-            return self._give_up(plan, f"{name}/{file_name}: its features are not finite")
+            frame = plan.frames.name(int(plan.frame_index[rows[int(np.argmin(encoded.finite))]]))
+            return self._give_up(plan, f"{frame}: its features are not finite")
         if self._open is None:
             self._open = TrajectoryWriter(self._store.new_staging_folder(), plan, self._label)
         self._open.write(rows, encoded.tokens)
@@ -2337,17 +2848,19 @@ def cache_trajectories(
     frames_ahead = max(4 * workers, 2 * batch_size * encoder.batches_in_flight)
     groups_ahead = max(FILE_THREADS, 2 * batch_size // READ_TOGETHER)
     plan = functools.partial(plan_or_fail, spec=spec, checksum_kind=options.checksum)
-    decode = functools.partial(decode_or_fail, decoder=FrameDecoder(spec), failed=failed)
+    decoder = FrameDecoder(spec)
+    read = functools.partial(read_group, decoder=decoder, failed=failed)
+    decode = functools.partial(decode_or_fail, decoder=decoder, failed=failed)
     writer = StreamWriter(store, label, failed, hooks.before_replacing)
     with (
         contextlib.closing(writer),  # first in, last out: no thread writes any more when it drops what is half-made
-        _pool(max(FILE_THREADS, workers), "read") as readers,
+        _pool(max(FILE_THREADS, workers, groups_ahead), "read", _one_torch_thread) as readers,
         _pool(workers, "decode", _one_torch_thread) as decoders,
         _pool(1, "write") as writers,
     ):
         plans = prefetch(plan, trajectories, readers, PLANS_AHEAD)
         groups = in_groups(frame_stream(plans, failed, hooks.stop), READ_TOGETHER)
-        groups = prefetch(lambda group: [read_or_fail(frame, failed) for frame in group], groups, readers, groups_ahead)
+        groups = prefetch(read, groups, readers, groups_ahead)
         frames = prefetch(decode, itertools.chain.from_iterable(groups), decoders, frames_ahead)
         batches = full_batches(frames, encoder.new_pixels, batch_size, failed, hooks.stop)
         batches = PROFILE.pulling("wait for frames", batches)
@@ -2419,8 +2932,7 @@ def assess(
     if failure is None:
         return Standing(trajectory, "pending")
     try:
-        listing = list_trajectory(trajectory, spec.frame_pattern)
-        checksum = trajectory_checksum(listing, failure["checksum_kind"])
+        checksum = open_source(trajectory, data_keys(spec)).checksum(failure["checksum_kind"])
     except (InputError, OSError):
         checksum = None
     if checksum != failure["checksum"]:
@@ -2431,14 +2943,14 @@ def assess(
 def _assess_completed(
     trajectory: Trajectory, record: TrajectoryRecord, progress: Progress, store: ChunkStore, options: RunOptions
 ) -> Standing:
-    frame_pattern = progress.specs[record["fingerprint"]]["frame_pattern"]  # the one that it was made with
+    keys = DataKeys.of(progress.specs[record["fingerprint"]])  # those that it was made with
     new_checksum = None
     try:
-        listing = list_trajectory(trajectory, frame_pattern)
-        if trajectory_checksum(listing, record["checksum_kind"]) != progress.checksums[trajectory.name]:
+        source = open_source(trajectory, keys)
+        if source.checksum(record["checksum_kind"]) != progress.checksums[trajectory.name]:
             return Standing(trajectory, "pending", "its data changed")
         if record["checksum_kind"] != options.checksum:
-            new_checksum = trajectory_checksum(listing, options.checksum)
+            new_checksum = source.checksum(options.checksum)
     except InputError as error:
         return Standing(trajectory, "pending", f"its data changed: {error}")
     except OSError as error:
@@ -2520,6 +3032,7 @@ def prepare_dataset(config: DatasetConfig, stop: StopRequest) -> PreparedDataset
         RefusedError: the record is unusable or of another dataset, or there are no trajectories.
     """
     progress = open_progress(config)
+    config = settle_format(config)
     if config.options.force_rebuild and progress.rebuild_started is None:
         progress.empty()
         progress.rebuild_started = time.time()
@@ -2584,27 +3097,63 @@ def open_progress(config: DatasetConfig) -> Progress:
     return progress
 
 
+DISTANCE_SETTINGS = ("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m")
+FRAME_SETTINGS = ("max_chunk_frames", "overlap_frames")
+
+
+def settle_format(config: DatasetConfig) -> DatasetConfig:
+    """The config with its format settled, and the settings that then do not apply at their defaults: another value of
+    theirs is no other cache.
+
+    Raises:
+        RefusedError: the format cannot be told, or a setting under the dataset does not apply to it.
+    """
+    spec, found = config.spec, FoundFormat(config.format, "set in the config")
+    if config.format == "auto":
+        found = detect_format(config.data_folder, data_keys(spec))
+    LOG.info("%s: format %s (%s)", config.name, found.name, found.sign)
+    idle = dict.fromkeys(set(DataKeys._fields) - set(FORMATS[found.name].settings), f"format: {found.name}")
+    other = FRAME_SETTINGS if spec.chunk_by == "distance" else DISTANCE_SETTINGS
+    idle |= dict.fromkeys(other, f"chunk_by: {spec.chunk_by}")
+    for key in sorted(idle.keys() & config.own_keys):
+        raise RefusedError(
+            f"datasets.{config.name}.{key}: {getattr(spec, key)}: does not apply to {idle[key]}; take it out"
+        )
+    spec = spec.model_copy(update={key: CacheSpec.model_fields[key].default for key in idle})
+    return dataclasses.replace(config, spec=spec, format=found.name)
+
+
 def select_trajectories(config: DatasetConfig, stop: StopRequest) -> Selection:
-    """The trajectories below data_folder that the split names; without one, all that have a pose file."""
-    found = []
-    for trajectory in find_trajectories(config.data_folder, config.spec.frame_pattern):
+    """The trajectories below data_folder that the split names; without one, all that have poses, or need none."""
+    found, kind = [], FORMATS[config.format]
+    for trajectory in kind.find(config.data_folder, data_keys(config.spec)):
         stop.check()
         found.append(trajectory)
+    refuse_same_names(found)
     missing, lack_poses = [], []
     if config.split is not None:
         wanted = dict.fromkeys(read_split(config.split))
         missing = sorted(wanted.keys() - {trajectory.name for trajectory in found})
         found = [trajectory for trajectory in found if trajectory.name in wanted]
-    else:
+    elif config.spec.chunk_by == "distance":
         lack_poses = [trajectory.name for trajectory in found if trajectory.lacks_poses]
         found = [trajectory for trajectory in found if not trajectory.lacks_poses]
     if not found:
         which = f" that split {config.split} names" if config.split else ""
         raise RefusedError(
             f"datasets.{config.name}.data_folder: {config.data_folder}: no trajectories below it{which}; a trajectory "
-            f"is a folder with one of {', '.join(POSE_FILES)} and its frames. Is the disk mounted?"
+            f"is {kind.trajectory}. Is the disk mounted?"
         )
     return Selection(found, missing, lack_poses)
+
+
+def refuse_same_names(trajectories: list[Trajectory]) -> None:
+    """Raise RefusedError where two trajectories have one name: their chunks would go into one folder."""
+    seen: dict[str, Trajectory] = {}
+    for trajectory in trajectories:
+        other = seen.setdefault(trajectory.name, trajectory)
+        if other is not trajectory:
+            raise RefusedError(f"{other.path} and {trajectory.path} are both trajectory {trajectory.name}; rename one")
 
 
 def refuse_case_collisions(cache_dir: Path, trajectories: list[Trajectory]) -> None:
@@ -2818,6 +3367,7 @@ class DatasetRun:
         self._frames_encoded = self._frames_finished = 0
         self._begin = self._last_line = self._last_shown = time.monotonic()
         self._results = 0
+        self._paths = {trajectory.name: trajectory.path for trajectory in dataset.pending}
         self._must_save = False  # a run that has nothing to do, and changes no setting, leaves the record as it is
         self._elapsed_before_s = dataset.progress.elapsed_s
         self._bar: tqdm | None = None
@@ -2960,7 +3510,7 @@ class DatasetRun:
             raise StorageError(
                 f"data_folder {data_folder} no longer lists ({error.strerror}): {_LOST_MOUNT}"
             ) from error
-        return result.error.errno in LOST_MOUNT_ERRNOS or not (data_folder / result.name).is_dir()
+        return result.error.errno in LOST_MOUNT_ERRNOS or not self._paths[result.name].exists()
 
     def _complete(self, result: TrajectoryResult, fingerprint: str) -> None:
         for held_back in self._held_back:  # the mount is there, so it was their own fault
