@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import ctypes
 import dataclasses
 import difflib
@@ -41,6 +42,7 @@ import errno
 import functools
 import gc
 import hashlib
+import importlib
 import importlib.metadata
 import io
 import itertools
@@ -59,6 +61,7 @@ import resource
 import shutil
 import signal
 import stat
+import string
 import subprocess
 import sys
 import tempfile
@@ -66,10 +69,11 @@ import threading
 import time
 import traceback
 import zipfile
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple, Protocol, TypeVar
 
@@ -104,7 +108,9 @@ from progress_utils import (
 )
 
 if TYPE_CHECKING:
+    import av
     import PIL.Image
+    import pyarrow
     import torch
 
 # ======================================================================================================================
@@ -149,6 +155,13 @@ HDF5_PROCESSES = 4  # that read others' HDF5 files, at most
 HDF5_TIMEOUT_S = 30  # for one answer of such a process
 HDF5_MEMORY_BYTES = 4 << 30  # that such a process may take
 MAX_FILE_BYTES = 1 << 29  # a pose or frame file larger than this is refused unread
+VIDEO_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"  # FFmpeg's names of what is opened
+VIDEO_THREADS = 4  # of one video's decoder, at most
+VIDEO_TOLERANCE = 0.25  # of the time between two frames: so far may a frame's time be from that of its pose
+SEEK_BEYOND_S = 2.0  # into a video; before that, decoding is as quick
+MOST_REORDERED = 17  # frames between the decoding of one and its being shown, in any codec
+ROWS_KEPT = 512  # of images in a parquet file
+MIN_QUATERNION_NORM = 1e-12
 MAX_POSE_NUMBERS = 50_000_000  # so many numbers in a pose file at most
 MAX_POSITION_M = 1e8  # no place on Earth is farther from any map's origin; one glitch of 1e16 m would swallow all steps
 MAX_FRAME_PIXELS = 80_000_000  # a frame that claims more is refused undecoded
@@ -1121,7 +1134,7 @@ RECON_KEYS = ("images/rgb_left", "jackal/position", "jackal/yaw")
 RECON_SUFFIX = ".hdf5"
 
 
-def find_recon(data_folder: Path, keys: DataKeys) -> Iterator[Trajectory]:
+def find_recon(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
     """The .hdf5 files in `data_folder`, sorted; a trajectory's name is its file's, up to the first dot."""
     for file_name in sorted(os.listdir(data_folder)):
         if file_name.endswith(RECON_SUFFIX) and not file_name.startswith("."):
@@ -1318,6 +1331,730 @@ def _image_bytes(value: Any) -> bytes:
 
 
 # ======================================================================================================================
+# Videos: frames by their times, decoded once and in order
+# ======================================================================================================================
+
+
+def optional_module(name: str) -> Any:
+    """A module that only some formats need. Raises RefusedError, with the command that installs it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise RefusedError(
+            f"this format needs {name}, which cannot be imported ({error}): pip install -r requirements-lerobot.txt"
+        ) from error
+
+
+class FileCache:
+    """What was made of the last few files; anew where a file's size or time of change is another."""
+
+    def __init__(self, make: Callable[..., Any], count: int):
+        self._make, self._count = make, count
+        self._values: OrderedDict[tuple, Any] = OrderedDict()
+        self._lock = threading.Lock()  # also while it is made: it is what the next thread wants too
+
+    def __call__(self, path: Path, *arguments: Hashable) -> Any:
+        status = os.stat(path)
+        key = (path, status.st_size, status.st_mtime_ns, *arguments)
+        with self._lock:
+            if key not in self._values:
+                self._values[key] = self._make(path, *arguments)
+            self._values.move_to_end(key)
+            if len(self._values) > self._count:
+                self._values.popitem(last=False)
+            return self._values[key]
+
+
+@contextlib.contextmanager
+def _video_errors(where: str) -> Iterator[None]:
+    """FFmpeg's errors as those of a trajectory, or of the mount."""
+    av = optional_module("av")
+    try:
+        yield
+    except av.FFmpegError as error:
+        if error.errno in LOST_MOUNT_ERRNOS:
+            raise OSError(error.errno, f"{where}: {error.strerror}") from error
+        raise InputError(f"{where}: cannot read the video: {error.strerror}") from error
+
+
+def open_video(path: Path, where: str) -> tuple[av.container.InputContainer, av.VideoStream]:
+    """A video file and its first video stream. What the file refers to (playlists, other files) is not opened.
+
+    Raises:
+        InputError, OSError: it is no video, or cannot be read.
+    """
+    os.close(open_regular(path))
+    options = {"protocol_whitelist": "file", "format_whitelist": VIDEO_CONTAINERS}
+    with _video_errors(where):
+        container = optional_module("av").open(os.fspath(path), options=options)
+    if not container.streams.video:
+        container.close()
+        raise InputError(f"{where}: has no video stream")
+    return container, container.streams.video[0]
+
+
+def _packets(path: Path, where: str) -> Iterator[tuple[av.Packet, Fraction]]:
+    """Packets of shown frames, in the order of the file, undecoded; and the unit of their times [s]."""
+    container, stream = open_video(path, where)
+    with _video_errors(where), container:
+        for packet in container.demux(stream):
+            if packet.size and packet.pts is not None and not packet.is_discard:
+                yield packet, stream.time_base
+
+
+def _read_frame_times(path: Path) -> np.ndarray:
+    times = sorted(float(packet.pts * time_base) for packet, time_base in _packets(path, _printable(path.name)))
+    return np.array(times)
+
+
+def _read_packet_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    container, stream = open_video(path, _printable(path.name))
+    with container:
+        entries = [(entry.timestamp, entry.size) for entry in stream.index_entries]
+        times = np.array([(time - entries[0][0]) * float(stream.time_base) for time, _ in entries])
+        return times, np.array([size for _, size in entries], dtype=np.int64)
+
+
+frame_times = FileCache(_read_frame_times, 64)  # (n,) [s] of a video's frames, ascending, without decoding them
+packet_index = FileCache(_read_packet_index, 8)  # (n,) times [s] from 0 in the order of decoding, and (n,) sizes
+
+
+class VideoFrames:
+    """Frames of one video, found by their times: one pass over the file, one seek at most.
+
+    Whichever thread comes first decodes on to the frame that it wants, and leaves those on the way to the others. No
+    thread waits for another's turn, so none waits in vain. Raw frames are held by at most as many threads as there are
+    cores, and given away as they are converted.
+    """
+
+    def __init__(self, path: Path, name: str, numbers: Sequence[int], times: Sequence[float], tolerance_s: float):
+        self._path, self._name, self._tolerance_s = path, name, tolerance_s
+        self._times = dict(zip(numbers, times))
+        self._waiting = deque(numbers)
+        self._decoded: dict[int, av.VideoFrame] = {}
+        self._container: av.container.InputContainer | None = None
+        self._lock = threading.Lock()
+
+    def name(self, number: int) -> str:
+        return f"{self._name}: frame {number} ({_printable(self._path.name)} at {self._times[number]:.3f} s)"
+
+    def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+        with self._lock, _VIDEO_DECODERS, PROFILE("decode"), _video_errors(self.name(numbers[0])):
+            frames = deque([self._take(number) for number in numbers])
+        while frames:
+            with PROFILE("decode"), _video_errors(self._name):
+                image = _rgb(frames.popleft())
+            yield image
+
+    def _take(self, number: int) -> av.VideoFrame:
+        while number not in self._decoded:
+            if not self._waiting:
+                raise InputError(f"{self.name(number)}: the video was closed")
+            following = self._waiting[0]
+            self._decoded[following] = self._decode_to(following)
+            self._waiting.popleft()
+        if not self._waiting:
+            self._close_container()
+        return self._decoded.pop(number)
+
+    def _decode_to(self, number: int) -> av.VideoFrame:
+        """Decode on to the frame that is shown at the time of this one."""
+        if self._container is None:
+            self._open(self._times[number])
+        wanted, shown = self._times[number], None
+        for frame in self._stream:
+            shown = frame.time
+            if shown is not None and shown >= wanted - self._tolerance_s:
+                break
+        else:
+            end = "without a frame" if shown is None else f"with one at {shown:.3f} s"
+            raise InputError(f"{self.name(number)}: there is no such frame, the video ends {end}")
+        if shown > wanted + self._tolerance_s:
+            raise InputError(f"{self.name(number)}: there is no frame within {self._tolerance_s:.3g} s of it")
+        return frame
+
+    def _open(self, first_s: float) -> None:
+        self._container, stream = open_video(self._path, self._name)
+        stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = min(VIDEO_THREADS, available_cores())
+        if first_s > SEEK_BEYOND_S:
+            early_s = first_s - 4 * self._tolerance_s * MOST_REORDERED  # a key frame may be shown after it is decoded
+            self._container.seek(int(early_s / stream.time_base), stream=stream)
+        self._stream = self._container.decode(stream)
+
+    def close(self) -> None:
+        """Nothing more is read: the file is closed, what was decoded is dropped."""
+        with self._lock:
+            self._waiting.clear()
+            self._decoded.clear()
+            self._close_container()
+
+    def _close_container(self) -> None:
+        if self._container is not None:
+            self._stream.close()
+            self._container.close()
+            self._container = None
+
+
+_VIDEO_DECODERS = threading.BoundedSemaphore(available_cores())
+
+
+def _rgb(frame: av.VideoFrame) -> np.ndarray:
+    """(h, w, 3) uint8, turned as the video says."""
+    if frame.width * frame.height > MAX_FRAME_PIXELS:
+        raise InputError(f"{frame.width}x{frame.height} px; more than {MAX_FRAME_PIXELS} pixels are refused")
+    image = frame.to_ndarray(format="rgb24")
+    quarter_turns = round(frame.rotation / 90) % 4
+    return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
+
+
+# ======================================================================================================================
+# LeRobot: episodes in parquet files, frames in videos or in the parquet files
+# ======================================================================================================================
+
+LEROBOT_VERSIONS = ("v2.0", "v2.1", "v3.0")
+LEROBOT_INFO = "meta/info.json"
+IMAGE_GUESSES = ("observation.images.front",)
+POSITION_GUESSES = ("observation.filtered_position", "position")
+YAW_GUESSES = ("observation.filtered_heading", "yaw")
+
+
+class LeRobotKeys(NamedTuple):
+    """The features that are read; None where a dataset has no base pose."""
+
+    image: str
+    position: str | None
+    yaw: str | None
+
+
+class Episode(NamedTuple):
+    """Where an episode's rows are: all of those with its number in one parquet file."""
+
+    index: int
+    length: int
+    place: dict[
+        str, Any
+    ]  # what the templates of info.json are filled with; in v3.0 also where its videos begin and end
+
+
+class LeRobotDataset:
+    """What a dataset's meta folder says, v2.0 to v3.0.
+
+    Raises:
+        RefusedError: it is unreadable, of an unknown version, or contradicts itself.
+    """
+
+    def __init__(self, root: Path):
+        self.root, self._info_file = root, root / LEROBOT_INFO
+        self._info = self._read_info()
+        self.version: str = self._get("codebase_version", str)
+        if self.version not in LEROBOT_VERSIONS:
+            raise self._refusal(f"codebase_version {self.version!r}; known are {', '.join(LEROBOT_VERSIONS)}")
+        self.fps: float = self._get("fps", (int, float))
+        self.features: dict[str, dict[str, Any]] = self._get("features", dict)
+        if not 0 < self.fps < math.inf or not all(isinstance(value, dict) for value in self.features.values()):
+            raise self._refusal("fps is not a rate, or features are not described")
+        self._templates = {"data": self._get("data_path", str), "video": self._info.get("video_path") or ""}
+        for template in self._templates.values():
+            self._check_template(template)
+        self._episodes = self._read_parquet_meta() if self.version == "v3.0" else self._read_jsonl()
+
+    @property
+    def episode_numbers(self) -> list[int]:
+        return sorted(self._episodes)
+
+    def _refusal(self, what: str) -> RefusedError:
+        return RefusedError(f"{self._info_file}: {what}")
+
+    def _read_info(self) -> dict[str, Any]:
+        try:
+            info = json.loads(read_file(self._info_file).tobytes())
+        except (OSError, ValueError, RecursionError, InputError) as error:
+            raise self._refusal(f"cannot be read: {error}") from error
+        if not isinstance(info, dict):
+            raise self._refusal("is not a description of a dataset")
+        return info
+
+    def _get(self, key: str, kind: type | tuple[type, ...]) -> Any:
+        value = self._info.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise self._refusal(f"{key} is {reprlib.repr(value)}")
+        return value
+
+    def _check_template(self, template: str) -> None:
+        fields = ("episode_chunk", "episode_index", "video_key", "chunk_index", "file_index")
+        try:
+            parts = list(string.Formatter().parse(template))
+        except ValueError as error:
+            raise self._refusal(f"template {template!r}: {error}") from error
+        for _, name, width, conversion in parts:
+            if name is not None and (name not in fields or conversion or not re.fullmatch(r"\d{0,2}d?", width)):
+                raise self._refusal(f"template {template!r}: {name} is not known")
+
+    def _read_jsonl(self) -> dict[int, tuple]:
+        path, chunk_size = self.root / "meta/episodes.jsonl", self._get("chunks_size", int)
+        episodes = {}
+        try:
+            for line in read_file(path).tobytes().splitlines():
+                if line.strip():
+                    entry = json.loads(line)
+                    index, length = entry["episode_index"], entry["length"]
+                    episodes[index] = (length, {"episode_chunk": index // chunk_size})
+        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError, InputError) as error:
+            raise RefusedError(f"{path}: cannot be read: {error!r}") from error
+        return episodes
+
+    def _read_parquet_meta(self) -> dict[int, tuple]:
+        columns = {"episode_index": "index", "length": "length"}
+        columns |= {f"data/{name}": f"data {name}" for name in ("chunk_index", "file_index")}
+        for key, feature in self.features.items():
+            if feature.get("dtype") == "video":
+                names = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
+                columns |= {f"videos/{key}/{name}": f"{key} {name}" for name in names}
+        files = sorted((self.root / "meta/episodes").glob("*/*.parquet"))
+        if not files:
+            raise self._refusal("there are no meta/episodes/*/*.parquet beside it")
+        episodes = {}
+        for path in files:
+            try:
+                rows = parquet_columns(path, tuple(columns)).rename_columns(list(columns.values())).to_pylist()
+            except (InputError, OSError) as error:
+                raise RefusedError(f"{error}") from error
+            episodes |= {row.pop("index"): (row.pop("length"), row) for row in rows}
+        return episodes
+
+    def episode(self, number: int) -> Episode:
+        if number not in self._episodes:
+            raise InputError(f"{episode_name(number)}: is not among the episodes that {self._info_file} belongs to")
+        return Episode(number, *self._episodes[number])
+
+    def data_file(self, episode: Episode) -> Path:
+        """The parquet file with an episode's rows."""
+        return self._fill("data", episode, "data")
+
+    def video_file(self, episode: Episode, key: str) -> Path:
+        """The video with an episode's frames."""
+        return self._fill("video", episode, key)
+
+    def video_span(self, episode: Episode, key: str) -> tuple[float, float]:
+        """Where in its video an episode begins and ends [s]."""
+        if self.version != "v3.0":
+            return 0.0, math.inf
+        return episode.place[f"{key} from_timestamp"], episode.place[f"{key} to_timestamp"]
+
+    def _fill(self, kind: str, episode: Episode, group: str) -> Path:
+        values = {name: episode.place.get(f"{group} {name}") for name in ("chunk_index", "file_index")}
+        values |= {"episode_chunk": episode.place.get("episode_chunk"), "video_key": group}
+        name = episode_name(episode.index)
+        try:
+            path = Path(self._templates[kind].format(**values, episode_index=episode.index))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{name}: {kind}_path {self._templates[kind]!r} cannot be filled: {error}") from error
+        if path.is_absolute() or ".." in path.parts:
+            raise InputError(f"{name}: {kind}_path leads out of the dataset: {path}")
+        return self.root / path
+
+    def resolve_keys(self, given: DataKeys, *, poses_required: bool) -> LeRobotKeys:
+        """The features to read: those given, else those guessed.
+
+        Raises:
+            InputError: there is none, or it is not clear which; the message lists the keys that there are.
+        """
+        images = [key for key, feature in self.features.items() if feature.get("dtype") in ("image", "video")]
+        image = given.image_key or (images[0] if len(images) == 1 else _first_of(IMAGE_GUESSES, images))
+        if image not in images:
+            raise InputError(f"image_key: {image}: {self.root} has the image keys {', '.join(images) or '(none)'}")
+        others = [key for key in self.features if key not in images]
+        position = given.position_key or _first_of(POSITION_GUESSES, others)
+        yaw = given.yaw_key or _first_of(YAW_GUESSES, others)
+        for setting, key in (("position_key", position), ("yaw_key", yaw)):
+            if key is None and poses_required:
+                raise InputError(
+                    f"{setting}: {self.root} has none that is known. Set position_key and yaw_key to two of "
+                    f"{', '.join(others)}; where none of them is the pose of the base, set chunk_by: frames"
+                )
+            if key is not None and key not in others:
+                raise InputError(f"{setting}: {key}: {self.root} has the keys {', '.join(others)}")
+        return LeRobotKeys(image, position, yaw)
+
+
+def _first_of(guesses: Iterable[str], present: Container[str]) -> str | None:
+    return next((guess for guess in guesses if guess in present), None)
+
+
+def episode_name(number: int) -> str:
+    """The name of an episode as a trajectory."""
+    return f"episode_{number:06d}"
+
+
+_LEROBOT_DATASETS: dict[Path, LeRobotDataset] = {}  # as they were when their trajectories were listed
+
+
+def lerobot_dataset(root: Path) -> LeRobotDataset:
+    """A dataset's meta data, read once a process; `find_lerobot` reads them anew."""
+    if root not in _LEROBOT_DATASETS:
+        _LEROBOT_DATASETS[root] = LeRobotDataset(root)
+    return _LEROBOT_DATASETS[root]
+
+
+def find_lerobot(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
+    """The episodes of a dataset.
+
+    Raises:
+        RefusedError: its meta data are unreadable, or no key fits.
+    """
+    optional_module("av")
+    _LEROBOT_DATASETS.pop(data_folder, None)
+    dataset = lerobot_dataset(data_folder)
+    try:
+        keys = dataset.resolve_keys(data_keys(spec), poses_required=spec.chunk_by == "distance")
+    except InputError as error:
+        raise RefusedError(str(error)) from error
+    poses = f"poses from {keys.position} and {keys.yaw}" if keys.position or keys.yaw else "no poses"
+    LOG.info("%s: LeRobot %s, frames from %s, %s", data_folder, dataset.version, keys.image, poses)
+    for number in dataset.episode_numbers:
+        yield Trajectory(episode_name(number), data_folder, format="lerobot", episode=number)
+
+
+@contextlib.contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
+    """pyarrow's errors as those of a trajectory; real ones of the system pass."""
+    pyarrow = optional_module("pyarrow")
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        if "footer" in reason:
+            reason += " (a recording that was never finalised has none)"
+        raise InputError(f"{path}: not a whole parquet file: {reason}") from error
+
+
+def _read_columns(path: Path, columns: tuple[str, ...]) -> pyarrow.Table:
+    parquet = optional_module("pyarrow.parquet")
+    os.close(open_regular(path))
+    with _parquet_errors(path), parquet.ParquetFile(path, pre_buffer=False) as file:
+        if file.metadata.num_rows > MAX_POSE_NUMBERS:
+            raise InputError(f"{path}: {file.metadata.num_rows} rows are too many")
+        present = file.schema_arrow.names
+        if missing := [name for name in columns if name not in present]:
+            raise InputError(f"{path}: has no column {', '.join(missing)}; its columns are {', '.join(present)[:500]}")
+        return file.read(columns=list(columns), use_threads=False).combine_chunks()
+
+
+parquet_columns = FileCache(_read_columns, 8)  # (path, columns) -> a table of them; many episodes share a file
+
+
+class LeRobotSource:
+    """lerobot: the rows of one episode, and its frames."""
+
+    def __init__(self, trajectory: Trajectory, keys: DataKeys):
+        self._name, self._dataset = trajectory.name, lerobot_dataset(trajectory.path)
+        self._episode = self._dataset.episode(trajectory.episode)
+        self._keys = self._dataset.resolve_keys(keys, poses_required=False)
+        self._is_video = self._dataset.features[self._keys.image]["dtype"] == "video"
+        self._data_file = self._dataset.data_file(self._episode)
+
+    @functools.cached_property
+    def _rows(self) -> tuple[int, pyarrow.Table]:
+        """The first row of the episode in its file, and its rows."""
+        wanted = {"episode_index", "frame_index", *filter(None, self._keys[1:])}
+        wanted |= {"timestamp"} if self._is_video else set()
+        table = parquet_columns(self._data_file, tuple(sorted(wanted)))
+        rows = np.flatnonzero(table["episode_index"].to_numpy() == self._episode.index)
+        count, length = len(rows), self._episode.length
+        if count != length or count == 0 or rows[-1] - rows[0] != count - 1:
+            raise InputError(f"{self._name}: {self._data_file} has {count} rows of it in one piece, expected {length}")
+        table = table.slice(rows[0], count)
+        if not np.array_equal(table["frame_index"].to_numpy(), np.arange(count)):
+            raise InputError(f"{self._name}: {self._data_file}: its frame_index is not 0 to {count - 1}")
+        return int(rows[0]), table
+
+    def _column(self, key: str) -> dict[str, Any]:
+        return {key: self._rows[1][key].to_pylist()}
+
+    def poses(self, *, required: bool) -> Poses:
+        where, (_, position_key, yaw_key) = f"{self._name} ({self._data_file})", self._keys
+        numbers = np.arange(self._episode.length, dtype=np.int64)
+        position = checked_position(where, self._column(position_key), position_key) if position_key else None
+        yaw = checked_yaw(where, self._column(yaw_key), yaw_key, numbers) if yaw_key else None
+        if required and (position is None or yaw is None):
+            raise InputError(f"{self._name}: has no position and yaw; set position_key and yaw_key")
+        return Poses(numbers, position, yaw)
+
+    def _times(self) -> np.ndarray:
+        """(T,) [s] in the video of each row."""
+        start_s, stop_s = self._dataset.video_span(self._episode, self._keys.image)
+        times = start_s + checked_yaw(self._name, self._column("timestamp"), "timestamp", range(self._episode.length))
+        if (np.diff(times) <= 0).any():
+            raise InputError(f"{self._name}: its timestamps do not rise, at row {int(np.argmin(np.diff(times))) + 1}")
+        if times[-1] > stop_s - 0.5 / self._dataset.fps:
+            raise InputError(
+                f"{self._name}: its last row is at {times[-1]:.3f} s of {self._video_file.name}, in which it ends at "
+                f"{stop_s:.3f} s: fewer frames than poses"
+            )
+        return times
+
+    @property
+    def _video_file(self) -> Path:
+        return self._dataset.video_file(self._episode, self._keys.image)
+
+    def frames(self, numbers: Sequence[int]) -> Frames:
+        if not self._is_video:
+            return ParquetFrames(self._data_file, self._keys.image, self._name, self._rows[0])
+        times = self._times()[list(numbers)].tolist()
+        return VideoFrames(self._video_file, self._name, numbers, times, VIDEO_TOLERANCE / self._dataset.fps)
+
+    def checksum(self, kind: ChecksumKind) -> str:
+        """Over the rows read, and the sizes (`stat`) or bytes (`content`) of the frames as they are stored: what is
+        appended to a file that episodes share is not theirs."""
+        digest = hashlib.sha256(f"{kind} {self._keys} {self._episode}".encode())
+        first, table = self._rows
+        for column in table.itercolumns():
+            digest.update(repr(column.to_pylist()).encode())
+        if not self._is_video:
+            images = ParquetFrames(self._data_file, self._keys.image, self._name, first)
+            images.add_to(digest, self._episode.length, kind)
+        elif kind == "stat":
+            times, sizes = packet_index(self._video_file)
+            digest.update(sizes[self._is_inside(times)])
+        else:
+            first_dts = None
+            for packet, time_base in _packets(self._video_file, self._name):
+                first_dts = packet.dts if first_dts is None else first_dts
+                if self._is_inside(np.array([(packet.dts - first_dts) * float(time_base)]))[0]:
+                    digest.update(bytes(packet))
+        return digest.hexdigest()[:16]
+
+    def _is_inside(self, times: np.ndarray) -> np.ndarray:
+        """Whether packets at these times, in the order of decoding, are the episode's."""
+        start_s, stop_s = self._dataset.video_span(self._episode, self._keys.image)
+        early_s = 0.5 / self._dataset.fps
+        return (times >= start_s - early_s) & (times < stop_s - early_s)
+
+
+class ParquetFrames:
+    """Image bytes in a column of a parquet file, {bytes, path} a row."""
+
+    def __init__(self, path: Path, key: str, name: str, first_row: int):
+        self._path, self._key, self._name, self._first_row = path, key, name, first_row
+
+    def name(self, number: int) -> str:
+        return f"{self._name}: frame {number} ({_printable(self._path.name)})"
+
+    def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+        for number in numbers:
+            image = self._rows().get(self._first_row + number)
+            data = image.get("bytes") if isinstance(image, dict) else image
+            if not isinstance(data, bytes) or not data:
+                raise InputError(f"{self.name(number)}: {self._key} holds no image bytes there")
+            yield np.frombuffer(bytearray(data), np.uint8)
+
+    def add_to(self, digest: hashlib._Hash, length: int, kind: ChecksumKind) -> None:
+        """Add sizes or bytes of the episode's images."""
+        rows = self._rows()
+        for row in range(self._first_row, self._first_row + length):
+            data = rows.get(row)
+            data = data["bytes"] if isinstance(data, dict) else data
+            digest.update(bytes(data or b"") if kind == "content" else str(len(data or b"")).encode())
+
+    def _rows(self) -> ParquetRows:
+        return parquet_rows(self._path, self._key)
+
+    def close(self) -> None:
+        """The file is shared with other episodes."""
+
+
+class ParquetRows:
+    """A column read row by row, roughly in order: many episodes share a file, and it is gone through once. The last
+    few rows are kept, for threads that come later."""
+
+    def __init__(self, path: Path, key: str):
+        self._path, self._key = path, key
+        with _parquet_errors(path):
+            self._file = optional_module("pyarrow.parquet").ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+        if key not in self._file.schema_arrow.names:
+            raise InputError(f"{path}: has no column {key}")
+        metadata = self._file.metadata
+        counts = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+        self._group_starts = np.concatenate([[0], np.cumsum(counts)]).astype(int)
+        self._kept: OrderedDict[int, Any] = OrderedDict()
+        self._next_row, self._batches = 0, iter(())
+        self._lock = threading.Lock()
+
+    def get(self, row: int) -> Any:
+        """One row's value."""
+        with self._lock, _parquet_errors(self._path):
+            if row not in self._kept:
+                group = int(np.searchsorted(self._group_starts, row, side="right")) - 1
+                if row < self._next_row or self._group_starts[group] > self._next_row or self._next_row == 0:
+                    self._start_at(group)
+                while row not in self._kept:
+                    self._read_batch()
+            return self._kept[row]
+
+    def _start_at(self, group: int) -> None:
+        groups = list(range(group, len(self._group_starts) - 1))
+        self._next_row = int(self._group_starts[group])
+        self._batches = self._file.iter_batches(READ_TOGETHER, groups, [self._key], use_threads=False)
+
+    def _read_batch(self) -> None:
+        batch = next(self._batches, None)
+        if batch is None:
+            raise InputError(f"{self._path}: ends before its last row")
+        for value in batch.column(0).to_pylist():
+            self._kept[self._next_row] = value
+            self._next_row += 1
+        while len(self._kept) > ROWS_KEPT:
+            self._kept.popitem(last=False)
+
+
+parquet_rows = FileCache(ParquetRows, 4)
+
+
+# ======================================================================================================================
+# Video files with poses beside them, as phones and drones give them
+# ======================================================================================================================
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
+POSE_SUFFIXES = (".csv", ".txt")
+VIDEO_STEM = "video"  # of a folder's only video, whose poses are poses.csv or .txt, or video.csv or .txt
+POSE_STEM = "poses"
+POSE_COLUMNS = {  # names in a CSV file's first line
+    "timestamp": ("timestamp", "time", "t"),
+    "x": ("x", "tx"),
+    "y": ("y", "ty"),
+    "yaw": ("yaw", "heading"),
+    "qx": ("qx",), "qy": ("qy",), "qz": ("qz",), "qw": ("qw",),
+}  # fmt: skip
+TUM_COLUMNS = ("timestamp", "x", "y", "z", "qx", "qy", "qz", "qw")
+
+
+def video_files(folder: FolderFiles) -> Iterator[tuple[str, str, str | None]]:
+    """(trajectory, video file, pose file or None) of a folder's videos."""
+    for file in folder.files:
+        stem, suffix = os.path.splitext(file)
+        if suffix.lower() in VIDEO_SUFFIXES and not file.startswith("."):
+            is_whole_folder = stem == VIDEO_STEM and folder.name != ""
+            stems = (POSE_STEM, stem) if is_whole_folder else (stem,)
+            names = (beside + ending for beside in stems for ending in POSE_SUFFIXES)
+            name = folder.name.rstrip("/") if is_whole_folder else folder.name + stem
+            yield name, file, _first_of(names, folder.files)
+
+
+def find_videos(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
+    """Videos below `data_folder`, sorted by folder; those without poses beside them are marked so."""
+    optional_module("av")
+    for folder in walk_folders(data_folder):
+        for name, file, pose_file in video_files(folder):
+            yield Trajectory(_printable(name), folder.path / file, pose_file is None, format="video")
+
+
+class VideoSource:
+    """video: one file, its poses in a table beside it, with times of the video's clock."""
+
+    def __init__(self, trajectory: Trajectory, keys: DataKeys):
+        self._name, self._path = trajectory.name, trajectory.path
+        folder = FolderFiles("/", self._path.parent, sorted(os.listdir(self._path.parent)))
+        pose_files = {file: pose_file for _, file, pose_file in video_files(folder)}
+        pose_file = pose_files.get(self._path.name)
+        self._pose_path = self._path.parent / pose_file if pose_file else None
+
+    def checksum(self, kind: ChecksumKind) -> str:
+        """Over the pose file's bytes and the video's size (`stat`) or bytes (`content`)."""
+        digest = hashlib.sha256(f"{kind} {self._path.suffix} {os.stat(self._path).st_size}".encode())
+        if self._pose_path is not None:
+            digest.update(self._pose_path.suffix.encode())
+            digest.update(read_file(self._pose_path))
+        if kind == "content":
+            with open(open_regular(self._path), "rb") as file:
+                digest = hashlib.file_digest(file, lambda: digest)
+        return digest.hexdigest()[:16]
+
+    def poses(self, *, required: bool) -> Poses:
+        """Of the frames between the first and the last pose, interpolated: position on a line, yaw the shorter way."""
+        times = frame_times(self._path)
+        if len(times) == 0:
+            raise InputError(f"{self._name}: {self._path.name} holds no frames")
+        if self._pose_path is None and required:
+            raise InputError(f"{self._name}: no poses beside {self._path.name}; expected a .csv or .txt file")
+        if self._pose_path is None:
+            return Poses(np.arange(len(times), dtype=np.int64), None, None)
+        table = read_pose_table(self._pose_path, self._name)
+        at, margin = table["timestamp"], 1e-6
+        numbers = np.flatnonzero((times >= at[0] - margin) & (times <= at[-1] + margin))
+        if len(numbers) == 0:
+            raise InputError(
+                f"{self._name}: no frame lies between the first pose ({at[0]:.3f} s) and the last ({at[-1]:.3f} s); "
+                f"the video's frames are at {times[0]:.3f} to {times[-1]:.3f} s. Pose times are the video's: its first "
+                "frame is at about 0 s"
+            )
+        position = np.stack([np.interp(times[numbers], at, table[axis]) for axis in ("x", "y")], axis=1)
+        yaw = np.interp(times[numbers], at, np.unwrap(table["yaw"]))
+        return Poses(numbers.astype(np.int64), position, np.arctan2(np.sin(yaw), np.cos(yaw)))
+
+    def frames(self, numbers: Sequence[int]) -> Frames:
+        times = frame_times(self._path)
+        shortest_s = np.diff(times).min(initial=1.0)
+        return VideoFrames(self._path, self._name, numbers, times[list(numbers)].tolist(), shortest_s * VIDEO_TOLERANCE)
+
+
+def read_pose_table(path: Path, name: str) -> dict[str, np.ndarray]:
+    """Poses in a .csv file with names in its first line, or in TUM's form (timestamp tx ty tz qx qy qz qw, no names).
+
+    Returns:
+        timestamp, x, y and yaw, (T,) float64 each, times rising.
+
+    Raises:
+        InputError: it is no such table, a column is missing, or a value is not finite.
+    """
+    where = f"{name}/{_printable(path.name)}"
+    try:
+        lines = read_file(path).tobytes().decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not a text file: {error}") from error
+    rows = [line for line in lines if line.strip() and not line.startswith("#")]
+    if path.suffix == ".csv":
+        header, *records = list(csv.reader(rows)) or [[]]
+        names = [
+            next((key for key, known in POSE_COLUMNS.items() if cell.strip().lower() in known), "") for cell in header
+        ]
+    else:
+        names, records = list(TUM_COLUMNS), [re.split(r"[\s,]+", row.strip()) for row in rows]
+    columns = _pose_columns(where, names, records)
+    if "yaw" not in columns:
+        qx, qy, qz, qw = (columns[key] for key in ("qx", "qy", "qz", "qw"))
+        if (norms := qx**2 + qy**2 + qz**2 + qw**2).min() < MIN_QUATERNION_NORM:
+            raise InputError(f"{where}: pose {int(norms.argmin())} has the quaternion 0")
+        columns["yaw"] = np.arctan2(2 * (qw * qz + qx * qy), qw**2 + qx**2 - qy**2 - qz**2)
+    if (steps := np.diff(columns["timestamp"])).min(initial=1) <= 0:
+        raise InputError(f"{where}: its timestamps do not rise, at pose {int(steps.argmin()) + 1}")
+    return columns
+
+
+def _pose_columns(where: str, names: list[str], records: list[list[str]]) -> dict[str, np.ndarray]:
+    quaternion = {"qx", "qy", "qz", "qw"}
+    needed = {"timestamp", "x", "y"} | ({"yaw"} if "yaw" in names else quaternion)
+    if missing := needed - set(names):
+        raise InputError(
+            f"{where}: has no column {', '.join(sorted(missing))}; expected a first line with timestamp, x, y and yaw "
+            "or qx, qy, qz, qw; a .txt file in TUM's form: timestamp tx ty tz qx qy qz qw"
+        )
+    if not records:
+        raise InputError(f"{where}: holds no poses")
+    columns = {}
+    for key in sorted(needed):
+        try:
+            columns[key] = np.array([float(record[names.index(key)]) for record in records])
+        except (ValueError, IndexError) as error:
+            raise InputError(f"{where}: {key}: {error}") from error
+        most = MAX_POSITION_M if key in ("x", "y") else math.inf
+        _check_values(where, key, columns[key], most)
+    return columns
+
+
+# ======================================================================================================================
 # Formats: which one a folder holds, and what there is to each
 # ======================================================================================================================
 
@@ -1325,20 +2062,29 @@ def _image_bytes(value: Any) -> bytes:
 class Format(NamedTuple):
     """What the program has to know of a format."""
 
-    find: Callable[[Path, DataKeys], Iterator[Trajectory]]  # names are unique where the data are sound
+    find: Callable[[Path, CacheSpec], Iterator[Trajectory]]
     open: Callable[[Trajectory, DataKeys], Source]
     settings: tuple[str, ...]  # of those that not every format has
     trajectory: str  # what is one, for messages
 
 
+KEY_SETTINGS = ("image_key", "position_key", "yaw_key")
+
 FORMATS: dict[FormatName, Format] = {
     "gnm": Format(
-        lambda data_folder, keys: find_trajectories(data_folder, keys.frame_pattern),
+        lambda data_folder, spec: find_trajectories(data_folder, spec.frame_pattern),
         FolderSource,
         ("frame_pattern",),
         f"a folder with one of {', '.join(POSE_FILES)} and its frames",
     ),
-    "recon": Format(find_recon, ReconSource, ("image_key", "position_key", "yaw_key"), f"a *{RECON_SUFFIX} file"),
+    "recon": Format(find_recon, ReconSource, KEY_SETTINGS, f"a *{RECON_SUFFIX} file in the folder itself"),
+    "lerobot": Format(find_lerobot, LeRobotSource, KEY_SETTINGS, f"an episode of a dataset with {LEROBOT_INFO}"),
+    "video": Format(
+        find_videos,
+        VideoSource,
+        (),
+        "<name>.mp4 with <name>.csv or .txt, or a folder with video.mp4 and poses.csv or .txt",
+    ),
 }
 
 
@@ -1361,13 +2107,11 @@ def detect_format(data_folder: Path, keys: DataKeys) -> FoundFormat:
     for count, folder in enumerate(walk_folders(data_folder), 1):
         for name, sign in _signs(folder, pattern, is_top=count == 1):
             signs.setdefault(name, folder.name + sign)
-        frames_alone = frames_alone or next(
-            (folder.name + file for file in filter(pattern.fullmatch, folder.files)), None
-        )
+        frames_alone = frames_alone or _frames_alone(folder, pattern)
         if signs and count >= FOLDERS_LOOKED_INTO:
             break
     if not signs and frames_alone:
-        signs["gnm"] = frames_alone
+        return frames_alone
     if len(signs) == 1:
         return FoundFormat(*next(iter(signs.items())))
     if signs:
@@ -1377,11 +2121,25 @@ def detect_format(data_folder: Path, keys: DataKeys) -> FoundFormat:
     raise RefusedError(f"{data_folder}: no trajectories below it; looked for {kinds}. Is the disk mounted?")
 
 
+def _frames_alone(folder: FolderFiles, frame_pattern: re.Pattern[str]) -> FoundFormat | None:
+    """What frames without poses are taken for."""
+    if frame := next(filter(frame_pattern.fullmatch, folder.files), None):
+        return FoundFormat("gnm", folder.name + frame)
+    if video := next((file for _, file, _ in video_files(folder)), None):
+        return FoundFormat("video", folder.name + video)
+    return None
+
+
 def _signs(folder: FolderFiles, frame_pattern: re.Pattern[str], *, is_top: bool) -> Iterator[tuple[FormatName, str]]:
     if pose_file := _first_pose_file(folder.files):
         yield "gnm", pose_file
     if is_top and (files := [file for file in folder.files if file.endswith(RECON_SUFFIX)]):
         yield "recon", files[0]
+    if is_top and (folder.path / LEROBOT_INFO).is_file():
+        yield "lerobot", LEROBOT_INFO
+    for _, file, pose_file in video_files(folder):
+        if pose_file is not None:
+            yield "video", f"{file} and {pose_file}"
 
 
 def open_source(trajectory: Trajectory, keys: DataKeys) -> Source:
@@ -3126,7 +3884,7 @@ def settle_format(config: DatasetConfig) -> DatasetConfig:
 def select_trajectories(config: DatasetConfig, stop: StopRequest) -> Selection:
     """The trajectories below data_folder that the split names; without one, all that have poses, or need none."""
     found, kind = [], FORMATS[config.format]
-    for trajectory in kind.find(config.data_folder, data_keys(config.spec)):
+    for trajectory in kind.find(config.data_folder, config.spec):
         stop.check()
         found.append(trajectory)
     refuse_same_names(found)
