@@ -160,7 +160,7 @@ VIDEO_THREADS = 4  # of one video's decoder, at most
 VIDEO_TOLERANCE = 0.25  # of the time between two frames: so far may a frame's time be from that of its pose
 SEEK_BEYOND_S = 2.0  # into a video; before that, decoding is as quick
 MOST_REORDERED = 17  # frames between the decoding of one and its being shown, in any codec
-ROWS_KEPT = 512  # of images in a parquet file
+ROWS_KEPT = 256  # of images in a parquet file, beyond the one asked for
 MIN_QUATERNION_NORM = 1e-12
 MAX_POSE_NUMBERS = 50_000_000  # so many numbers in a pose file at most
 MAX_POSITION_M = 1e8  # no place on Earth is farther from any map's origin; one glitch of 1e16 m would swallow all steps
@@ -1013,7 +1013,7 @@ def read_poses(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     else:
         raise InputError(f"{where}: holds a {type(poses).__name__}, expected a mapping with position and yaw")
     position = checked_position(where, poses, "position")
-    return position, checked_yaw(where, poses, "yaw", position)
+    return position, checked_numbers(where, poses, "yaw", len(position))
 
 
 def checked_position(where: str, poses: dict[str, Any], key: str) -> np.ndarray:
@@ -1026,14 +1026,14 @@ def checked_position(where: str, poses: dict[str, Any], key: str) -> np.ndarray:
     return position
 
 
-def checked_yaw(where: str, poses: dict[str, Any], key: str, like: Sequence) -> np.ndarray:
-    """(T,) float64 of what a source has under `key`, as many as there are in `like`. Raises InputError."""
-    yaw = _pose_array(where, poses, key)
-    if yaw.shape not in ((len(like),), (len(like), 1)):
-        raise InputError(f"{where}: {key} is {yaw.shape}, expected ({len(like)},), one for each position")
-    yaw = yaw.reshape(-1)
-    _check_values(where, key, yaw, math.inf)
-    return yaw
+def checked_numbers(where: str, poses: dict[str, Any], key: str, count: int) -> np.ndarray:
+    """(count,) float64 of what a source has under `key`. Raises InputError."""
+    values = _pose_array(where, poses, key)
+    if values.shape not in ((count,), (count, 1)):
+        raise InputError(f"{where}: {key} is {values.shape}, expected ({count},), one for each frame")
+    values = values.reshape(-1)
+    _check_values(where, key, values, math.inf)
+    return values
 
 
 def _check_values(where: str, key: str, values: np.ndarray, most: float) -> None:
@@ -1174,7 +1174,7 @@ class ReconSource:
         count, poses = self._content
         _, position_key, yaw_key = self._keys
         position = checked_position(self._where, poses, position_key)
-        yaw = checked_yaw(self._where, poses, yaw_key, position)
+        yaw = checked_numbers(self._where, poses, yaw_key, len(position))
         if count != len(position):
             raise InputError(f"{self._where}: {count} images in {self._keys[0]} but {len(position)} poses")
         return Poses(np.arange(count, dtype=np.int64), position, yaw)
@@ -1433,6 +1433,7 @@ class VideoFrames:
         self._waiting = deque(numbers)
         self._decoded: dict[int, av.VideoFrame] = {}
         self._container: av.container.InputContainer | None = None
+        self._shown_s = 0.0  # of the last frame decoded
         self._lock = threading.Lock()
 
     def name(self, number: int) -> str:
@@ -1461,14 +1462,15 @@ class VideoFrames:
         """Decode on to the frame that is shown at the time of this one."""
         if self._container is None:
             self._open(self._times[number])
-        wanted, shown = self._times[number], None
+        wanted = self._times[number]
         for frame in self._stream:
-            shown = frame.time
-            if shown is not None and shown >= wanted - self._tolerance_s:
+            self._shown_s = shown = -math.inf if frame.time is None else frame.time
+            if shown >= wanted - self._tolerance_s:
                 break
         else:
-            end = "without a frame" if shown is None else f"with one at {shown:.3f} s"
-            raise InputError(f"{self.name(number)}: there is no such frame, the video ends {end}")
+            raise InputError(f"{self.name(number)}: there is no such frame, the video ends at {self._shown_s:.3f} s")
+        if frame.is_corrupt:
+            raise InputError(f"{self.name(number)}: the video is damaged there")
         if shown > wanted + self._tolerance_s:
             raise InputError(f"{self.name(number)}: there is no frame within {self._tolerance_s:.3g} s of it")
         return frame
@@ -1778,7 +1780,7 @@ class LeRobotSource:
         where, (_, position_key, yaw_key) = f"{self._name} ({self._data_file})", self._keys
         numbers = np.arange(self._episode.length, dtype=np.int64)
         position = checked_position(where, self._column(position_key), position_key) if position_key else None
-        yaw = checked_yaw(where, self._column(yaw_key), yaw_key, numbers) if yaw_key else None
+        yaw = checked_numbers(where, self._column(yaw_key), yaw_key, len(numbers)) if yaw_key else None
         if required and (position is None or yaw is None):
             raise InputError(f"{self._name}: has no position and yaw; set position_key and yaw_key")
         return Poses(numbers, position, yaw)
@@ -1786,7 +1788,7 @@ class LeRobotSource:
     def _times(self) -> np.ndarray:
         """(T,) [s] in the video of each row."""
         start_s, stop_s = self._dataset.video_span(self._episode, self._keys.image)
-        times = start_s + checked_yaw(self._name, self._column("timestamp"), "timestamp", range(self._episode.length))
+        times = start_s + checked_numbers(self._name, self._column("timestamp"), "timestamp", self._episode.length)
         if (np.diff(times) <= 0).any():
             raise InputError(f"{self._name}: its timestamps do not rise, at row {int(np.argmin(np.diff(times))) + 1}")
         if times[-1] > stop_s - 0.5 / self._dataset.fps:
@@ -1814,8 +1816,7 @@ class LeRobotSource:
         for column in table.itercolumns():
             digest.update(repr(column.to_pylist()).encode())
         if not self._is_video:
-            images = ParquetFrames(self._data_file, self._keys.image, self._name, first)
-            images.add_to(digest, self._episode.length, kind)
+            _add_images(digest, self._data_file, self._keys.image, first, len(table), kind)
         elif kind == "stat":
             times, sizes = packet_index(self._video_file)
             digest.update(sizes[self._is_inside(times)])
@@ -1832,6 +1833,22 @@ class LeRobotSource:
         start_s, stop_s = self._dataset.video_span(self._episode, self._keys.image)
         early_s = 0.5 / self._dataset.fps
         return (times >= start_s - early_s) & (times < stop_s - early_s)
+
+
+def _add_images(digest: hashlib._Hash, path: Path, key: str, first: int, count: int, kind: ChecksumKind) -> None:
+    """Add the sizes of the row groups that hold these rows (`stat`), or the rows' images (`content`)."""
+    with _parquet_errors(path), optional_module("pyarrow.parquet").ParquetFile(path, pre_buffer=False) as file:
+        groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+        starts = np.cumsum([0, *(group.num_rows for group in groups)])
+        held = [i for i in range(len(groups)) if starts[i] < first + count and starts[i + 1] > first]
+        if kind == "stat":
+            digest.update(repr([(groups[index].num_rows, groups[index].total_byte_size) for index in held]).encode())
+            return
+        row = int(starts[held[0]])
+        for batch in file.iter_batches(READ_TOGETHER, held, [key], use_threads=False):
+            inside = batch.slice(max(0, first - row), max(0, first + count - max(row, first)))
+            digest.update(repr(inside.column(0).to_pylist()).encode())
+            row += len(batch)
 
 
 class ParquetFrames:
@@ -1851,14 +1868,6 @@ class ParquetFrames:
                 raise InputError(f"{self.name(number)}: {self._key} holds no image bytes there")
             yield np.frombuffer(bytearray(data), np.uint8)
 
-    def add_to(self, digest: hashlib._Hash, length: int, kind: ChecksumKind) -> None:
-        """Add sizes or bytes of the episode's images."""
-        rows = self._rows()
-        for row in range(self._first_row, self._first_row + length):
-            data = rows.get(row)
-            data = data["bytes"] if isinstance(data, dict) else data
-            digest.update(bytes(data or b"") if kind == "content" else str(len(data or b"")).encode())
-
     def _rows(self) -> ParquetRows:
         return parquet_rows(self._path, self._key)
 
@@ -1867,8 +1876,8 @@ class ParquetFrames:
 
 
 class ParquetRows:
-    """A column read row by row, roughly in order: many episodes share a file, and it is gone through once. The last
-    few rows are kept, for threads that come later."""
+    """A column read row by row, each once and roughly in order: many episodes share a file, and it is gone through
+    once. Rows passed over are kept for a while, for threads that come later."""
 
     def __init__(self, path: Path, key: str):
         self._path, self._key = path, key
@@ -1880,7 +1889,7 @@ class ParquetRows:
         counts = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
         self._group_starts = np.concatenate([[0], np.cumsum(counts)]).astype(int)
         self._kept: OrderedDict[int, Any] = OrderedDict()
-        self._next_row, self._batches = 0, iter(())
+        self._next_row, self._batches = sys.maxsize, iter(())  # nothing is read yet
         self._lock = threading.Lock()
 
     def get(self, row: int) -> Any:
@@ -1888,11 +1897,11 @@ class ParquetRows:
         with self._lock, _parquet_errors(self._path):
             if row not in self._kept:
                 group = int(np.searchsorted(self._group_starts, row, side="right")) - 1
-                if row < self._next_row or self._group_starts[group] > self._next_row or self._next_row == 0:
+                if row < self._next_row or self._group_starts[group] > self._next_row:
                     self._start_at(group)
                 while row not in self._kept:
                     self._read_batch()
-            return self._kept[row]
+            return self._kept.pop(row)
 
     def _start_at(self, group: int) -> None:
         groups = list(range(group, len(self._group_starts) - 1))

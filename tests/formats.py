@@ -10,13 +10,10 @@ import csv
 import io
 import json
 import math
-import os
 import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
-
-os.environ.setdefault("SVT_LOG", "-2")  # the AV1 encoder talks
 
 import av
 import h5py
@@ -128,6 +125,25 @@ def write_mp4(path: Path, frames: Iterable[np.ndarray], codec: str = "libx264", 
         container.mux(stream.encode())
 
 
+def write_joined_mp4(path: Path, parts: list[list[np.ndarray]], codec: str) -> None:
+    """Each part encoded for itself, and their packets put behind each other, as LeRobot does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(path, "w") as joined:
+        stream, done = None, 0
+        for number, frames in enumerate(parts):
+            part = path.with_suffix(f".{number}.mp4")
+            write_mp4(part, frames, codec)
+            with av.open(part) as container:
+                stream = stream or joined.add_stream_from_template(container.streams.video[0], opaque=True)
+                for packet in container.demux(video=0):
+                    if packet.dts is not None:
+                        offset = round(done / FPS / packet.time_base)
+                        packet.pts, packet.dts, packet.stream = packet.pts + offset, packet.dts + offset, stream
+                        joined.mux(packet)
+            part.unlink()
+            done += len(frames)
+
+
 def lerobot_rows(episode: int, trajectory: Rendered, **more: Any) -> dict[str, Any]:
     numbers = np.arange(trajectory.count)
     return {
@@ -173,7 +189,7 @@ def write_lerobot(
         data, video = lerobot_files(folder, version, file)
         write_lerobot_data(data, group, dtype, row_group)
         if dtype == "video":
-            write_mp4(video, (frame for _, trajectory in group for frame in trajectory.frames), codec)
+            write_joined_mp4(video, [trajectory.frames for _, trajectory in group], codec)
         start = 0
         for index, trajectory in group:
             entries.append(lerobot_entry(index, trajectory.count, file, start))
