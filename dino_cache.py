@@ -25,9 +25,10 @@ run loses the work in flight and nothing else; a broken trajectory fails alone, 
 a changed configuration never mixes in unasked. What is not: protection against a disk that lies about fsync, or against
 JPEG bytes that are damaged in a way that still decodes.
 
-Sections, each using only those above it: constants - errors - profile - configuration - trajectories - chunk plan -
-decoding - encoding - storage - pipeline - running - command line. torch, torchvision and timm are imported where they
-are first needed, so that refusals and runs with nothing to do are quick.
+Sections, each using only those above it: constants - errors - profile - configuration - trajectories (and those of
+the formats: RECON, videos, LeRobot, video files, which one) - chunk plan - decoding - encoding - storage - pipeline -
+running - command line. torch, torchvision, timm, pyarrow and av are imported where they are first needed, so that
+refusals and runs with nothing to do are quick.
 """
 
 from __future__ import annotations
@@ -724,9 +725,11 @@ class FolderFiles(NamedTuple):
     files: list[str]
 
 
-def walk_folders(folder: Path, name: str = "", ancestors: tuple[str, ...] = ()) -> Iterator[FolderFiles]:
+def walk_folders(
+    folder: Path, name: str = "", ancestors: tuple[str, ...] = (), unlistable: list[FolderFiles] | None = None
+) -> Iterator[FolderFiles]:
     """`folder` and all below it, sorted. Caches of this tool, and what is below a gnm trajectory, are left out; links
-    are followed, except back to a folder that holds them; what cannot be listed is passed over."""
+    are followed, except back to a folder that holds them; what cannot be listed goes into `unlistable`."""
     real = os.path.realpath(folder)
     if real in ancestors:
         return
@@ -735,13 +738,15 @@ def walk_folders(folder: Path, name: str = "", ancestors: tuple[str, ...] = ()) 
             by_name = {entry.name: entry for entry in entries}
         subfolders = [name for name in sorted(by_name) if _is_folder(by_name[name])]
     except OSError:
+        if unlistable is not None:
+            unlistable.append(FolderFiles(name, folder, []))
         return
     if STAGING_FOLDER in subfolders and all(own in by_name for own in _OF_A_CACHE):
         return
     yield FolderFiles(name, folder, sorted(by_name.keys() - set(subfolders)))
     if _first_pose_file(by_name) is None:
         for child in subfolders:
-            yield from walk_folders(folder / child, f"{name}{child}/", (*ancestors, real))
+            yield from walk_folders(folder / child, f"{name}{child}/", (*ancestors, real), unlistable)
 
 
 def _printable(name: str) -> str:
@@ -1120,7 +1125,9 @@ class FolderSource:
 
     def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
         for number in numbers:
-            yield read_file(f"{self._folder}/{self._listing.frames[number].file_name}")
+            with PROFILE("read"):
+                data = read_file(f"{self._folder}/{self._listing.frames[number].file_name}")
+            yield data
 
     def close(self) -> None:
         """Nothing stays open."""
@@ -1186,7 +1193,9 @@ class ReconSource:
         return f"{self._where} {self._keys[0]}[{number}]"
 
     def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        yield from (np.frombuffer(bytearray(data), np.uint8) for data in self._ask(list(numbers)))
+        with PROFILE("read"):
+            images = self._ask(list(numbers))
+        yield from (np.frombuffer(bytearray(data), np.uint8) for data in images)
 
     def close(self) -> None:
         """Nothing stays open."""
@@ -1556,10 +1565,14 @@ class LeRobotDataset:
         self.features: dict[str, dict[str, Any]] = self._get("features", dict)
         if not 0 < self.fps < math.inf or not all(isinstance(value, dict) for value in self.features.values()):
             raise self._refusal("fps is not a rate, or features are not described")
-        self._templates = {"data": self._get("data_path", str), "video": self._info.get("video_path") or ""}
+        self._info["video_path"] = self._info.get("video_path") or ""  # null where there are no videos
+        self._templates = {kind: self._get(f"{kind}_path", str) for kind in ("data", "video")}
         for template in self._templates.values():
             self._check_template(template)
         self._episodes = self._read_parquet_meta() if self.version == "v3.0" else self._read_jsonl()
+        for number, (length, _) in self._episodes.items():
+            if type(number) is not int or type(length) is not int or number < 0:
+                raise self._refusal(f"episode {number!r} of {length!r} frames is among its episodes")
 
     @property
     def episode_numbers(self) -> list[int]:
@@ -1642,7 +1655,10 @@ class LeRobotDataset:
         """Where in its video an episode begins and ends [s]."""
         if self.version != "v3.0":
             return 0.0, math.inf
-        return episode.place[f"{key} from_timestamp"], episode.place[f"{key} to_timestamp"]
+        span = [episode.place[f"{key} {end}"] for end in ("from_timestamp", "to_timestamp")]
+        if not all(isinstance(end, float) and math.isfinite(end) for end in span):
+            raise InputError(f"{episode_name(episode.index)}: it lies from {span[0]} to {span[1]} s in its video")
+        return span[0], span[1]
 
     def _fill(self, kind: str, episode: Episode, group: str) -> Path:
         values = {name: episode.place.get(f"{group} {name}") for name in ("chunk_index", "file_index")}
@@ -1862,14 +1878,12 @@ class ParquetFrames:
 
     def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
         for number in numbers:
-            image = self._rows().get(self._first_row + number)
+            with PROFILE("read"):
+                image = parquet_rows(self._path, self._key).get(self._first_row + number)
             data = image.get("bytes") if isinstance(image, dict) else image
             if not isinstance(data, bytes) or not data:
                 raise InputError(f"{self.name(number)}: {self._key} holds no image bytes there")
             yield np.frombuffer(bytearray(data), np.uint8)
-
-    def _rows(self) -> ParquetRows:
-        return parquet_rows(self._path, self._key)
 
     def close(self) -> None:
         """The file is shared with other episodes."""
@@ -1953,11 +1967,16 @@ def video_files(folder: FolderFiles) -> Iterator[tuple[str, str, str | None]]:
 
 
 def find_videos(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
-    """Videos below `data_folder`, sorted by folder; those without poses beside them are marked so."""
+    """Videos below `data_folder`, sorted by folder; those without poses beside them are marked so. A folder that cannot
+    be listed is yielded as a trajectory, so that it fails with that reason."""
     optional_module("av")
-    for folder in walk_folders(data_folder):
+    unlistable: list[FolderFiles] = []
+    for folder in walk_folders(data_folder, unlistable=unlistable):
         for name, file, pose_file in video_files(folder):
             yield Trajectory(_printable(name), folder.path / file, pose_file is None, format="video")
+    for folder in unlistable:
+        if folder.name:
+            yield Trajectory(_printable(folder.name.rstrip("/")), folder.path / VIDEO_STEM, format="video")
 
 
 class VideoSource:
@@ -3347,8 +3366,7 @@ def _read_frames(run: list[Frame], decoder: FrameDecoder) -> list[Frame]:
     contents = plan.frames.read([int(plan.frame_index[frame.row]) for frame in run])
     try:
         for frame in run:
-            with PROFILE("read"):
-                content = next(contents)
+            content = next(contents)
             if content.ndim == 1:
                 done.append(frame._replace(data=content))
             else:  # at once: the input's size is what waits for the encoder
@@ -3907,9 +3925,12 @@ def select_trajectories(config: DatasetConfig, stop: StopRequest) -> Selection:
         found = [trajectory for trajectory in found if not trajectory.lacks_poses]
     if not found:
         which = f" that split {config.split} names" if config.split else ""
+        why = "Is the disk mounted?"
+        if lack_poses:
+            why = f"These have frames and no poses, for which there is chunk_by: frames: {format_names(lack_poses)}"
         raise RefusedError(
             f"datasets.{config.name}.data_folder: {config.data_folder}: no trajectories below it{which}; a trajectory "
-            f"is {kind.trajectory}. Is the disk mounted?"
+            f"is {kind.trajectory}. {why}"
         )
     return Selection(found, missing, lack_poses)
 

@@ -641,6 +641,8 @@ def edit_features(folder: Path, features: dict[str, Any], **changes: Any) -> Non
         (lambda d: (d / "meta/info.json").write_text("{"), ["info.json", "cannot be read"]),
         (lambda d: edit_features(d, {}, codebase_version="v9.0"), ["'v9.0'", "v2.1", "v3.0"]),
         (lambda d: edit_features(d, {}, fps="fast"), ["fps", "'fast'"]),
+        (lambda d: edit_features(d, {}, video_path=7), ["video_path", "7"]),
+        (lambda d: write_episodes(d, "v3.0", [{**lerobot_entry(0, 40, 0, 0), "length": 1.5}]), ["1.5 frames"]),
         (lambda d: edit_features(d, {}, data_path="data/{episode_index.__class__}"), ["template"]),
         (lambda d: edit_features(d, {}, data_path="data/{episode_index:0999999999d}"), ["template"]),
         (lambda d: truncate(d / "meta/episodes/chunk-000/file-000.parquet"), ["file-000.parquet", "never finalised"]),
@@ -678,6 +680,7 @@ def test_data_without_poses_are_cut_by_number_of_frames(
         edit_features(tmp_path / "data", {"observation.filtered_position": None, "observation.filtered_heading": None})
     refused = run_bits()
     assert refused.code == 2
+    assert "chunk_by: frames" in refused.err
     outcome = run_bits({"chunk_by": "frames", "max_chunk_frames": 10, "overlap_frames": 2}, frame_stride=2)
     assert outcome.code == 0, outcome.err
     found = chunks(tmp_path / "cache", name)
