@@ -108,7 +108,7 @@ def test_a_cache_from_before_the_formats_keeps_its_configuration_and_fingerprint
 @pytest.mark.parametrize(
     ("key", "value", "default"),
     [
-        ("image_key", "front", None), ("position_key", "p", None), ("yaw_key", "y", None), ("position_scale", 0.01, 1.0),
+        ("image_key", "a", None), ("position_key", "p", None), ("yaw_key", "y", None), ("position_scale", 0.01, 1.0),
         ("chunk_by", "frames", "distance"), ("max_chunk_frames", 100, 256), ("overlap_frames", 0, 8),
     ],
 )  # fmt: skip
