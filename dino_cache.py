@@ -1142,8 +1142,16 @@ RECON_SUFFIX = ".hdf5"
 
 
 def find_recon(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
-    """The .hdf5 files in `data_folder`, sorted; a trajectory's name is its file's, up to the first dot."""
-    for file_name in sorted(os.listdir(data_folder)):
+    """The .hdf5 files in `data_folder`, sorted; a trajectory's name is its file's, up to the first dot.
+
+    Raises:
+        RefusedError: `data_folder` cannot be listed.
+    """
+    try:
+        file_names = sorted(os.listdir(data_folder))
+    except OSError as error:
+        raise RefusedError(f"data_folder {data_folder}: cannot list it: {error.strerror}") from error
+    for file_name in file_names:
         if file_name.endswith(RECON_SUFFIX) and not file_name.startswith("."):
             yield Trajectory(_printable(file_name.partition(".")[0]), data_folder / file_name, format="recon")
 
@@ -1297,8 +1305,9 @@ def _answer(request: tuple) -> tuple[str, Any]:
         return "value", read_recon(*request)
     except Exception as error:  # of damaged bytes, h5py makes all sorts
         reason = " ".join(str(error).split()) or type(error).__name__
-        number = re.search(r"errno = (\d+)", reason)  # h5py puts the system's errors only into its text
-        code = getattr(error, "errno", None) or (int(number[1]) if number else None)
+        code, number = getattr(error, "errno", None), re.search(r"errno = (\d+)", reason)
+        if code is None and number and int(number[1]) in LOST_MOUNT_ERRNOS:
+            code = int(number[1])  # of a read, h5py puts the system's error only into its text
         return ("error", (code, f"{request[0]}: {reason}")) if code else ("fault", f"cannot read it: {reason}")
 
 
@@ -1443,14 +1452,20 @@ class VideoFrames:
         self._decoded: dict[int, av.VideoFrame] = {}
         self._container: av.container.InputContainer | None = None
         self._shown_s = 0.0  # of the last frame decoded
+        self._error: Exception | None = None  # the first, which then is that of all frames: one thread meets another's
         self._lock = threading.Lock()
 
     def name(self, number: int) -> str:
         return f"{self._name}: frame {number} ({_printable(self._path.name)} at {self._times[number]:.3f} s)"
 
     def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        with self._lock, _VIDEO_DECODERS, PROFILE("decode"), _video_errors(self.name(numbers[0])):
-            frames = deque([self._take(number) for number in numbers])
+        with self._lock, _VIDEO_DECODERS, PROFILE("decode"):
+            try:
+                with _video_errors(self.name(numbers[0])):
+                    frames = deque([self._take(number) for number in numbers])
+            except (InputError, OSError) as error:
+                self._error = self._error or error
+                raise
         while frames:
             with PROFILE("decode"), _video_errors(self._name):
                 image = _rgb(frames.popleft())
@@ -1458,8 +1473,8 @@ class VideoFrames:
 
     def _take(self, number: int) -> av.VideoFrame:
         while number not in self._decoded:
-            if not self._waiting:
-                raise InputError(f"{self.name(number)}: the video was closed")
+            if self._error or not self._waiting:
+                raise self._error or InputError(f"{self.name(number)}: the video was closed")
             following = self._waiting[0]
             self._decoded[following] = self._decode_to(following)
             self._waiting.popleft()
@@ -1488,9 +1503,10 @@ class VideoFrames:
         self._container, stream = open_video(self._path, self._name)
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = min(VIDEO_THREADS, available_cores())
+        stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # more are refused undecoded
         if first_s > SEEK_BEYOND_S:
             early_s = first_s - 4 * self._tolerance_s * MOST_REORDERED  # a key frame may be shown after it is decoded
-            self._container.seek(int(early_s / stream.time_base), stream=stream)
+            self._container.seek(max(0, int(early_s / stream.time_base)), stream=stream)
         self._stream = self._container.decode(stream)
 
     def close(self) -> None:
@@ -1512,8 +1528,6 @@ _VIDEO_DECODERS = threading.BoundedSemaphore(available_cores())
 
 def _rgb(frame: av.VideoFrame) -> np.ndarray:
     """(h, w, 3) uint8, turned as the video says."""
-    if frame.width * frame.height > MAX_FRAME_PIXELS:
-        raise InputError(f"{frame.width}x{frame.height} px; more than {MAX_FRAME_PIXELS} pixels are refused")
     image = frame.to_ndarray(format="rgb24")
     quarter_turns = round(frame.rotation / 90) % 4
     return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
@@ -2394,11 +2408,8 @@ class FrameDecoder:
         """Bring a frame that a video's decoder made, (h, w, 3) uint8 RGB, to the input size.
 
         Raises:
-            InputError: it is too narrow, or huge.
+            InputError: it is too narrow to crop.
         """
-        height, width, _ = image.shape
-        if height * width > MAX_FRAME_PIXELS:
-            raise InputError(f"{name}: {width}x{height} px; more than {MAX_FRAME_PIXELS} pixels are refused")
         return self._fit(self._torch.from_numpy(image).permute(2, 0, 1), name)
 
     @staticmethod

@@ -270,6 +270,23 @@ class NonFinite(BitEncoder):
         return lambda: EncodedRows(rows.tokens, finite)
 
 
+def test_the_reason_is_that_of_the_frame_at_fault_whichever_thread_meets_it(tmp_path: Path) -> None:
+    write_mp4(tmp_path / "t.mp4", Rendered(1, 20).frames)
+    times = [number / FPS if number < 9 else number / FPS + 0.05 for number in range(19)]
+    frames = dino_cache.VideoFrames(tmp_path / "t.mp4", "t", range(19), times, 0.025)
+    for numbers in ([16, 17], [8, 9], [0, 1]):  # the last group comes first
+        with pytest.raises(InputError, match=r"frame 9 .*no frame within"):
+            list(frames.read(numbers))
+        frames.close()
+
+
+def test_a_video_of_more_pixels_than_are_decoded_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_videos(tmp_path / "data", [Rendered(1, 20)])
+    monkeypatch.setattr(dino_cache, "MAX_FRAME_PIXELS", 64 * 48 - 1)
+    results = cache(tmp_path / "data", tmp_path / "cache", "video and tum")
+    assert "cannot read the video" in str(results["t1"].error)
+
+
 def test_a_video_that_is_to_be_turned_is_turned(tmp_path: Path) -> None:
     write_videos(tmp_path / "data", [Rendered(4, 20)])
     write_mp4(tmp_path / "data/t4.mp4", Rendered(4, 20).frames, rotation=90)
