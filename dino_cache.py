@@ -160,7 +160,6 @@ VIDEO_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"  # FFmpeg's names
 VIDEO_THREADS = 4  # of one video's decoder, at most
 VIDEO_TOLERANCE = 0.25  # of the time between two frames: so far may a frame's time be from that of its pose
 SEEK_BEYOND_S = 2.0  # into a video; before that, decoding is as quick
-MOST_REORDERED = 17  # frames between the decoding of one and its being shown, in any codec
 ROWS_KEPT = 256  # of images in a parquet file, beyond the one asked for
 MIN_QUATERNION_NORM = 1e-12
 MAX_POSE_NUMBERS = 50_000_000  # so many numbers in a pose file at most
@@ -1493,8 +1492,6 @@ class VideoFrames:
                 break
         else:
             raise InputError(f"{self.name(number)}: there is no such frame, the video ends at {self._shown_s:.3f} s")
-        if frame.is_corrupt:
-            raise InputError(f"{self.name(number)}: the video is damaged there")
         if shown > wanted + self._tolerance_s:
             raise InputError(f"{self.name(number)}: there is no frame within {self._tolerance_s:.3g} s of it")
         return frame
@@ -1505,8 +1502,7 @@ class VideoFrames:
         stream.codec_context.thread_count = min(VIDEO_THREADS, available_cores())
         stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # more are refused undecoded
         if first_s > SEEK_BEYOND_S:
-            early_s = first_s - 4 * self._tolerance_s * MOST_REORDERED  # a key frame may be shown after it is decoded
-            self._container.seek(max(0, int(early_s / stream.time_base)), stream=stream)
+            self._container.seek(int((first_s - self._tolerance_s) / stream.time_base), stream=stream)
         self._stream = self._container.decode(stream)
 
     def close(self) -> None:

@@ -125,6 +125,18 @@ def write_mp4(path: Path, frames: Iterable[np.ndarray], codec: str = "libx264", 
         container.mux(stream.encode())
 
 
+def put_index_first(path: Path) -> None:
+    """As for streaming: such a file opens although its end is missing."""
+    old = path.rename(path.with_suffix(".old"))
+    with av.open(old) as container, av.open(path, "w", options={"movflags": "faststart"}) as copy:
+        stream = copy.add_stream_from_template(container.streams.video[0], opaque=True)
+        for packet in container.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                copy.mux(packet)
+    old.unlink()
+
+
 def write_joined_mp4(path: Path, parts: list[list[np.ndarray]], codec: str) -> None:
     """Each part encoded for itself, and their packets put behind each other, as LeRobot does."""
     path.parent.mkdir(parents=True, exist_ok=True)
