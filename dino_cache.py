@@ -1502,7 +1502,7 @@ class VideoFrames:
         stream.codec_context.thread_count = min(VIDEO_THREADS, available_cores())
         stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # more are refused undecoded
         if first_s > SEEK_BEYOND_S:
-            self._container.seek(int((first_s - self._tolerance_s) / stream.time_base), stream=stream)
+            self._container.seek(round(first_s / stream.time_base), stream=stream)
         self._stream = self._container.decode(stream)
 
     def close(self) -> None:
