@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -111,6 +112,20 @@ def test_a_format_gives_the_chunks_that_gnm_folders_give(
                 np.testing.assert_array_equal(datasets[key], right[key])
             np.testing.assert_allclose(datasets["yaw"], right["yaw"], rtol=0, atol=1e-12)  # quaternions round
         check_stamps(tmp_path / kind, name, trajectory.stamp, frame_stride)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_trajectory_is_a_small_value_that_another_process_can_open(
+    written: dict[str, tuple[Path, list[str]]], kind: str
+) -> None:
+    found = list(FORMATS[WRITERS[kind][0]].find(written[kind][0], CacheSpec()))
+    data = pickle.dumps(found)
+    assert len(data) < 1000 * len(found)
+    copies = pickle.loads(data)
+    assert copies == found
+    dino_cache._LEROBOT_DATASETS.clear()  # as in a process that has not listed them
+    poses = open_source(copies[1], DataKeys()).poses(required=True)
+    np.testing.assert_array_equal(poses.position, TRAJECTORIES[1].position)
 
 
 def test_tokens_of_a_real_model_agree_within_the_compression(
