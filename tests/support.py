@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,18 @@ import yaml
 from PIL import Image
 
 from dino_cache import (
+    FORMATS,
     CacheSpec,
     ChunkLabel,
     ChunkStore,
     EncodedRows,
     Encoder,
+    FormatName,
     Hooks,
     ModelShape,
     RunOptions,
     TrajectoryResult,
     cache_trajectories,
-    find_trajectories,
     token_shapes,
 )
 
@@ -58,9 +59,13 @@ class StampEncoder:
     def new_pixels(self, batch_size: int) -> torch.Tensor:
         return torch.empty((batch_size, 3, *self.image_size), dtype=torch.uint8)
 
+    def stamps(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3): what each frame says of itself."""
+        return pixels[:, :, 0, 0]
+
     def encode(self, pixels: torch.Tensor) -> Callable[[], EncodedRows]:
         self.batch_sizes.append(len(pixels))
-        stamps = pixels[:, :, 0, 0].to(torch.float16).numpy()  # (B, 3)
+        stamps = self.stamps(pixels).to(torch.float16).numpy()
         rows = np.concatenate([stamps, np.full((len(stamps), 1), len(stamps), np.float16)], axis=1)
         height, width = (size // STAMP_SHAPE.patch_size for size in self.image_size)
         tokens = {"cls_token": rows, "patch_tokens": np.tile(rows[:, None, None], (1, height, width, 1))}
@@ -184,6 +189,8 @@ def stream_results(
     hooks: Hooks | None = None,
     batch_size: int = 8,
     shape: ModelShape = STAMP_SHAPE,
+    format: FormatName = "gnm",
+    skip: Container[str] = (),
     **settings: Any,
 ) -> Iterator[TrajectoryResult]:
     """cache_trajectories on all trajectories below `data_folder`, by name, without a record; `settings` are the spec's.
@@ -203,7 +210,8 @@ def stream_results(
     store = ChunkStore(cache_dir)
     cache_dir.mkdir(exist_ok=True)
     store.empty_staging()
-    return cache_trajectories(find_trajectories(data_folder), label, options, encoder, store, hooks or Hooks())
+    trajectories = [found for found in FORMATS[format].find(data_folder, spec) if found.name not in skip]
+    return cache_trajectories(trajectories, label, options, encoder, store, hooks or Hooks())
 
 
 def read_progress(cache_dir: Path) -> dict[str, Any]:

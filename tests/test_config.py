@@ -1,5 +1,7 @@
 """The configuration: what is taken from it, and what is refused, with which words, before anything is written."""
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Callable
@@ -11,7 +13,7 @@ import yaml
 
 import dino_cache
 from conftest import Outcome
-from dino_cache import CacheSpec, DatasetConfig, RunOptions, check_image_size, load_config
+from dino_cache import CacheSpec, DatasetConfig, RunOptions, check_image_size, load_config, spec_differences
 from progress_utils import RefusedError
 from support import ROOT, chunk_files, make_trajectory, tree, write_config
 
@@ -86,6 +88,48 @@ def test_defaults_are_those_of_the_design(tmp_path: Path) -> None:
     options = config.options
     assert (options.enable_progress_tracking, options.force_rebuild, options.max_attempts) == (True, False, 3)
     assert (options.checksum, options.progress_interval_s) == ("stat", 30)
+
+
+# As version 0.1.0 recorded it before formats came, with its fingerprint for the weights digest "w".
+BEFORE_FORMATS = {
+    "dino_model_type": "large", "weights": "pretrained", "tokens": ["cls"], "image_size": [224, 308], "resize": "crop",
+    "pixel_mean": [0.485, 0.456, 0.406], "pixel_std": [0.229, 0.224, 0.225], "precision": "auto",
+    "max_chunk_distance_m": 50.0, "overlap_distance_m": 1.0, "min_chunk_distance_m": 0.3, "frame_stride": 1,
+    "frame_pattern": r"(\d+)\.(?:jpg|jpeg|png|JPG|JPEG|PNG)",
+}  # fmt: skip
+
+
+def test_a_cache_from_before_the_formats_keeps_its_configuration_and_fingerprint() -> None:
+    text = json.dumps({**BEFORE_FORMATS, "weights": "w"}, sort_keys=True)
+    assert CacheSpec().fingerprint("w") == hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert spec_differences(BEFORE_FORMATS, CacheSpec()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "default"),
+    [
+        ("image_key", "a", None), ("position_key", "p", None), ("yaw_key", "y", None), ("position_scale", 0.01, 1.0),
+        ("chunk_by", "frames", "distance"), ("max_chunk_frames", 100, 256), ("overlap_frames", 0, 8),
+    ],
+)  # fmt: skip
+def test_a_setting_that_came_with_the_formats_is_a_change_where_it_is_not_the_default(
+    key: str, value: object, default: object
+) -> None:
+    spec = CacheSpec(**{key: value})
+    assert spec_differences(BEFORE_FORMATS, spec) == [(key, default, value)]
+    assert spec_differences(spec.to_json(), CacheSpec()) == [(key, value, default)]
+    assert spec_differences(spec.to_json(), spec) == []
+    assert spec.fingerprint("w") != CacheSpec().fingerprint("w")
+
+
+@pytest.mark.parametrize("name", ["recon", "lerobot", "video", "sample"])
+def test_an_example_config_loads_also_with_its_comments_taken_up(tmp_path: Path, name: str) -> None:
+    text = (ROOT / "config" / "data" / f"{name}.yaml").read_text()
+    load_config(ROOT / "config" / "data" / f"{name}.yaml", {})
+    taken_up = tmp_path / "taken_up.yaml"
+    taken_up.write_text(re.sub(r"^    # (\w+: )", r"    \1", text, flags=re.M))
+    (config,) = load_config(taken_up, {})
+    assert config.format == (name if name != "sample" else "auto")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
