@@ -191,14 +191,14 @@ class _Counter:
         setattr(owner, name, counted)
 
     def _open(self, path: Any, mode: str = "r", **keywords: Any) -> Any:
-        return _RecordFile(path, self) if mode == "wb" else io.open(path, mode, **keywords)  # noqa: UP020
+        return _RecordFile(path, self) if mode == "xb" else io.open(path, mode, **keywords)  # noqa: UP020
 
 
 class _RecordFile(io.BufferedWriter):
     """A record being written, in counted writes."""
 
     def __init__(self, path: Any, counter: _Counter):
-        super().__init__(io.FileIO(path, "w"))
+        super().__init__(io.FileIO(path, "x"))
         self._counter = counter
 
     def write(self, data: bytes) -> int:
