@@ -1889,14 +1889,15 @@ def read_chunk_header(path: Path, *, deep: bool) -> ChunkHeader:
     _check_metadata(path)  # first: damaged metadata can crash HDF5, or keep it in a loop
     try:
         with h5py.File(path, locking=False) as file:  # a chunk never changes, whoever else has it open, and how
-            attributes = _plain_attributes(file.attrs)
-            _check_attributes(attributes, {name: str(file[name].attrs.get("digest")) for name in file})
-            datasets = {name: _check_dataset(file[name], name, shape) for name, shape in _dataset_shapes(attributes)}
+            attributes, datasets = _plain_attributes(file.attrs), dict(file.items())
+            digests = {name: str(dataset.attrs.get("digest")) for name, dataset in datasets.items()}
+            _check_attributes(attributes, digests)
+            places = {name: _check_dataset(datasets[name], name, shape) for name, shape in _dataset_shapes(attributes)}
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:  # h5py's, of bad bytes
         raise DamagedChunkError(f"cannot be read as HDF5: {error}") from error
     if deep:
-        for name, (offset, size, dtype, digest) in datasets.items():
-            _check_bytes(path, name, offset, size, dtype, digest)
+        for name, (offset, size, dtype) in places.items():
+            _check_bytes(path, name, offset, size, dtype, digests[name])
     return ChunkHeader(attributes, status.st_size)
 
 
@@ -1938,8 +1939,8 @@ def _dataset_shapes(attributes: dict[str, Any]) -> Iterator[tuple[str, tuple[int
         yield TOKEN_DATASETS[token], (length, *[None] * token_dimensions[token])
 
 
-def _check_dataset(dataset: h5py.Dataset, name: str, shape: tuple[int | None, ...]) -> tuple[int, int, str, str]:
-    """Type, shape and place of a dataset; returns (offset, size [bytes], dtype, digest)."""
+def _check_dataset(dataset: h5py.Dataset, name: str, shape: tuple[int | None, ...]) -> tuple[int, int, str]:
+    """Type, shape and place of a dataset; returns (offset, size [bytes], dtype)."""
     expected_type = POSE_TYPES.get(name, "<f2")
     fits = len(shape) == dataset.ndim and all(want in (None, got) for want, got in zip(shape, dataset.shape))
     offset = dataset.id.get_offset()
@@ -1947,7 +1948,7 @@ def _check_dataset(dataset: h5py.Dataset, name: str, shape: tuple[int | None, ..
         raise DamagedChunkError(
             f"{name} is {dataset.shape} {dataset.dtype.str}, expected {shape} {expected_type} in one piece"
         )
-    return offset, dataset.nbytes, expected_type, dataset.attrs["digest"]
+    return offset, dataset.nbytes, expected_type
 
 
 def _check_bytes(path: Path, name: str, offset: int, size: int, dtype: str, digest: str) -> None:

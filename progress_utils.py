@@ -674,6 +674,7 @@ def set_aside(cache_dir: Path, why: str) -> Path:
         os.link(cache_dir / PROGRESS_FILE, kept)
     except OSError:  # no hard links here
         shutil.copyfile(cache_dir / PROGRESS_FILE, kept)
+        fsync_path(kept)
     return kept
 
 

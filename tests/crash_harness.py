@@ -95,7 +95,6 @@ def _be_the_child(commands: list[Command], log: Path, report: Path, die_at: int 
         torch.set_num_threads(1)
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})  # verify and rebuild then start no processes
-        progress_utils.SAVE_SHARE = 1e9  # a record after each trajectory, as in any run that is longer than these
         counter = _Counter(die_at, report)
         for command in commands:
             counter.watch(command.cache_dir)
