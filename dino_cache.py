@@ -74,9 +74,10 @@ import tempfile
 import threading
 import time
 import traceback
+import unicodedata
 import zipfile
 import zlib
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -91,9 +92,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tqdm import tqdm
 
 from progress_utils import (
+    CANNOT_LOOK,
     GC_THRESHOLDS,
     LOCK_FILE,
     LOCK_OWNER_FILE,
+    LOG_FILE,
     PROGRESS_FILE,
     STAGING_FOLDER,
     TEMPORARY_FILES,
@@ -134,7 +137,6 @@ __version__ = "0.1.0"
 
 FORMAT = "dino_cache"
 FORMAT_VERSION = 1
-LOG_FILE = "dino_cache.log"
 OWN_NAMES = (PROGRESS_FILE, LOG_FILE, LOCK_FILE, LOCK_OWNER_FILE, STAGING_FOLDER)  # in a cache folder
 INDEX_PREFIX = ".index-"  # of a large record, kept beside it for the next reader
 MIN_INDEXED_BYTES = 1 << 20  # a record smaller than this is read about as quickly as its index
@@ -167,6 +169,7 @@ READ_TOGETHER = 8  # frame files, by one thread
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEPT_BYTES = 1 << 30  # of memory that was freed
 BATCHES_TO_WRITE = 2  # encoded batches that may wait for the disk
+MAX_VISITS = 200  # of one folder, by links: a few folders that link to each other have more paths than anyone can walk
 HDF5_PROCESSES = 4  # that read others' HDF5 files, at most
 HDF5_TIMEOUT_S = 30  # for one answer of such a process
 HDF5_MEMORY_BYTES = 4 << 30  # that such a process may take
@@ -662,7 +665,7 @@ def find_trajectories(data_folder: Path, frame_pattern: str = FRAME_PATTERN) -> 
     as a trajectory, so that it fails with that reason. One with frames but no pose file is yielded with `lacks_poses`.
 
     Raises:
-        RefusedError: `data_folder` cannot be listed, or is itself a trajectory.
+        RefusedError: `data_folder` cannot be listed, is itself a trajectory, or holds a maze of links.
     """
     pattern = re.compile(frame_pattern)
     try:
@@ -674,7 +677,8 @@ def find_trajectories(data_folder: Path, frame_pattern: str = FRAME_PATTERN) -> 
             f"data_folder {data_folder} is itself a trajectory (it holds {found.pose_file}); data_folder is the folder "
             "above the trajectories"
         )
-    yield from _walk(str(data_folder), "", found.subfolders, (os.path.realpath(data_folder),), pattern)
+    real = os.path.realpath(data_folder)
+    yield from _walk(str(data_folder), "", found.subfolders, (real,), Counter([real]), pattern)
 
 
 class _Folder(NamedTuple):
@@ -715,7 +719,12 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _walk(
-    folder: str, prefix: str, subfolders: Sequence[str], ancestors: tuple[str, ...], frame_pattern: re.Pattern[str]
+    folder: str,
+    prefix: str,
+    subfolders: Sequence[str],
+    ancestors: tuple[str, ...],
+    visits: Counter[str],
+    frame_pattern: re.Pattern[str],
 ) -> Iterator[Trajectory]:
     for name in subfolders:
         child, child_name = f"{folder}/{name}", prefix + name
@@ -728,8 +737,11 @@ def _walk(
             yield Trajectory(_printable(child_name), Path(child), lacks_poses=not found.pose_file)
         if found.subfolders:
             real = os.path.realpath(child)
+            visits[real] += 1
+            if visits[real] > MAX_VISITS:
+                raise RefusedError(f"{child}: links lead to this folder in more than {MAX_VISITS} ways; remove some")
             if real not in ancestors:
-                yield from _walk(child, child_name + "/", found.subfolders, (*ancestors, real), frame_pattern)
+                yield from _walk(child, child_name + "/", found.subfolders, (*ancestors, real), visits, frame_pattern)
 
 
 class FolderFiles(NamedTuple):
@@ -3171,18 +3183,20 @@ def read_chunk_header(path: Path, *, deep: bool) -> ChunkHeader:
         DamagedChunkError: anything is not as it was written.
         OSError: the file cannot be read.
     """
-    num_bytes = path.stat().st_size
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise DamagedChunkError("is not a regular file")
     with open(path, "rb") as file:
         _check_metadata(file)  # first: damaged metadata can crash HDF5, or keep it in a loop
-    with _hdf5_errors(), h5py.File(path) as file:
-        attributes = _plain_attributes(file.attrs)
-        _check_attributes(attributes, {name: str(file[name].attrs.get("digest")) for name in file})
-        shapes = _dataset_shapes(attributes, file)
-        datasets = {name: _check_dataset(file[name], name, shape) for name, shape in shapes}
+    with _hdf5_errors(), h5py.File(path, locking=False) as file:  # a chunk never changes, whoever else has it open
+        attributes, stored = _plain_attributes(file.attrs), dict(file.items())
+        _check_attributes(attributes, {name: str(dataset.attrs.get("digest")) for name, dataset in stored.items()})
+        shapes = _dataset_shapes(attributes, stored)
+        datasets = {name: _check_dataset(stored[name], name, shape) for name, shape in shapes}
     if deep:
         for name, dataset in datasets.items():
             _check_bytes(path, name, dataset)
-    return ChunkHeader(attributes, num_bytes, datasets)
+    return ChunkHeader(attributes, status.st_size, datasets)
 
 
 @contextlib.contextmanager
@@ -3200,6 +3214,8 @@ def _check_metadata(file: BinaryIO) -> None:
         seal = json.loads(file.read(SEAL_BYTES))
         intact = seal["digest"] == metadata_digest(file, seal["data"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno in CANNOT_LOOK:
+            raise
         raise DamagedChunkError(f"has no seal: {error}") from error
     if not intact:
         raise DamagedChunkError("its structure or attributes do not match their digest")
@@ -4631,11 +4647,11 @@ def refuse_case_collisions(cache_dir: Path, trajectories: list[Trajectory]) -> N
         return
     seen: dict[str, str] = {}
     for name, *_ in trajectories:
-        other = seen.setdefault(name.casefold(), name)
+        other = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if other != name:
             raise RefusedError(
-                f"trajectories {other} and {name} differ only in case, which the disk of cache_dir {cache_dir} does "
-                "not tell apart; give the cache another disk, or rename one"
+                f"trajectories {other} and {name} differ only in case, or in how accents are coded, which the disk of "
+                f"cache_dir {cache_dir} does not tell apart; give the cache another disk, or rename one"
             )
 
 

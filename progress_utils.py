@@ -63,6 +63,7 @@ STAGING_FOLDER = ".staging"
 LOCK_FILE = ".lock"
 LOCK_OWNER_FILE = ".lock.owner"  # who holds the lock and how far it is; advisory, the lock itself decides
 TEMPORARY_FILES = tuple(f"{name}.tmp" for name in (PROGRESS_FILE, BACKUP_FILE, LOCK_OWNER_FILE))  # of a killed save
+LOG_FILE = "dino_cache.log"
 
 PROGRESS_FORMAT_VERSION = 1
 SAVE_SHARE = 0.02  # saves may take this share of a run's time before they are spaced
@@ -71,6 +72,8 @@ SHOWN_FAILURES = 10
 TELL_INTERVAL_S = 1.0  # between two times that a run says how far it is
 STALE_AFTER_S = 900.0  # a run that encodes and says nothing for so long is taken for stuck
 WATCH_INTERVAL_S = 2.0
+# Errors of reading that are the mount's fault or the user's, so that a file that gives one is not called damaged.
+CANNOT_LOOK = (errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOTCONN, errno.ENXIO, errno.ETIMEDOUT)
 GC_THRESHOLDS = (100_000, 20, 100)  # a large record is a million objects, not to be looked through every 700 new ones
 
 
@@ -82,15 +85,6 @@ def chunk_file_name(index: int) -> str:
 def is_chunk_file(name: str) -> bool:
     """Whether a file's name is that of a chunk."""
     return re.fullmatch(r"chunk_\d{5,}\.h5", name) is not None
-
-
-def chunk_folders(cache_dir: Path) -> Iterator[str]:
-    """Names of trajectories that have chunk files here, recorded or not."""
-    for folder, subfolders, files in os.walk(cache_dir):
-        is_top = Path(folder) == cache_dir
-        subfolders[:] = sorted(name for name in subfolders if not (is_top and name == STAGING_FOLDER))
-        if any(map(is_chunk_file, files)):
-            yield Path(folder).relative_to(cache_dir).as_posix()
 
 
 def printable(text: str) -> str:
@@ -130,6 +124,24 @@ class CacheLockedError(DinoCacheError):
     exit_code = 4
 
 
+def chunk_folders(cache_dir: Path) -> Iterator[str]:
+    """Names of trajectories that have chunk files here, recorded or not.
+
+    Raises:
+        RefusedError: a folder cannot be listed; what lies in it must not be taken for absent.
+    """
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise RefusedError(f"{error.filename}: cannot list it: {error.strerror}. Nothing was changed") from error
+
+    for folder, subfolders, files in os.walk(cache_dir, onerror=refuse):
+        is_top = Path(folder) == cache_dir
+        subfolders[:] = sorted(name for name in subfolders if not (is_top and name == STAGING_FOLDER))
+        if any(map(is_chunk_file, files)):
+            yield Path(folder).relative_to(cache_dir).as_posix()
+
+
 # ======================================================================================================================
 # Durable writing: temp beside the target, fsync, rename, fsync the folder
 # ======================================================================================================================
@@ -160,7 +172,8 @@ def write_durably(path: Path, data: bytes, *, backup: Path | None = None) -> Non
     the disk keeps its word about fsync.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    temporary.unlink(missing_ok=True)  # it may be a link, which must not be written through
+    with open(temporary, "xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -194,10 +207,13 @@ def cache_lock(cache_dir: Path) -> Iterator[None]:
 
     Raises:
         CacheLockedError: another process holds it; the message says who.
-        RefusedError: the folder cannot be written, or its filesystem cannot lock.
+        RefusedError: the folder cannot be written, its filesystem cannot lock, or a file to be written is a link.
     """
     from filelock import FileLock, Timeout  # here: 50 ms that reading commands need not pay
 
+    for name in (LOCK_FILE, LOCK_OWNER_FILE, LOG_FILE):  # a cache folder may have come with the data, from a stranger
+        if (cache_dir / name).is_symlink():
+            raise RefusedError(f"{cache_dir / name}: is a link, and would be written through. Remove it")
     lock = FileLock(cache_dir / LOCK_FILE, timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
@@ -863,11 +879,12 @@ def set_aside(cache_dir: Path, why: str) -> Path:
     """Give the present record a second name, progress.json.<why>-<time>, that no older one has; returns it."""
     stem = f"{PROGRESS_FILE}.{why}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = itertools.chain([stem], (f"{stem}-{count}" for count in itertools.count(2)))
-    kept = next(cache_dir / name for name in names if not (cache_dir / name).exists())
+    kept = next(cache_dir / name for name in names if not os.path.lexists(cache_dir / name))
     try:
         os.link(cache_dir / PROGRESS_FILE, kept)
     except OSError:  # no hard links here
         shutil.copyfile(cache_dir / PROGRESS_FILE, kept)
+        fsync_path(kept)
     return kept
 
 
@@ -918,6 +935,8 @@ def verify(cache_dir: Path, *, deep: bool, as_json: bool, repair: bool, yes: boo
     with cache_lock(cache_dir) if repair else contextlib.nullcontext():
         progress = load_or_refuse(cache_dir)
         findings = _check_recorded(progress, deep)
+        if findings and not repair:
+            findings = _still_true(progress, findings)
         if repair or lock_owner(cache_dir) is None:  # else a run is at work, and these are what it has in flight
             findings += [*_find_unrecorded(progress), *_find_leftovers(cache_dir)]
         mixed = len(progress.fingerprints) > 1
@@ -937,6 +956,17 @@ def _check_recorded(progress: Progress, deep: bool) -> list[Finding]:
     return [finding for findings in _on_all_cores(check, tasks, "Verifying") for finding in findings]
 
 
+def _still_true(progress: Progress, findings: list[Finding]) -> list[Finding]:
+    """Findings on trajectories that are recorded as before; a run may have redone others since the record was read."""
+    now = load_or_refuse(progress.cache_dir)
+    same = {
+        name
+        for name, record in progress.records.items()
+        if now.records.get(name) == record and now.checksums[name] == progress.checksums[name]
+    }
+    return [finding for finding in findings if finding.trajectory in same]
+
+
 def check_trajectory(cache_dir: Path, task: tuple[str, TrajectoryRecord, str], *, deep: bool) -> list[Finding]:
     """Compare one trajectory's chunk files with its record. Runs in a worker process."""
     name, record, checksum = task
@@ -946,14 +976,21 @@ def check_trajectory(cache_dir: Path, task: tuple[str, TrajectoryRecord, str], *
         path = f"{name}/{file}"
         try:
             _check_chunk(cache_dir / path, name, record, checksum, index, deep=deep)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             findings.append(Finding("missing", name, path, "recorded, but not there"))
         except (DamagedChunkError, OSError) as problem:
-            findings.append(Finding("damaged", name, path, str(problem)))
-    with contextlib.suppress(FileNotFoundError):
+            findings.append(Finding("damaged", name, path, _damage(cache_dir / path, problem)))
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for file in sorted(set(filter(is_chunk_file, os.listdir(cache_dir / name))) - expected.keys()):
             findings.append(Finding("damaged", name, f"{name}/{file}", "a chunk that the record does not know"))
     return findings
+
+
+def _damage(path: Path, problem: Exception) -> str:
+    """What is wrong with a chunk file. Raises RefusedError where that cannot be told."""
+    if isinstance(problem, OSError) and problem.errno in CANNOT_LOOK:
+        raise RefusedError(f"{path}: cannot look: {problem.strerror}. Nothing was changed") from problem
+    return str(problem)
 
 
 def _check_chunk(path: Path, name: str, record: TrajectoryRecord, checksum: str, index: int, *, deep: bool) -> None:
@@ -1127,7 +1164,7 @@ def read_trajectory(cache_dir: Path, name: str) -> FoundTrajectory | Finding:
         try:
             headers.append(read_chunk_header(cache_dir / name / file, deep=True))
         except (DamagedChunkError, OSError) as error:
-            return Finding("damaged", name, f"{name}/{file}", str(error))
+            return Finding("damaged", name, f"{name}/{file}", _damage(cache_dir / name / file, error))
     chunks = [header.attributes for header in headers]
     shared = ("dataset_name", "trajectory", "num_chunks", "fingerprint", "trajectory_checksum", "checksum_kind")
     if any(attributes[key] != chunks[0][key] for attributes in chunks for key in shared):
@@ -1155,7 +1192,13 @@ def _progress_from(cache_dir: Path, found: list[FoundTrajectory]) -> Progress:
     first = min(trajectory.first_created_at for trajectory in found)
     progress.start_time = float(calendar.timegm(time.strptime(first, "%Y-%m-%dT%H:%M:%SZ")))
     progress.processing_config = json.loads(latest["spec"])
-    spec = CacheSpec.model_validate(progress.processing_config)
+    try:
+        spec = CacheSpec.model_validate(progress.processing_config)
+    except ValueError as error:
+        raise RefusedError(
+            f"{cache_dir}: its latest chunk was made with a configuration that this program does not know; update the "
+            f"program. Nothing was changed. {error}"
+        ) from error
     unknown = {"source": spec.weights, "size": None, "mtime": None}  # a file may have changed since
     source = weights_source(spec) if spec.weights in ("random", "pretrained") else unknown
     progress.weights = {**source, "digest": latest["weights_digest"]}
@@ -1186,10 +1229,18 @@ def _on_all_cores(function: Callable[[Any], Any], tasks: list[Any], title: str) 
     if workers <= 1:
         return list(bar(map(function, tasks)))
     try:
-        with ProcessPoolExecutor(workers) as pool:
+        with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
             return list(bar(pool.map(function, tasks, chunksize=max(1, min(64, len(tasks) // (4 * workers))))))
     except BrokenProcessPool as error:
         raise RefusedError("a worker process was killed, for want of memory perhaps; nothing was changed") from error
+
+
+def _end_with_parent() -> None:
+    """Of a worker process: it would otherwise wait for work for ever when its parent is killed."""
+    import multiprocessing
+
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 # ======================================================================================================================
@@ -1272,7 +1323,7 @@ def recorded_chunk(progress: Progress, name: str, index: int, *, deep: bool) -> 
     path = progress.cache_dir / name / chunk_file_name(index)
     try:
         _check_chunk(path, name, progress.records[name], progress.checksums[name], index, deep=deep)
-        file = h5py.File(path)
+        file = h5py.File(path, locking=False)
     except (DamagedChunkError, OSError) as error:
         raise RefusedError(
             f"{path}: {error}. If a run has just replaced it, give the command again; else `progress_utils.py verify "

@@ -1,85 +1,90 @@
-"""How a run's bookkeeping scales: resume, record and show with very many trajectories.
+"""How a run's bookkeeping scales: start, resume, record, show and verify with very many trajectories.
 
-    python benchmarks/many_trajectories.py --trajectories 100000
+    python benchmarks/many_trajectories.py --trajectories 100000 [--folder /disk/many]
 
-Makes so many tiny trajectories (frames and chunk files are hard links) with a record that says that all are completed,
-then measures:
+Makes so many tiny trajectories (their frames are hard links), each with a chunk file of its own and recorded as
+completed, then measures, with the peak memory of each command:
 
     resume       `dino_cache.py` with nothing to do, over a bare walk: os.walk, a stat of every file, every pose file
                  read; in turns in the same run
+    start        `dino_cache.py --dry-run` with an empty cache: all that a first run does before its first batch
     record       share of a run's time that recording takes, over trajectories more at 10 ms of other work each: 2 % is
                  what the saves are spaced for, so over a few spaces it must come out as no more
-    show, list   seconds
+    show, list, verify, verify --deep
 
-Prints a table and, last, one JSON line.
+With --folder, data that is there already is taken, and stays. Prints a table and, last, one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pickle
-import resource
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import yaml
 from PIL import Image
+from workload import ROOT, dino_cache, report, scratch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import dino_cache  # noqa: E402
-from progress_utils import Progress, chunk_file_name  # noqa: E402
+from progress_utils import Progress
 
 FRAMES = 4
 TRAJECTORIES_PER_SOURCE = 10_000  # ext4 allows 65,000 hard links to a file
+SPEC = dino_cache.CacheSpec(dino_model_type="small", weights="random", image_size=(28, 28), precision="fp32")
 
 
 def make_dataset(root: Path, count: int) -> None:
     """`count` trajectories of FRAMES frames below root/data, every one recorded as completed in root/cache."""
-    sources = root / "sources"
-    sources.mkdir()
-    spec = dino_cache.CacheSpec(dino_model_type="small", weights="random", image_size=(28, 28), precision="fp32")
+    sources, staging = root / "sources", root / "cache" / ".staging"
+    for folder in (sources, staging):
+        folder.mkdir(parents=True)
+    weights = {**dino_cache.weights_source(SPEC), "digest": "0" * 16}
+    fingerprint = SPEC.fingerprint(weights["digest"])
     progress = Progress(root / "cache", "many")
-    progress.processing_config = spec.to_json()
-    progress.weights = {**dino_cache.weights_source(spec), "digest": "0" * 16}
-    fingerprint = spec.fingerprint("0" * 16)
-    progress.specs[fingerprint] = spec.to_json()
+    progress.processing_config, progress.weights = SPEC.to_json(), weights
+    progress.specs[fingerprint] = SPEC.to_json()
+    label = dino_cache.ChunkLabel("many", SPEC, fingerprint, weights["digest"], {"cls_token": (384,)})
     poses = pickle.dumps({"position": np.stack([np.arange(FRAMES), np.zeros(FRAMES)], 1), "yaw": np.zeros(FRAMES)})
+    os.fsync = lambda descriptor: None  # this need not survive a power cut
     for index in range(count):
         if index % TRAJECTORIES_PER_SOURCE == 0:
-            frame, chunk = sources / f"{index}.jpg", sources / f"{index}.h5"
+            frame = sources / f"{index}.jpg"
             Image.new("RGB", (32, 32)).save(frame)
-            chunk.write_bytes(bytes(1000))
-        name = f"t{index:06d}"
-        folder, chunks = root / "data" / name, root / "cache" / name
-        folder.mkdir(parents=True)
-        chunks.mkdir(parents=True)
+        trajectory = dino_cache.Trajectory(f"t{index:06d}", root / "data" / f"t{index:06d}")
+        trajectory.folder.mkdir(parents=True)
         for number in range(FRAMES):
-            os.link(frame, folder / f"{number}.jpg")
-        (folder / "traj_data.pkl").write_bytes(poses)
-        os.link(chunk, chunks / chunk_file_name(0))
-        if index == 0:  # all have the same files, so the same checksum
-            listing = dino_cache.list_trajectory(dino_cache.Trajectory(name, folder), spec.frame_pattern)
-            checksum = dino_cache.trajectory_checksum(listing, "stat")
-        record = {"fingerprint": fingerprint, "spans": [[0, FRAMES]], "bytes": [1000], "checksum_kind": "stat"}
-        progress.complete(name, checksum, record)
+            os.link(frame, trajectory.folder / f"{number}.jpg")
+        (trajectory.folder / "traj_data.pkl").write_bytes(poses)
+        record_as_completed(progress, dino_cache.plan_or_fail(trajectory, SPEC, "stat"), label, staging)
     progress.save()
-    config = {**{key: spec.to_json()[key] for key in ("dino_model_type", "weights", "image_size", "precision")}}
-    config["datasets"] = {"many": {"data_folder": str(root / "data"), "cache_dir": str(root / "cache")}}
-    (root / "config.yaml").write_text(yaml.safe_dump(config))
+    config = {key: SPEC.to_json()[key] for key in ("dino_model_type", "weights", "image_size", "precision")}
+    for cache in ("cache", "empty"):
+        config["datasets"] = {"many": {"data_folder": str(root / "data"), "cache_dir": str(root / cache)}}
+        (root / f"{cache}.yaml").write_text(yaml.safe_dump(config))
 
 
-def bare_walk(root: Path) -> None:
-    """List the same folders, stat the same files, read the same pose files as a resume must."""
+def record_as_completed(
+    progress: Progress, plan: dino_cache.TrajectoryPlan, label: dino_cache.ChunkLabel, staging: Path
+) -> None:
+    """Write a trajectory's chunk, of tokens that are all 0, and record it."""
+    name = plan.trajectory.name
+    (staging / name).mkdir()
+    writer = dino_cache.TrajectoryWriter(staging / name, plan, label)
+    writer.write(np.arange(FRAMES), {"cls_token": np.zeros((FRAMES, 384), np.float16)})
+    os.rename(staging / name, progress.cache_dir / name)
+    record = {"fingerprint": label.fingerprint, "spans": [list(span) for span in plan.spans]}
+    progress.complete(name, plan.checksum, {**record, "bytes": writer.chunk_bytes, "checksum_kind": "stat"})
+
+
+def bare_walk(root: Path) -> float:
+    """List the same folders, stat the same files, read the same pose files as a resume must; returns seconds."""
+    begin = time.perf_counter()
     for side in ("data", "cache"):
         for folder, _, files in os.walk(root / side):
             for file in files:
@@ -88,13 +93,34 @@ def bare_walk(root: Path) -> None:
                 if file.endswith(".pkl"):
                     with open(path, "rb") as poses:
                         poses.read()
+    return time.perf_counter() - begin
 
 
-def timed(command: list[str]) -> tuple[float, int]:
-    """Seconds and exit code of a command."""
+class Cost(NamedTuple):
+    """Of one command."""
+
+    seconds: float
+    peak_mib: float
+
+    def __str__(self) -> str:
+        return f"{self.seconds:8.2f} s {self.peak_mib:8.0f} MiB"
+
+
+def cost(script: str, *arguments: object) -> Cost:
+    """Run a command that must end with exit code 0."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     begin = time.perf_counter()
-    code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
-    return time.perf_counter() - begin, code
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - begin
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}: exit {process.returncode}")
+    return Cost(seconds, usage.ru_maxrss / 1024)
+
+
+def median_cost(repetitions: int, *command: object) -> Cost:
+    return statistics.median(cost(*command) for _ in range(repetitions))
 
 
 def recording_share(root: Path, more: int = 4000) -> float:
@@ -102,6 +128,8 @@ def recording_share(root: Path, more: int = 4000) -> float:
     progress = Progress.load(root / "cache")
     name, record = next(iter(progress.records.items()))
     checksum = progress.checksums[name]
+    progress.cache_dir = root / "copy"
+    progress.cache_dir.mkdir(exist_ok=True)
     progress.save()
     begin, recording_s = time.monotonic(), 0.0
     for index in range(more):
@@ -113,44 +141,42 @@ def recording_share(root: Path, more: int = 4000) -> float:
     return recording_s / (time.monotonic() - begin)
 
 
+def measure(root: Path, count: int, repetitions: int) -> None:
+    """Take every measure and print it."""
+    walks, resumes = [], []
+    for _ in range(repetitions):
+        walks.append(bare_walk(root))
+        resumes.append(cost("dino_cache.py", "--config", root / "cache.yaml"))
+    utils, at = "progress_utils.py", ("--cache-dir", root / "cache")
+    costs = {
+        "resume": statistics.median(resumes),
+        "start": median_cost(1, "dino_cache.py", "--config", root / "empty.yaml", "--dry-run"),
+        "show": median_cost(repetitions, utils, "show", *at),
+        "list": median_cost(repetitions, utils, "list", "--root", root / "cache"),
+        "verify": median_cost(1, utils, "verify", *at),
+        "verify --deep": median_cost(1, utils, "verify", *at, "--deep"),
+    }
+    walk_s = statistics.median(walks)
+    ratio = statistics.median(resume.seconds / walk for resume, walk in zip(resumes, walks))
+    shares = {"recording_share": round(recording_share(root), 4)}
+    rows = {"trajectories": count, "bare_walk_s": round(walk_s, 2), "resume_over_bare_walk": round(ratio, 2), **shares}
+    report("Very many trajectories", rows | costs)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trajectories", type=int, default=20_000)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where the data lies, or is made; it stays")
+    parser.add_argument("--make", action="store_true", help="only make the data")
     arguments = parser.parse_args()
-    root = Path(tempfile.mkdtemp(prefix="many_trajectories_"))
-    try:
-        make_dataset(root, arguments.trajectories)
-        run = [sys.executable, str(ROOT / "dino_cache.py"), "--config", str(root / "config.yaml")]
-        ratios = []
-        for _ in range(arguments.repetitions):
-            begin = time.perf_counter()
-            bare_walk(root)
-            walk_s = time.perf_counter() - begin
-            resume_s, code = timed(run)
-            assert code == 0, "the resume found something to do"
-            ratios.append((resume_s / walk_s, resume_s, walk_s))
-        ratio, resume_s, walk_s = sorted(ratios)[len(ratios) // 2]
-        utils = [sys.executable, str(ROOT / "progress_utils.py")]
-        show_s = statistics.median(timed([*utils, "show", "--cache-dir", str(root / "cache")])[0] for _ in range(3))
-        list_s = statistics.median(timed([*utils, "list", "--root", str(root / "cache")])[0] for _ in range(3))
-        result = {
-            "trajectories": arguments.trajectories,
-            "resume_over_bare_walk": round(ratio, 2),
-            "spread": [round(min(ratios)[0], 2), round(max(ratios)[0], 2)],
-            "resume_s": round(resume_s, 2),
-            "bare_walk_s": round(walk_s, 2),
-            "recording_share": round(recording_share(root), 4),
-            "show_s": round(show_s, 3),
-            "list_s": round(list_s, 3),
-            "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
-        }
-        for key, value in result.items():
-            print(f"{key:24} {value}")
-        print(json.dumps(result))
-    finally:
-        shutil.rmtree(root)
+    with scratch(None) as temporary:
+        root = arguments.folder or temporary
+        if not (root / "cache.yaml").exists():
+            make_dataset(root, arguments.trajectories)
+        if not arguments.make:
+            measure(root, arguments.trajectories, arguments.repetitions)
 
 
 if __name__ == "__main__":

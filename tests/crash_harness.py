@@ -95,7 +95,6 @@ def _be_the_child(commands: list[Command], log: Path, report: Path, die_at: int 
         torch.set_num_threads(1)
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})  # verify and rebuild then start no processes
-        progress_utils.SAVE_SHARE = 1e9  # a record after each trajectory, as in any run that is longer than these
         progress_utils.TELL_INTERVAL_S = float("inf")  # else a slow run would make calls that a quick one does not
         counter = _Counter(die_at, report)
         for command in commands:
@@ -192,14 +191,14 @@ class _Counter:
         setattr(owner, name, counted)
 
     def _open(self, path: Any, mode: str = "r", **keywords: Any) -> Any:
-        return _RecordFile(path, self) if mode == "wb" else io.open(path, mode, **keywords)  # noqa: UP020
+        return _RecordFile(path, self) if mode == "xb" else io.open(path, mode, **keywords)  # noqa: UP020
 
 
 class _RecordFile(io.BufferedWriter):
     """A record being written, in counted writes."""
 
     def __init__(self, path: Any, counter: _Counter):
-        super().__init__(io.FileIO(path, "w"))
+        super().__init__(io.FileIO(path, "x"))
         self._counter = counter
 
     def write(self, data: bytes) -> int:

@@ -217,6 +217,20 @@ def test_a_small_file_that_claims_a_huge_picture_is_refused_with_its_size(
         decode(tmp_path / "0.png", (28, 42))
 
 
+@pytest.mark.parametrize("file_name", ["0.jpg", "0.bmp"])
+def test_no_format_is_decoded_at_a_size_that_it_only_claims(tmp_path: Path, file_name: str) -> None:
+    """60000x60000 px would take 10 GB."""
+    path = tmp_path / file_name
+    image = bytearray(encoded(path))
+    if file_name == "0.jpg":
+        struct.pack_into(">HH", image, image.index(b"\xff\xc0") + 5, 60_000, 60_000)  # in the frame header
+    else:
+        struct.pack_into("<ii", image, 18, 60_000, 60_000)
+    path.write_bytes(image)
+    with pytest.raises(InputError, match=rf"robot/0\.(jpg|bmp).*(60000x60000|{60_000 * 60_000})"):
+        decode(path, (28, 42))
+
+
 def test_a_pipe_in_a_frames_place_is_refused_without_waiting_on_it(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "0.jpg")
     with ThreadPoolExecutor(1) as pool:

@@ -205,6 +205,26 @@ def test_a_disk_that_fails_for_good_stops_the_run_wherever_it_does(robot, run_he
     robot.check_finished(run_here(robot.config))
 
 
+@pytest.mark.parametrize("mount_point_stays", [False, True])
+def test_a_cache_disk_that_is_gone_in_mid_run_stops_it(robot, run_here, monkeypatch, mount_point_stays):
+    elsewhere = robot.cache.with_name("elsewhere")
+
+    def lose(batch: int, _: torch.Tensor) -> None:
+        if batch == 4:  # of eight
+            robot.cache.rename(elsewhere)
+            if mount_point_stays:
+                robot.cache.mkdir()
+
+    with monkeypatch.context() as patch:
+        before_batch(patch, lose)
+        check_stopped(run_here(robot.config), errno.ENOENT)
+    assert chunk_files(robot.cache) == []
+    shutil.rmtree(robot.cache, ignore_errors=True)
+    elsewhere.rename(robot.cache)
+    assert robot.check_recorded() in ([], ["t0"])
+    robot.check_finished(run_here(robot.config))
+
+
 def immutable(folder: Path, on: bool) -> bool:
     """Not even root may write."""
     return subprocess.run(["chattr", "+i" if on else "-i", folder], capture_output=True, check=False).returncode == 0
@@ -495,14 +515,16 @@ def test_during_a_run_edits_are_refused_and_reading_works(robot, run_here, monke
         said = capsys.readouterr().err
         shown = progress_utils.main(["show", "--cache-dir", str(robot.cache)])
         listed = progress_utils.main(["list", "--root", str(robot.cache)])
-        seen.update(edits=edits, said=said, reading=[shown, listed], out=capsys.readouterr().out)
+        checked = progress_utils.main(["verify", "--deep", "--cache-dir", str(robot.cache)])
+        seen.update(edits=edits, said=said, reading=[shown, listed, checked], out=capsys.readouterr().out)
 
     before_batch(monkeypatch, use_the_cache)
     outcome = run_here(robot.config)
     assert seen["edits"] == [4] * len(EDITS)
     assert seen["said"].count(f"pid {os.getpid()} ") == len(EDITS)
-    assert seen["reading"] == [0, 0]
+    assert seen["reading"] == [0, 0, 0]
     assert "Dataset: robot\n" in seen["out"]
+    assert "\nSound\n" in seen["out"]
     robot.check_finished(outcome)
 
 

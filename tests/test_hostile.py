@@ -29,8 +29,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dino_cache
+import progress_utils
 from conftest import Outcome
-from support import ROOT, check_stamps, make_trajectory, no_hang, read_progress, run_utils, straight_line, write_config
+from support import (
+    ROOT,
+    check_stamps,
+    make_trajectory,
+    no_hang,
+    read_progress,
+    run_utils,
+    straight_line,
+    tree,
+    write_config,
+)
 from test_trajectories import as_numpy_1_wrote_it, attacks
 
 POSITION, YAW = straight_line(20), np.linspace(0, 1, 20)
@@ -525,6 +536,57 @@ def test_what_is_no_regular_file_fails_its_trajectory_and_is_not_waited_for(
         assert f"{title}/{file_name}" in failure["reason"]
 
 
+def test_links_that_lead_everywhere_are_refused_and_not_walked_for_ever(
+    data: Path, tmp_path: Path, run_here: Callable[..., Outcome]
+) -> None:
+    """Twelve folders that each link to the others: 12! paths without a circle."""
+    for number_ in range(12):
+        (data / f"d{number_}").mkdir()
+        for other in range(12):
+            (data / f"d{number_}" / f"to{other}").symlink_to(data / f"d{other}")
+    with no_hang():
+        outcome = run_here(configure(data, tmp_path / "cache"))
+    assert outcome.code == 2, outcome.err
+    assert "links lead to this folder" in outcome.err
+
+
+OWN_FILES = [
+    *(".lock", ".lock.owner", ".staging", "dino_cache.log", "progress.json", "progress.json.bak"),
+    *("progress.json.tmp", "progress.json.bak.tmp"),
+]
+
+
+@pytest.mark.parametrize("own", OWN_FILES)
+def test_a_link_in_the_place_of_a_caches_own_file_is_not_written_through(
+    data: Path, tmp_path: Path, run_here: Callable[..., Outcome], own: str
+) -> None:
+    """A cache folder can come with the data, and the data from a stranger."""
+    cache, outside = tmp_path / "cache", tmp_path / "outside"
+    config = configure(data, cache)
+    assert run_here(config).code == 0
+    if own == ".staging":
+        outside.mkdir()
+        (outside / "own.txt").write_text("the user's own")
+        (cache / own).rmdir()
+    else:
+        outside.write_bytes((cache / own).read_bytes() if own == "progress.json" else b"the user's own")
+        (cache / own).unlink(missing_ok=True)
+    before = tree(tmp_path) if outside.is_file() else tree(outside)
+    (cache / own).symlink_to(outside)
+    (data / "good" / "19.png").write_bytes((data / "good" / "0.png").read_bytes() + b" ")  # something to do
+    edits = (["verify", "--repair", "--yes"], ["reset-failed"], ["rebuild", "--yes"], ["reset", "--yes"])
+    codes = [
+        run_here(config, "--force-rebuild").code,
+        *(progress_utils.main([*edit, "--cache-dir", str(cache)]) for edit in edits),
+        run_here(config).code,
+    ]
+    assert (codes == [2] * 6) == (own in (".lock", ".lock.owner", "dino_cache.log")), codes
+    if outside.is_file():
+        assert outside.read_bytes() == before["outside"]
+    else:
+        assert tree(outside) == before
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Names that mislead
 # ---------------------------------------------------------------------------------------------------------------------
@@ -551,6 +613,22 @@ def test_odd_names_are_names_like_any_other(data: Path, tmp_path: Path, run_here
     assert run_utils("verify", "--cache-dir", cache).stdout.endswith("\nSound\n")
     assert run_utils("rebuild", "--yes", "--cache-dir", cache).returncode == 0
     assert sorted(read_progress(cache)["completed_trajectories"]) == sorted(["good", *ODD_NAMES])
+
+
+@pytest.mark.parametrize("alike", [("Case", "case"), (NFC, NFD)])
+def test_names_that_the_caches_disk_takes_for_one_are_refused(
+    data: Path, tmp_path: Path, run_here: Callable[..., Outcome], alike: tuple[str, str]
+) -> None:
+    for odd in alike:
+        make_trajectory(data / odd, 5)
+    config = configure(data, tmp_path / "cache")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / ".LOCK").touch()  # as seen on a disk that does not tell it from .lock
+    outcome = run_here(config)
+    assert outcome.code == 2
+    assert all(odd in outcome.err for odd in alike)
+    (tmp_path / "cache" / ".LOCK").unlink()
+    assert run_here(config).code == 0
 
 
 def test_a_folder_deep_down_that_is_called_staging_is_not_overlooked(

@@ -1,5 +1,8 @@
 """verify and rebuild: whatever is wrong with a cache is found, what is repaired ends as if nothing had happened."""
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import io
 import itertools
@@ -10,6 +13,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +26,7 @@ import pytest
 import progress_utils
 from dino_cache import DamagedChunkError, read_chunk_header
 from progress_utils import cache_lock
-from support import cache_content, make_trajectory, read_progress, tree, write_config
+from support import ROOT, cache_content, make_trajectory, read_progress, tree, wait_until, write_config
 
 # 20 frames 0.25 m apart in chunks of 2 m that overlap by 0.5 m: [0, 9), [6, 15), [12, 20) of every trajectory
 FRAMES = 20
@@ -385,6 +389,14 @@ FILES: dict[str, tuple[Callable[[Path], Any], list[Problem], str]] = {
     "a folder": (
         lambda cache: ((cache / CHUNK).unlink(), (cache / CHUNK).mkdir()), [("damaged", CHUNK)], ""
     ),
+    "a file in its folder's place": (
+        lambda cache: (shutil.rmtree(cache / "t1"), (cache / "t1").touch()),
+        [("missing", f"t1/chunk_0000{index}.h5") for index in range(3)],
+        "not there",
+    ),
+    "a pipe": (
+        lambda cache: ((cache / CHUNK).unlink(), os.mkfifo(cache / CHUNK)), [("damaged", CHUNK)], "not a regular file"
+    ),
     "empty": (lambda cache: os.truncate(cache / CHUNK, 0), [("damaged", CHUNK)], ""),
     "half of it": (lambda cache: os.truncate(cache / CHUNK, 4000), [("damaged", CHUNK)], ""),
     "one byte short": (lambda cache: resize(cache / CHUNK, -1), [("damaged", CHUNK)], ""),
@@ -472,6 +484,76 @@ def test_a_record_that_disagrees_with_the_files_is_found(robot, change, expected
     found = robot.verify()
     assert found.keys() == set(expected)
     assert all(reason in text for text in found.values())
+
+
+@pytest.mark.parametrize("command", [["verify"], ["verify", "--repair", "--yes"], ["rebuild", "--yes"]])
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EACCES])
+def test_what_cannot_be_looked_at_is_not_called_damaged(single, monkeypatch, command, number):
+    """A mount that is lost under way must not have everything redone."""
+
+    def fail(path: Any, *_: Any) -> Any:
+        raise OSError(number, os.strerror(number), str(path))
+
+    before = single.files()
+    with monkeypatch.context() as patch:
+        patch.setattr("dino_cache.open", fail, raising=False)
+        outcome = single.utils(*command)
+    assert outcome.code == 2
+    assert "t1/chunk_0000" in outcome.err
+    assert os.strerror(number) in outcome.err
+    assert single.files() == before
+
+
+def test_a_bad_block_is_damage(single, monkeypatch):
+    def fail(path: Any, *_: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr("dino_cache.open", fail, raising=False)
+    assert single.verify().keys() == set(ALL_OF_T1)
+
+
+@pytest.mark.parametrize("command", [["verify"], ["verify", "--repair", "--yes"], ["rebuild", "--yes"]])
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(robot, monkeypatch, command):
+    scandir = os.scandir
+
+    def fail(path: Any) -> Any:
+        if str(path).endswith("/lab"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return scandir(path)
+
+    before = robot.files()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", fail)
+        outcome = robot.utils(*command)
+    assert outcome.code == 2
+    assert f"{robot.cache}/lab: cannot list it" in outcome.err
+    assert robot.files() == before
+
+
+def test_a_chunk_that_another_program_holds_locked_is_sound(single):
+    """HDF5 locks what it opens, and cannot on some network mounts."""
+    with open(single.cache / CHUNK) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert single.verify("--deep") == {}
+
+
+@pytest.mark.parametrize("still", [False, True])
+def test_what_a_run_redoes_while_verify_looks_is_no_finding(robot, monkeypatch, still):
+    look = progress_utils._check_recorded
+
+    def look_late(*arguments: Any) -> Any:
+        shutil.rmtree(robot.data / "t1")
+        make_trajectory(robot.data / "t1", FRAMES + 4, stamp=1)  # a stop and a checksum change
+        robot.run()
+        if still:
+            (robot.cache / "t3" / "chunk_00000.h5").unlink()
+        return look(*arguments)
+
+    monkeypatch.setattr(progress_utils, "_check_recorded", look_late)
+    outcome = robot.utils("verify", "--json")
+    assert outcome.code == still
+    paths = [finding["path"] for finding in json.loads(outcome.out.splitlines()[-1])["findings"]]
+    assert paths == ["t3/chunk_00000.h5"] * still
 
 
 def test_a_sound_cache_is_said_to_be_sound(robot):
@@ -736,6 +818,45 @@ def test_the_holders_name_is_shown_while_it_lives_and_not_when_it_is_dead(robot)
     os.waitpid(child, 0)
     (robot.cache / ".lock.owner").write_text(owner.replace(str(os.getpid()), str(child)))  # as a kill -9 leaves it
     assert "a run is at work" not in robot.utils("verify").out
+
+
+@pytest.mark.parametrize("change", [{"a_new_setting": 1}, {"dino_model_type": "enormous"}])
+def test_rebuild_of_chunks_with_settings_of_a_newer_program_is_refused(single, change):
+    for path in (single.cache / "t1").iterdir():
+        with h5py.File(path) as file:
+            spec = json.dumps({**json.loads(file.attrs["spec"]), **change})
+        reseal(path, set_attributes(spec=spec))
+    before = single.files()
+    refused = single.utils("rebuild", "--yes")
+    assert refused.code == 2
+    assert next(iter(change)) in refused.err
+    assert "update the program" in refused.err
+    assert single.files() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_the_workers_of_a_killed_command_end_too_and_hold_no_lock(robot):
+    for name in STAMPS:  # a chunk that takes minutes to read: two terabytes of zeros
+        path = robot.cache / name / "chunk_00000.h5"
+        path.write_bytes(b'{"data": [], "digest": ""}'.ljust(512))
+        os.truncate(path, 1 << 41)
+    command = [sys.executable, str(ROOT / "progress_utils.py"), "rebuild", "--yes", "--cache-dir", str(robot.cache)]
+    with subprocess.Popen(command, start_new_session=True) as process:
+
+        def group() -> list[str]:
+            stats = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")]
+            return [state for state, _, number, *_ in stats if int(number) == process.pid and state != "Z"]
+
+        try:
+            wait_until(lambda: len(group()) > 1 or progress_utils.available_cores() == 1)
+            process.kill()
+            process.wait()
+            wait_until(lambda: not group())
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    with cache_lock(robot.cache):
+        pass
 
 
 def test_a_rebuilt_record_began_with_its_first_chunk(robot):
