@@ -737,11 +737,16 @@ def _walk(
             yield Trajectory(_printable(child_name), Path(child), lacks_poses=not found.pose_file)
         if found.subfolders:
             real = os.path.realpath(child)
-            visits[real] += 1
-            if visits[real] > MAX_VISITS:
-                raise RefusedError(f"{child}: links lead to this folder in more than {MAX_VISITS} ways; remove some")
+            _count_visit(visits, child, real)
             if real not in ancestors:
                 yield from _walk(child, child_name + "/", found.subfolders, (*ancestors, real), visits, frame_pattern)
+
+
+def _count_visit(visits: Counter[str], folder: str | Path, real: str) -> None:
+    """Count that a walk comes to a folder. Raises RefusedError where links lead to it again and again."""
+    visits[real] += 1
+    if visits[real] > MAX_VISITS:
+        raise RefusedError(f"{folder}: links lead to this folder in more than {MAX_VISITS} ways; remove some")
 
 
 class FolderFiles(NamedTuple):
@@ -753,11 +758,16 @@ class FolderFiles(NamedTuple):
 
 
 def walk_folders(
-    folder: Path, name: str = "", ancestors: tuple[str, ...] = (), unlistable: list[FolderFiles] | None = None
+    folder: Path,
+    name: str = "",
+    ancestors: tuple[str, ...] = (),
+    visits: Counter[str] | None = None,
+    unlistable: list[FolderFiles] | None = None,
 ) -> Iterator[FolderFiles]:
     """`folder` and all below it, sorted. Caches of this tool, and what is below a gnm trajectory, are left out; links
     are followed, except back to a folder that holds them; what cannot be listed goes into `unlistable`."""
-    real = os.path.realpath(folder)
+    real, visits = os.path.realpath(folder), Counter() if visits is None else visits
+    _count_visit(visits, folder, real)
     if real in ancestors:
         return
     try:
@@ -773,7 +783,7 @@ def walk_folders(
     yield FolderFiles(name, folder, sorted(by_name.keys() - set(subfolders)))
     if _first_pose_file(by_name) is None:
         for child in subfolders:
-            yield from walk_folders(folder / child, f"{name}{child}/", (*ancestors, real), unlistable)
+            yield from walk_folders(folder / child, f"{name}{child}/", (*ancestors, real), visits, unlistable)
 
 
 def _printable(name: str) -> str:
