@@ -3493,7 +3493,8 @@ def open_table(cache_dirs: str | os.PathLike[str] | Sequence[str | os.PathLike[s
 # were found; what they are, weights_digest tells.
 NOT_OF_FEATURES = {
     *("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m", "frame_stride", "frame_pattern"),
-    *("tokens", "weights"),
+    *("tokens", "weights", "position_key", "yaw_key", "position_scale"),
+    *("chunk_by", "max_chunk_frames", "overlap_frames"),
 }
 
 
@@ -3505,7 +3506,8 @@ def refuse_mixed(chunks: list[RecordedChunk], headers: list[ChunkHeader]) -> Non
     """
     first_in: dict[Path, dict[str, Any]] = {}
     for chunk, header in zip(chunks, headers):
-        settings = {**CacheSpec().to_json(), **json.loads(header.attributes["spec"])}  # absent ones at their defaults
+        recorded = json.loads(header.attributes["spec"])  # absent ones are at their defaults
+        settings = {**CacheSpec().to_json(), **_LATER_DEFAULTS, **recorded}
         settings["weights_digest"] = header.attributes["weights_digest"]
         others = first_in.setdefault(chunk.cache_dir, settings)
         if others is not settings:
@@ -3612,11 +3614,12 @@ class OpenChunk:
     def read_poses(self, offsets: dict[str, int]) -> None:
         """Read all poses, in one piece: they are small and lie one after another. `offsets`: of all datasets."""
         self._offsets = offsets
-        sizes = {name: self._length * 8 * math.prod(shape) for name, shape in POSE_SHAPES.items()}
+        shapes = {name: shape for name, shape in POSE_SHAPES.items() if name in offsets}
+        sizes = {name: self._length * 8 * math.prod(shape) for name, shape in shapes.items()}
         begin, end = min(offsets[name] for name in sizes), max(offsets[name] + size for name, size in sizes.items())
         piece = bytearray(end - begin)
         self._read(begin, memoryview(piece))
-        for name, shape in POSE_SHAPES.items():
+        for name, shape in shapes.items():
             self.poses[name] = np.ndarray((self._length, *shape), POSE_TYPES[name], piece, offsets[name] - begin)
 
     def read_rows(self, dataset: str, rows: range, memory: memoryview) -> None:
@@ -3823,7 +3826,10 @@ class CacheWindows:
         headers = [recorded_header(chunk) for chunk in chunks]
         if not allow_mixed:
             refuse_mixed(chunks, headers)
-        shapes = {**frame_shapes(chunks, headers, tokens), **POSE_SHAPES}
+        held = [name for name in POSE_SHAPES if all(name in header.datasets for header in headers)]
+        if goal is not None and "travelled_distance" not in held:
+            raise RefusedError(f"goal: {chunks[0].cache_dir}: cut by number of frames, has no travelled_distance")
+        shapes = {**frame_shapes(chunks, headers, tokens), **{name: POSE_SHAPES[name] for name in held}}
         self._files = ChunkFiles(self._table, shapes)
         self._fields = sample_fields(shapes, window, dtype, with_goal=goal is not None)
         self._length, self._stride, self._frame_step = (window - 1) * frame_step + 1, stride, frame_step

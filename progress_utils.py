@@ -1282,9 +1282,17 @@ def export(
     else:
         if tokens not in (None, ["cls"]):
             raise RefusedError("--tokens: the vint layout holds one vector a frame, the CLS token")
+        _refuse_without_distance(progress, "the vint layout")
         done = _export_vint(progress, output, _exported_datasets(progress, ["cls"])[0], force=force)
     print(f"Exported {len(progress.records)} trajectories: {done} -> {output}")
     return 0
+
+
+def _refuse_without_distance(progress: Progress, what: str) -> None:
+    """Raise RefusedError where chunks were cut by number of frames: they may have no poses."""
+    for record in progress.records.values():
+        if progress.specs[record["fingerprint"]].get("chunk_by") == "frames":
+            raise RefusedError(f"{progress.cache_dir}: made with chunk_by: frames; {what} needs poses and distances")
 
 
 def _refuse_unexportable(progress: Progress, allow_mixed: bool) -> None:
@@ -1400,7 +1408,8 @@ def _make_columns(
     from dino_cache import POSE_SHAPES, free_bytes
 
     with recorded_chunk(progress, next(iter(progress.records)), 0, deep=False) as chunk:
-        rows = {name: (chunk[name].shape[1:], chunk[name].dtype) for name in (*token_datasets, *POSE_SHAPES)}
+        held = [name for name in (*token_datasets, *POSE_SHAPES) if name in chunk]
+        rows = {name: (chunk[name].shape[1:], chunk[name].dtype) for name in held}
     needed = num_frames * sum(math.prod(shape) * dtype.itemsize for shape, dtype in rows.values())
     if needed > (free := free_bytes(folder)):
         raise RefusedError(f"{folder}: the export takes {format_bytes(needed)} and {format_bytes(free)} are free")
@@ -1540,6 +1549,7 @@ INK = "#010203"  # stands for the text's colour, light or dark, in figures
 def report(cache_dir: Path, *, output: Path, data_folder: Path | None) -> int:
     """Write the report; `data_folder` is where the frames are, if not where the last run read them."""
     progress = load_or_refuse(cache_dir)
+    _refuse_without_distance(progress, "a report")
     _require_matplotlib()
     if output.is_dir():
         raise RefusedError(f"-o {output}: is a folder; give the name of a file")

@@ -61,6 +61,7 @@ from formats import (
     write_tum,
     write_videos,
 )
+from progress_utils import RefusedError
 from support import (
     ROOT,
     check_stamps,
@@ -736,7 +737,19 @@ def test_data_without_poses_are_cut_by_number_of_frames(
     assert [span for span, _ in found] == [(0, 10), (8, 18), (16, 20)]
     assert all({*datasets} == {"cls_token", "frame_index"} for _, datasets in found)
     check_stamps(tmp_path / "cache", name, 1, frame_stride=2)
+    windows = dino_cache.CacheWindows(tmp_path / "cache", window=4)
+    assert {*windows[0]} == {"index", "cls_token", "frame_index"}
+    assert windows[1]["frame_index"].tolist() == [2, 4, 6, 8]
+    with pytest.raises(RefusedError, match="goal"):
+        dino_cache.CacheWindows(tmp_path / "cache", window=4, goal=(1.0, 2.0))
     where = ["--cache-dir", str(tmp_path / "cache")]
+    assert progress_utils.main(["report", *where, "-o", str(tmp_path / "report.html")]) == 2
+    assert "chunk_by: frames" in capsys.readouterr().err
+    assert progress_utils.main(["export", *where, "--to", "vint", "-o", str(tmp_path / "pt")]) == 2
+    assert progress_utils.main(["export", *where, "--to", "flat", "-o", str(tmp_path / "flat.h5")]) == 0
+    with h5py.File(tmp_path / "flat.h5") as flat:
+        assert "position" not in flat
+        assert flat["frame_index"][...].tolist() == list(range(0, 40, 2))
     assert progress_utils.main(["verify", *where, "--deep"]) == 0
     record = read_progress(tmp_path / "cache")
     (tmp_path / "cache/progress.json").unlink()
