@@ -292,16 +292,15 @@ def test_show_says_how_far_a_run_is_and_which_trajectory_is_in_work(tmp_path, mo
 
 
 def test_what_is_told_is_spaced(tmp_path, monkeypatch):
-    monkeypatch.setattr(progress_utils, "TELL_INTERVAL_S", 0.2)
-    told = []
+    told, now = [], [100.0]
     state = progress_utils.RunState(1, 2, 3, 4.0, 5, 6.0, "t")
     with cache_lock(tmp_path):
-        begin = time.monotonic()
+        monkeypatch.setattr(progress_utils, "TELL_INTERVAL_S", 2.0)
+        monkeypatch.setattr(progress_utils.time, "monotonic", lambda: now[0])
         teller = progress_utils.Teller(tmp_path)
-        while len(told) < 2:
-            teller.tell(lambda: told.append(time.monotonic()) or state)
-    assert told[0] - begin >= 0.2  # a run that is over at once tells nothing
-    assert told[1] - told[0] >= 0.2
+        for now[0] in (100.0, 101.5, 102.0, 103.5, 104.0, 104.5, 107.0):
+            teller.tell(lambda: told.append(now[0]) or state)
+    assert told == [102.0, 104.0, 107.0]  # a run that is over at once tells nothing
 
 
 def test_watch_shows_in_place_what_changes_until_ctrl_c(tmp_path, monkeypatch):
