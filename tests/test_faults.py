@@ -147,8 +147,9 @@ def test_a_disk_that_others_fill_stops_the_run_and_the_next_one_at_once(tmp_path
     robot.check_finished(run_here(robot.config))
 
 
-def test_a_record_that_outgrows_what_the_disk_takes_stops_the_run(tmp_path, run_here):
+def test_a_record_that_outgrows_what_the_disk_takes_stops_the_run(tmp_path, run_here, monkeypatch):
     """Files are limited to a size that every chunk keeps and that the record of 40 long names does not."""
+    monkeypatch.setattr(progress_utils, "SAVE_SHARE", 1e9)  # save after each trajectory, as a longer run does
     data, cache = tmp_path / "data", tmp_path / "data" / "dino_cache_small"
     names = [f"{number:02}" + "x" * 200 for number in range(40)]
     for name in names:
