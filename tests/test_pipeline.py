@@ -102,6 +102,45 @@ def test_batches_are_full_across_trajectories_and_chunks_and_every_frame_is_enco
     assert counted == encoder.batch_sizes
 
 
+def test_a_file_that_is_slow_to_read_waits_while_a_hundred_others_are_read(tmp_path, monkeypatch):
+    make_trajectory(tmp_path / "data" / "t1", 200, stamp=1)
+    read, others, enough = dino_cache.read_file, [], threading.Event()
+
+    def slow_read(path: Any) -> np.ndarray:
+        if str(path).endswith("/40.jpg"):
+            assert enough.wait(60), f"only {len(others)} frames were read meanwhile"
+        elif str(path).endswith(".jpg") and int(Path(path).stem) > 40:
+            others.append(path)
+            if len(others) == 100:
+                enough.set()
+        return read(path)
+
+    monkeypatch.setattr(dino_cache, "read_file", slow_read)
+    (result,) = stream_results(tmp_path / "data", tmp_path / "cache", StampEncoder())
+    assert result.error is None
+    check_stamps(tmp_path / "cache", "t1", 1)
+
+
+def test_a_frame_that_is_slow_to_decode_waits_while_others_are_decoded(tmp_path, monkeypatch):
+    """As many as lie ready for the encoder: four a decoding thread, the slow one among them."""
+    make_trajectory(tmp_path / "data" / "t1", 40, stamp=1)
+    decode, others, enough = FrameDecoder.__call__, [], threading.Event()
+
+    def slow_decode(decoder: FrameDecoder, content: np.ndarray, name: str) -> torch.Tensor:
+        if name.endswith("/10.jpg"):
+            assert enough.wait(60), f"only {len(others)} frames were decoded meanwhile"
+        elif int(Path(name).stem) > 10:
+            others.append(name)
+            if len(others) == 7:
+                enough.set()
+        return decode(decoder, content, name)
+
+    monkeypatch.setattr(FrameDecoder, "__call__", slow_decode)
+    (result,) = stream_results(tmp_path / "data", tmp_path / "cache", StampEncoder())
+    assert result.error is None
+    check_stamps(tmp_path / "cache", "t1", 1)
+
+
 def test_results_come_in_order_with_spans_and_sizes_of_files_that_are_there(data, tmp_path):
     names = []
     for result in stream_results(data, tmp_path / "cache", StampEncoder()):
