@@ -1193,6 +1193,14 @@ def find_recon(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
             yield Trajectory(_printable(file_name.partition(".")[0]), data_folder / file_name, format="recon")
 
 
+def locate_recon(data_folder: Path, name: str) -> Trajectory:
+    """The file of that name; InputError where there is none."""
+    for trajectory in find_recon(data_folder, CacheSpec()):
+        if trajectory.name == name:
+            return trajectory
+    raise InputError(f"{data_folder} has no {name}*{RECON_SUFFIX}")
+
+
 class ReconSource:
     """recon: image bytes and poses, row by row, in one HDF5 file."""
 
@@ -1782,6 +1790,14 @@ def find_lerobot(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
         yield Trajectory(episode_name(number), data_folder, format="lerobot", episode=number)
 
 
+def locate_lerobot(data_folder: Path, name: str) -> Trajectory:
+    """The episode of that name; InputError where it is not an episode's."""
+    number = re.fullmatch(r"episode_(\d{6,18})", name)
+    if not number:
+        raise InputError(f"{name} is not the name of an episode")
+    return Trajectory(name, data_folder, format="lerobot", episode=int(number[1]))
+
+
 @contextlib.contextmanager
 def _parquet_errors(path: Path) -> Iterator[None]:
     """pyarrow's errors as those of a trajectory; real ones of the system pass."""
@@ -2027,6 +2043,17 @@ def find_videos(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
             yield Trajectory(_printable(folder.name.rstrip("/")), folder.path / VIDEO_STEM, format="video")
 
 
+def locate_video(data_folder: Path, name: str) -> Trajectory:
+    """The video of that name, a file's or its folder's; InputError where there is none."""
+    path = data_folder / name
+    for folder, prefix in ((path, f"{name}/"), (path.parent, name[: -len(path.name)])):
+        if folder.is_dir():
+            for found, file, pose_file in video_files(FolderFiles(prefix, folder, sorted(os.listdir(folder)))):
+                if found == name:
+                    return Trajectory(name, folder / file, pose_file is None, format="video")
+    raise InputError(f"{data_folder} has no video {name}")
+
+
 class VideoSource:
     """video: one file, its poses in a table beside it, with times of the video's clock."""
 
@@ -2139,6 +2166,7 @@ class Format(NamedTuple):
     """What the program has to know of a format."""
 
     find: Callable[[Path, CacheSpec], Iterator[Trajectory]]
+    locate: Callable[[Path, str], Trajectory]  # one of a known name, which may be there no more, without a search
     open: Callable[[Trajectory, DataKeys], Source]
     settings: tuple[str, ...]  # of those that not every format has
     trajectory: str  # what is one, for messages
@@ -2149,14 +2177,20 @@ KEY_SETTINGS = ("image_key", "position_key", "yaw_key")
 FORMATS: dict[FormatName, Format] = {
     "gnm": Format(
         lambda data_folder, spec: find_trajectories(data_folder, spec.frame_pattern),
+        lambda data_folder, name: Trajectory(name, data_folder / name),
         FolderSource,
         ("frame_pattern",),
         f"a folder with one of {', '.join(POSE_FILES)} and its frames",
     ),
-    "recon": Format(find_recon, ReconSource, KEY_SETTINGS, f"a *{RECON_SUFFIX} file in the folder itself"),
-    "lerobot": Format(find_lerobot, LeRobotSource, KEY_SETTINGS, f"an episode of a dataset with {LEROBOT_INFO}"),
+    "recon": Format(
+        find_recon, locate_recon, ReconSource, KEY_SETTINGS, f"a *{RECON_SUFFIX} file in the folder itself"
+    ),
+    "lerobot": Format(
+        find_lerobot, locate_lerobot, LeRobotSource, KEY_SETTINGS, f"an episode of a dataset with {LEROBOT_INFO}"
+    ),
     "video": Format(
         find_videos,
+        locate_video,
         VideoSource,
         (),
         "<name>.mp4 with <name>.csv or .txt, or a folder with video.mp4 and poses.csv or .txt",
@@ -2316,6 +2350,17 @@ class TrajectoryPlan:
     travelled: np.ndarray | None  # (T,) float64 [m]; None where chunks are cut by number of frames
     spans: list[Span]
 
+    @property
+    def poses(self) -> dict[str, np.ndarray]:
+        """Dataset name -> (T, ...): those of POSE_SHAPES that the data tell."""
+        told = {
+            "position": self.position,
+            "yaw": self.yaw,
+            "frame_index": self.frame_index,
+            "travelled_distance": self.travelled,
+        }
+        return {name: values for name, values in told.items() if values is not None}
+
     def stored_frames(self) -> Iterator[int]:
         """Kept frames that lie in a chunk, each once, in order."""
         return _stored_frames(self.spans)
@@ -2472,6 +2517,20 @@ class FrameDecoder:
         if math.prod(covering) > MAX_SCALED_PIXELS * self._height * self._width:
             raise InputError(f"{name}: {width}x{height} px is too narrow to crop to {self._width}x{self._height}")
         return self._center_crop(self._resize(image, covering), [self._height, self._width])
+
+
+def read_frame(trajectory: Trajectory, number: int, spec: CacheSpec) -> torch.Tensor:
+    """One frame, by its number in the source, as the encoder gets it: (3, H, W) uint8. A video is read with one seek.
+
+    Raises:
+        InputError, OSError: it cannot be had.
+    """
+    frames = open_source(trajectory, data_keys(spec)).frames([number])
+    try:
+        (image,) = frames.read([number])
+    finally:
+        frames.close()
+    return (FrameDecoder(spec) if image.ndim == 1 else FrameDecoder(spec).fit)(image, frames.name(number))
 
 
 # ======================================================================================================================
@@ -2970,16 +3029,9 @@ class ChunkWriter:
     def finish(self) -> int:
         """Add poses, attributes and digests, force the file to the disk; returns its size in bytes."""
         plan, rows = self._plan, slice(*self._span)
-        poses = {
-            "position": plan.position,
-            "yaw": plan.yaw,
-            "frame_index": plan.frame_index,
-            "travelled_distance": plan.travelled,
-        }
-        for name, values in poses.items():
-            if values is not None:
-                self._file.create_dataset(name, data=values[rows])
-                self._digests[name] = bytes_digest(np.ascontiguousarray(values[rows]))
+        for name, values in plan.poses.items():
+            self._file.create_dataset(name, data=values[rows])
+            self._digests[name] = bytes_digest(np.ascontiguousarray(values[rows]))
         digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
         for name, digest in digests.items():
             self._file[name].attrs["digest"] = digest
@@ -3552,6 +3604,23 @@ def frame_shapes(
     return shapes
 
 
+def common_poses(
+    chunks: list[RecordedChunk], headers: list[ChunkHeader], *, distances_needed: bool
+) -> dict[str, tuple[int, ...]]:
+    """Dataset name -> shape of one frame's pose, of those that all these chunks have.
+
+    Raises:
+        RefusedError: distances are needed, and a chunk has none.
+    """
+    for chunk, header in zip(chunks, headers):
+        if distances_needed and "travelled_distance" not in header.datasets:
+            raise RefusedError(
+                f"{chunk.path}: goal: is drawn by travelled distance, and this cache has none: it was cut with "
+                "chunk_by: frames. Read it without goal, or make one with chunk_by: distance"
+            )
+    return {name: shape for name, shape in POSE_SHAPES.items() if all(name in header.datasets for header in headers)}
+
+
 class SampleField(NamedTuple):
     """One key of a sample, and the dataset that it is read from."""
 
@@ -3602,25 +3671,33 @@ class OpenChunk:
             os.close(self._descriptor)
 
     def check(self, chunk: RecordedChunk, shapes: dict[str, tuple[int, ...]]) -> list[int]:
-        """Compare the file with its record; returns its datasets' offsets. DamagedChunkError where anything differs."""
+        """Compare the file with its record; returns its datasets' offsets, -1 for a pose that its trajectory does not
+        have. DamagedChunkError where anything differs."""
         with open(self._descriptor, "rb", closefd=False) as file:
             _check_metadata(file)
             with _hdf5_errors(), h5py.File(file) as content:
                 chunk.check(_plain_attributes(content.attrs, CHECKED_ATTRIBUTES))
                 return [
-                    _check_dataset(content[name], name, (self._length, *shape)).offset for name, shape in shapes.items()
+                    -1  # that it was never there, the seal has vouched for
+                    if name in POSE_SHAPES and name not in content
+                    else _check_dataset(content[name], name, (self._length, *shape)).offset
+                    for name, shape in shapes.items()
                 ]
 
     def read_poses(self, offsets: dict[str, int]) -> None:
-        """Read all poses, in one piece: they are small and lie one after another. `offsets`: of all datasets."""
+        """Read all poses, in one piece: they are small and lie one after another. `offsets`: of all datasets. A pose
+        that the trajectory does not have is NaN."""
         self._offsets = offsets
-        shapes = {name: shape for name, shape in POSE_SHAPES.items() if name in offsets}
-        sizes = {name: self._length * 8 * math.prod(shape) for name, shape in shapes.items()}
-        begin, end = min(offsets[name] for name in sizes), max(offsets[name] + size for name, size in sizes.items())
-        piece = bytearray(end - begin)
+        shapes = {name: (self._length, *shape) for name, shape in POSE_SHAPES.items() if name in offsets}
+        there = {name: shape for name, shape in shapes.items() if offsets[name] >= 0}
+        begin = min(offsets[name] for name in there)
+        piece = bytearray(max(offsets[name] + 8 * math.prod(shape) for name, shape in there.items()) - begin)
         self._read(begin, memoryview(piece))
         for name, shape in shapes.items():
-            self.poses[name] = np.ndarray((self._length, *shape), POSE_TYPES[name], piece, offsets[name] - begin)
+            if name in there:
+                self.poses[name] = np.ndarray(shape, POSE_TYPES[name], piece, offsets[name] - begin)
+            else:
+                self.poses[name] = np.full(shape, np.nan)
 
     def read_rows(self, dataset: str, rows: range, memory: memoryview) -> None:
         """Fill `memory` with rows of a dataset."""
@@ -3771,7 +3848,8 @@ class CacheWindows:
 
         cls_token (W, D), patch_tokens (W, h, w, D), register_tokens (W, R, D): those asked for, of `dtype`
         position (W, 2) float64 [m], yaw (W,) float64 [rad], frame_index (W,) int64,
-        travelled_distance (W,) float64 [m] from the trajectory's frame 0
+        travelled_distance (W,) float64 [m] from the trajectory's frame 0; of a cache cut with chunk_by: frames, no
+            travelled_distance, and only the poses that the first trajectory has, NaN in those that lack them
         index () int64: the sample's own, for `source`
         goal_<each of these> of one later frame, without the axis W, and goal_valid () bool: with `goal`
 
@@ -3796,7 +3874,8 @@ class CacheWindows:
         seed: of the goals.
 
     Raises:
-        RefusedError: a cache is empty, mixed, newer than this program, or lacks what is asked for; the file is named.
+        RefusedError: a cache is empty, mixed, newer than this program, or lacks what is asked for (tokens; distances
+            for goals); the file is named.
         DamagedChunkError: when read, a chunk file is missing, damaged, or not the one recorded.
         StorageError: when read, a chunk file cannot be read.
     """
@@ -3826,10 +3905,8 @@ class CacheWindows:
         headers = [recorded_header(chunk) for chunk in chunks]
         if not allow_mixed:
             refuse_mixed(chunks, headers)
-        held = [name for name in POSE_SHAPES if all(name in header.datasets for header in headers)]
-        if goal is not None and "travelled_distance" not in held:
-            raise RefusedError(f"goal: {chunks[0].cache_dir}: cut by number of frames, has no travelled_distance")
-        shapes = {**frame_shapes(chunks, headers, tokens), **{name: POSE_SHAPES[name] for name in held}}
+        poses = common_poses(chunks, headers, distances_needed=goal is not None)
+        shapes = {**frame_shapes(chunks, headers, tokens), **poses}
         self._files = ChunkFiles(self._table, shapes)
         self._fields = sample_fields(shapes, window, dtype, with_goal=goal is not None)
         self._length, self._stride, self._frame_step = (window - 1) * frame_step + 1, stride, frame_step
@@ -4471,10 +4548,11 @@ def _chunk_difference(expected: dict[str, int], found: dict[str, int]) -> str:
 class Work(NamedTuple):
     """What a pending trajectory will cost: frames to encode, chunk files and their bytes. Zero where it will fail."""
 
-    frames: int
-    chunks: int
-    bytes: int
+    frames: int = 0
+    chunks: int = 0
     rows: int = 0  # of all chunks together
+    pose_bytes: int = 0  # of all rows
+    bytes: int = 0
 
 
 class Selection(NamedTuple):
@@ -4692,19 +4770,20 @@ def estimate_work(dataset: PreparedDataset, stop: StopRequest) -> list[str]:
     for outcome in map_files(plan, dataset.pending):
         stop.check()
         if isinstance(outcome, TrajectoryResult):
-            dataset.work[outcome.name] = Work(0, 0, 0)
+            dataset.work[outcome.name] = Work()
             reasons.append(str(outcome.error))
         else:
-            rows, chunks = outcome.num_rows, len(outcome.spans)
-            size = cache_bytes(dataset, dataset.spec, rows, chunks)
-            dataset.work[outcome.trajectory.name] = Work(outcome.num_stored_frames, chunks, size, rows)
+            pose_bytes = outcome.num_rows * sum(values[:1].nbytes for values in outcome.poses.values())
+            work = Work(outcome.num_stored_frames, len(outcome.spans), outcome.num_rows, pose_bytes)
+            size = cache_bytes(dataset, dataset.spec, [work])
+            dataset.work[outcome.trajectory.name] = work._replace(bytes=size)
     return reasons
 
 
-def cache_bytes(dataset: PreparedDataset, spec: CacheSpec, rows: int, chunks: int) -> int:
-    """What so many rows in so many chunk files take with the tokens of `spec`, about."""
+def cache_bytes(dataset: PreparedDataset, spec: CacheSpec, works: Iterable[Work]) -> int:
+    """What the chunk files take with the tokens of `spec`, about."""
     tokens = sum(2 * math.prod(shape) for shape in token_shapes(spec, dataset.shape).values())
-    return rows * (tokens + 5 * 8) + chunks * CHUNK_OVERHEAD_BYTES  # and position, yaw, index, distance
+    return sum(work.rows * tokens + work.pose_bytes + work.chunks * CHUNK_OVERHEAD_BYTES for work in works)
 
 
 def check_disk(datasets: list[PreparedDataset]) -> None:
@@ -4918,7 +4997,7 @@ class DatasetRun:
         """Put the configuration in force into the record, before any work."""
         dataset, progress = self._dataset, self._progress
         before = self._settings()
-        progress.data_folder = str(dataset.config.data_folder)
+        progress.data_folder, progress.data_format = str(dataset.config.data_folder), dataset.config.format
         progress.num_trajectories = len(progress.records.keys() | {name for name, *_ in dataset.trajectories})
         if dataset.pending or progress.records:
             progress.processing_config = dataset.spec.to_json()
@@ -4939,7 +5018,7 @@ class DatasetRun:
 
     def _settings(self) -> tuple:
         progress = self._progress
-        known = (progress.data_folder, progress.num_trajectories)
+        known = (progress.data_folder, progress.data_format, progress.num_trajectories)
         return progress.processing_config, progress.weights, progress.checksum_kind, *known
 
     def _process(self) -> None:
@@ -5136,13 +5215,13 @@ def alternative_tokens(dataset: PreparedDataset) -> list[tuple[Token, ...]]:
 def print_cost(dataset: PreparedDataset, rates: dict[str, float | None]) -> None:
     """The space that other tokens would take, and, where it was measured, the time."""
     works = dataset.work.values()
-    frames, rows, chunks = (sum(getattr(work, key) for work in works) for key in ("frames", "rows", "chunks"))
+    frames = sum(work.frames for work in works)
     if frames:
         sizes = []
         for tokens in alternative_tokens(dataset):
             spec = dataset.spec.model_copy(update={"tokens": tokens})
             chosen = " (chosen)" if tokens == dataset.spec.tokens else ""
-            sizes.append(f"{' + '.join(tokens)} {format_bytes(cache_bytes(dataset, spec, rows, chunks))}{chosen}")
+            sizes.append(f"{' + '.join(tokens)} {format_bytes(cache_bytes(dataset, spec, works))}{chosen}")
         print(f"  by tokens: {', '.join(sizes)}")
     if rate := rates.get(dataset.name):
         how = f"at {rate:.1f} frames/s, measured while decoding and encoding on {dataset.device}"

@@ -373,8 +373,9 @@ class Progress:
         self.start_time = now
         self.last_update = now
         self.elapsed_s = 0.0  # working time of all runs
-        self.data_folder: str | None = None  # where the last run read, and how many trajectories it knew of, those
-        self.num_trajectories: int | None = None  # present and those recorded; for people, nothing is decided by them
+        self.data_folder: str | None = None  # where the last run read, in which format, and how many trajectories it
+        self.data_format: str | None = None  # knew of, those present and those recorded; for people, nothing is
+        self.num_trajectories: int | None = None  # decided by them
         self.checksum_kind = "stat"
         self.rebuild_started: float | None = None
         self.processing_config: dict[str, Any] = {}
@@ -438,6 +439,7 @@ class Progress:
             "elapsed_s": self.elapsed_s,
             "total_chunks": self.total_chunks,
             "data_folder": self.data_folder,
+            "data_format": self.data_format,
             "num_trajectories": self.num_trajectories,
             "checksum_kind": self.checksum_kind,
             "rebuild_started": self.rebuild_started,
@@ -518,7 +520,7 @@ _PLAIN_KEYS = (  # stored under the name of the attribute
     "specs",
     "failures",
 )
-_LATER_KEYS = {"data_folder": str, "num_trajectories": int}  # that a record may lack, or have as null
+_LATER_KEYS = {"data_folder": str, "data_format": str, "num_trajectories": int}  # a record may lack them, or have null
 _NUMBER = (int, float)
 _NULL = type(None)
 _KEY_TYPES: dict[str, tuple[type, ...]] = {
@@ -1099,8 +1101,8 @@ def rebuild(cache_dir: Path, *, yes: bool) -> int:
             raise RefusedError(f"{cache_dir}: no complete trajectory here to make a record from")
         progress = _progress_from(cache_dir, found)
         if old is not None:
-            progress.elapsed_s, progress.data_folder = old.elapsed_s, old.data_folder
-            progress.num_trajectories = old.num_trajectories
+            for key in ("elapsed_s", *_LATER_KEYS):
+                setattr(progress, key, getattr(old, key))
             progress.failures = {name: old.failures[name] for name in old.failures.keys() - progress.records.keys()}
         if len(progress.fingerprints) > 1:
             print(f"Mixed cache: made with {len(progress.fingerprints)} different configurations", file=sys.stderr)
@@ -1250,11 +1252,13 @@ def _end_with_parent() -> None:
 FLAT_DESCRIPTION = (
     "flat: one HDF5 file in stable-worldmodel's dialect. Every dataset but ep_len and ep_offset is a column, one row "
     "a frame, one episode after the other. An episode is a piece of a trajectory that was stored without a gap: it "
-    "ends where a pose jump cut the trajectory. A frame that lies in two chunks appears once."
+    "ends where a pose jump cut the trajectory. A frame that lies in two chunks appears once. Poses that no trajectory "
+    "has (chunk_by: frames) are no columns; where only some have them, the others' rows are NaN."
 )
 VINT_DESCRIPTION = (
     "vint: a folder with one .pt file a chunk (features (L, D) float16: the CLS tokens; positions, yaws, indices) and "
-    "cache_metadata.json, as visualnav-transformer's feature cache has them. Chunks overlap as in the cache."
+    "cache_metadata.json, as visualnav-transformer's feature cache has them. Chunks overlap as in the cache. "
+    "Refused where a trajectory has no poses."
 )
 VINT_METADATA = "cache_metadata.json"
 EXPORT_BLOCK_BYTES = 1 << 24  # read and written at a time
@@ -1282,17 +1286,9 @@ def export(
     else:
         if tokens not in (None, ["cls"]):
             raise RefusedError("--tokens: the vint layout holds one vector a frame, the CLS token")
-        _refuse_without_distance(progress, "the vint layout")
         done = _export_vint(progress, output, _exported_datasets(progress, ["cls"])[0], force=force)
     print(f"Exported {len(progress.records)} trajectories: {done} -> {output}")
     return 0
-
-
-def _refuse_without_distance(progress: Progress, what: str) -> None:
-    """Raise RefusedError where chunks were cut by number of frames: they may have no poses."""
-    for record in progress.records.values():
-        if progress.specs[record["fingerprint"]].get("chunk_by") == "frames":
-            raise RefusedError(f"{progress.cache_dir}: made with chunk_by: frames; {what} needs poses and distances")
 
 
 def _refuse_unexportable(progress: Progress, allow_mixed: bool) -> None:
@@ -1349,11 +1345,18 @@ class NewRows(NamedTuple):
     stop: int
 
 
-def episodes(record: TrajectoryRecord) -> list[list[NewRows]]:
-    """A trajectory's pieces without a gap, each frame once: neighbours overlap, so a gap is where two do not."""
+def is_cut_by_frames(spec: dict[str, Any]) -> bool:
+    """Whether chunks of this spec were cut by their number of frames: without distances, and at no pose jump."""
+    return spec.get("chunk_by") == "frames"
+
+
+def episodes(progress: Progress, name: str) -> list[list[NewRows]]:
+    """A trajectory's pieces without a gap, each frame once: chunks cut by distance overlap, unless there is a gap."""
+    record = progress.records[name]
+    has_gaps = not is_cut_by_frames(progress.specs[record["fingerprint"]])
     pieces, done = [], -1
     for index, (start, stop) in enumerate(record["spans"]):
-        if start >= done:
+        if not pieces or (has_gaps and start >= done):
             pieces.append([])
         pieces[-1].append(NewRows(index, max(0, done - start), stop - start))
         done = stop
@@ -1366,7 +1369,7 @@ def _export_flat(progress: Progress, output: Path, token_datasets: list[str], *,
 
     if output.is_dir() or (output.exists() and not force):
         raise RefusedError(f"-o {output}: exists; --force replaces a file")
-    found = [(name, episode) for name, record in progress.records.items() for episode in episodes(record)]
+    found = [(name, episode) for name in progress.records for episode in episodes(progress, name)]
     temporary = output.with_name(output.name + ".partial")
     try:
         temporary.unlink(missing_ok=True)
@@ -1393,27 +1396,36 @@ def _write_flat(
     with h5py.File(raw, "w", libver="v110") as file:  # attributes may exceed 64 kB then
         columns = _make_columns(progress, file, token_datasets, sum(lengths), folder)
         _write_episodes(progress, file, [name for name, _ in found], lengths)
-        position = 0
+        position, told = 0, set()
         for name, rows in _with_bar(parts, "Exporting"):
             with recorded_chunk(progress, name, rows.index, deep=True) as chunk:
-                _copy_rows(chunk, rows, columns, position)
+                told |= _copy_rows(chunk, rows, columns, position)
             raw.check()
             position += rows.stop - rows.start
+        for name in columns.keys() - told:
+            del file[name]  # nothing was written to it, so that it takes no space
 
 
 def _make_columns(
     progress: Progress, file: Any, token_datasets: list[str], num_frames: int, folder: Path
 ) -> dict[str, Any]:
-    """An empty column for each dataset of a chunk; RefusedError where the disk cannot hold them."""
-    from dino_cache import POSE_SHAPES, free_bytes
+    """An empty column for each dataset that a chunk can have; RefusedError where the disk cannot hold them."""
+    import numpy as np
 
+    from dino_cache import POSE_SHAPES, POSE_TYPES, free_bytes
+
+    rows = {name: (shape, np.dtype(POSE_TYPES[name])) for name, shape in POSE_SHAPES.items()}
+    if all(map(is_cut_by_frames, progress.specs.values())):
+        del rows["travelled_distance"]
     with recorded_chunk(progress, next(iter(progress.records)), 0, deep=False) as chunk:
-        held = [name for name in (*token_datasets, *POSE_SHAPES) if name in chunk]
-        rows = {name: (chunk[name].shape[1:], chunk[name].dtype) for name in held}
+        rows |= {name: (chunk[name].shape[1:], chunk[name].dtype) for name in token_datasets}
     needed = num_frames * sum(math.prod(shape) * dtype.itemsize for shape, dtype in rows.values())
     if needed > (free := free_bytes(folder)):
         raise RefusedError(f"{folder}: the export takes {format_bytes(needed)} and {format_bytes(free)} are free")
-    return {name: file.create_dataset(name, (num_frames, *shape), dtype) for name, (shape, dtype) in rows.items()}
+    return {
+        name: file.create_dataset(name, (num_frames, *shape), dtype, fillvalue=math.nan if dtype.kind == "f" else None)
+        for name, (shape, dtype) in rows.items()
+    }
 
 
 def _write_episodes(progress: Progress, file: Any, names: list[str], lengths: list[int]) -> None:
@@ -1432,8 +1444,10 @@ def _write_episodes(progress: Progress, file: Any, names: list[str], lengths: li
     file.attrs["weights"] = json.dumps(progress.weights)
 
 
-def _copy_rows(chunk: Any, rows: NewRows, columns: dict[str, Any], position: int) -> None:
-    for name, column in columns.items():
+def _copy_rows(chunk: Any, rows: NewRows, columns: dict[str, Any], position: int) -> set[str]:
+    """Copy a chunk's rows into the columns from `position` on; returns the columns that it has."""
+    there = {name: column for name, column in columns.items() if name in chunk}
+    for name, column in there.items():
         dataset = chunk[name]
         if dataset.shape[1:] != column.shape[1:]:
             raise RefusedError(
@@ -1445,6 +1459,7 @@ def _copy_rows(chunk: Any, rows: NewRows, columns: dict[str, Any], position: int
             stop = min(start + block, rows.stop)
             target = position + start - rows.start
             column[target : target + stop - start] = dataset[start:stop]
+    return set(there)
 
 
 def _export_vint(progress: Progress, output: Path, token_dataset: str, *, force: bool) -> str:
@@ -1456,7 +1471,8 @@ def _export_vint(progress: Progress, output: Path, token_dataset: str, *, force:
     temporary.mkdir()
     try:
         chunk_ids, width = _write_vint_chunks(progress, temporary, token_dataset)
-        settings = {key: progress.processing_config.get(key) for key in _VINT_SETTINGS}
+        spec = progress.processing_config
+        settings = {key: None if is_cut_by_frames(spec) else spec.get(key) for key in _VINT_SETTINGS}
         metadata = {"name": progress.dataset_name, **settings, "feature_dim": width, "cache_path": output.name}
         write_durably(temporary / VINT_METADATA, json.dumps({**metadata, "chunks": chunk_ids}, indent=2).encode())
         shutil.rmtree(output, ignore_errors=True)
@@ -1492,6 +1508,11 @@ def _write_vint_chunks(progress: Progress, folder: Path, token_dataset: str) -> 
     chunks = [(name, index) for name, record in progress.records.items() for index in range(len(record["spans"]))]
     for name, index in _with_bar(chunks, "Exporting"):
         with recorded_chunk(progress, name, index, deep=True) as chunk:
+            if not {"position", "yaw"} <= set(chunk):
+                raise RefusedError(
+                    f"{chunk.filename}: has no position or no yaw (chunk_by: frames), and the vint layout holds both; "
+                    "--to flat does without"
+                )
             content = {
                 "features": torch.from_numpy(chunk[token_dataset][...]),  # (L, D) float16
                 "positions": chunk["position"][...].tolist(),  # L times [x, y] [m]
@@ -1535,6 +1556,7 @@ REPORT_TRAJECTORIES = 12  # shown with their map and similarity
 REPORT_CHUNKS_OF_ONE = 100  # of one trajectory, from its beginning
 REPORT_POINTS = 400  # of one trajectory's similarity
 REPORT_PICTURES = 6  # frames shown with their patch tokens
+REPORT_FRAME_FILE_BYTES = 2 << 30  # of a trajectory's own file: a video's frame times are read from all of it
 REPORT_REMARKS = 4  # on one trajectory
 REPORT_NAMES = 20  # of failed trajectories with one cause
 NIGHT_GAP_S = 1800.0  # so long without a chunk: another night
@@ -1549,7 +1571,6 @@ INK = "#010203"  # stands for the text's colour, light or dark, in figures
 def report(cache_dir: Path, *, output: Path, data_folder: Path | None) -> int:
     """Write the report; `data_folder` is where the frames are, if not where the last run read them."""
     progress = load_or_refuse(cache_dir)
-    _refuse_without_distance(progress, "a report")
     _require_matplotlib()
     if output.is_dir():
         raise RefusedError(f"-o {output}: is a folder; give the name of a file")
@@ -1579,7 +1600,7 @@ class ChunkFacts(NamedTuple):
     """What a report needs of a sampled chunk."""
 
     num_frames: int
-    distance_m: float
+    distance_m: float | None  # None where chunks were cut by number of frames
     created_at: float  # epoch seconds
     new_frames: int  # of it and of the chunks since the one sampled before, in the order of completion
     versions: str
@@ -1589,12 +1610,13 @@ class TrajectoryLook(NamedTuple):
     """What a report shows of a sampled trajectory: n frames of those looked into."""
 
     name: str
-    paths: list[Any]  # per chunk (L, 2) [m]
+    paths: list[Any]  # per chunk (L, 2) [m]; none where there are no positions
     jumps: list[int]  # numbers of the chunks before which the pose jumps
     jump_frames: list[int]
     frame_index: Any  # (n,)
     to_first: Any  # (n,) cosine similarity with the first frame
     to_next: Any  # (n,) with the frame after it
+    chunks_seen: int
     num_chunks: int  # in all
     remarks: list[str]
 
@@ -1607,8 +1629,8 @@ class _Look:
         self.random = random.Random(REPORT_SEED)
         self.problems: dict[str, None] = {}
         self.num_frames = {
-            name: sum(rows.stop - rows.start for episode in episodes(record) for rows in episode)
-            for name, record in progress.records.items()
+            name: sum(rows.stop - rows.start for episode in episodes(progress, name) for rows in episode)
+            for name in progress.records
         }
         self.facts = self._sampled_facts()
         self.night = self._last_night()
@@ -1626,8 +1648,8 @@ class _Look:
 
     def _sampled_facts(self, after: float = 0.0) -> list[ChunkFacts]:
         """Facts of evenly spaced chunks of trajectories completed since `after` [epoch s], about; in order of time."""
-        records = self.progress.records
-        rows = [(name, new) for name, record in records.items() for episode in episodes(record) for new in episode]
+        progress = self.progress
+        rows = [(name, new) for name in progress.records for episode in episodes(progress, name) for new in episode]
         if after:
             rows = rows[self._first_chunk_after(rows, after) :]
         step = max(1, math.ceil(len(rows) / REPORT_CHUNKS))
@@ -1660,10 +1682,10 @@ class _Look:
 
 def _chunk_facts(progress: Progress, name: str, index: int, new_frames: int) -> ChunkFacts:
     with recorded_chunk(progress, name, index, deep=False) as chunk:
-        travelled = chunk["travelled_distance"]
+        travelled = chunk.get("travelled_distance")
         created_at = calendar.timegm(time.strptime(chunk.attrs["created_at"], "%Y-%m-%dT%H:%M:%SZ"))
-        distance_m = float(travelled[-1] - travelled[0])
-        return ChunkFacts(len(travelled), distance_m, created_at, new_frames, chunk.attrs["versions"])
+        distance_m = None if travelled is None else float(travelled[-1] - travelled[0])
+        return ChunkFacts(len(chunk["frame_index"]), distance_m, created_at, new_frames, chunk.attrs["versions"])
 
 
 def _look_at_trajectory(progress: Progress, name: str) -> TrajectoryLook:
@@ -1671,27 +1693,29 @@ def _look_at_trajectory(progress: Progress, name: str) -> TrajectoryLook:
     import numpy as np
 
     record = progress.records[name]
-    pieces = episodes(record)
+    pieces = episodes(progress, name)
     parts = [rows for episode in pieces for rows in episode][:REPORT_CHUNKS_OF_ONE]
     jumps = [episode[0].index for episode in pieces[1:] if episode[0].index < len(parts)]
     paths, rows, pairs, steps, jump_frames = [], [], [], [], []
     for new in parts:
         with recorded_chunk(progress, name, new.index, deep=False) as chunk:
-            position, index = chunk["position"][...], chunk["frame_index"][...]
-            paths.append(position)
+            index = chunk["frame_index"][...]
+            if "position" in chunk:
+                paths.append(chunk["position"][...])
             if new.index in jumps:
                 jump_frames.append(int(index[0]))
             wanted = np.arange(max(0, new.start - 1), len(index) - 1, max(1, len(parts) * len(index) // REPORT_POINTS))
             pairs += [_feature_pair(chunk, row) for row in wanted]
             rows += index[np.stack([wanted, wanted + 1], axis=1)].tolist()
-            steps += np.linalg.norm(position[wanted + 1] - position[wanted], axis=1).tolist()
+            if paths:
+                steps += np.linalg.norm(paths[-1][wanted + 1] - paths[-1][wanted], axis=1).tolist()
     pairs = np.stack(pairs) if pairs else np.zeros((0, 2, 1), np.float32)
     unit = pairs / np.maximum(np.linalg.norm(pairs, axis=2, keepdims=True), 1e-12)  # (n, 2, D)
     to_next = (unit[:, 0] * unit[:, 1]).sum(1)
     rows = np.array(rows, int).reshape(-1, 2)
-    remarks = _camera_remarks(unit[:, 0], to_next, np.array(steps), rows)
+    remarks = _camera_remarks(unit[:, 0], to_next, np.array(steps) if paths else np.zeros(len(rows)), rows)
     to_first = unit[:, 0] @ unit[0, 0] if len(rows) else to_next
-    counts = (len(record["spans"]), remarks)
+    counts = (len(parts), len(record["spans"]), remarks)
     return TrajectoryLook(name, paths, jumps, jump_frames, rows[:, 0], to_first, to_next, *counts)
 
 
@@ -1732,14 +1756,13 @@ def _summary_section(look: _Look) -> str:
     total = progress.num_trajectories
     share = f"of {total:,} ({100 * len(progress.records) / total:.1f}%)" if total else "of unknown"
     size = sum(sum(record["bytes"]) for record in progress.records.values())
-    jumps = sum(len(episodes(record)) > 1 for record in progress.records.values())
     rate = _night_rate(look.night)
     tiles = [
         ("completed trajectories", f"{len(progress.records):,}", share),
         ("failed trajectories", f"{len(progress.failures):,}", "see below" if progress.failures else "none"),
         ("frames", f"{sum(look.num_frames.values()):,}", "each counted once"),
         ("chunks", f"{progress.total_chunks:,}", format_bytes(size)),
-        ("pose jumps", f"{jumps:,}", "trajectories with one or more"),
+        ("pose jumps", *_jumps_tile(progress)),
         ("rate", f"{rate:.1f} frames/s" if rate else "?", "mean of the last night"),
         ("time left", _time_left(look, owner, rate), state),
         ("working time", f"{progress.elapsed_s / 3600:.1f} h", "of all runs"),
@@ -1749,6 +1772,13 @@ def _summary_section(look: _Look) -> str:
     remarks = "".join(f"<p class=warn>{_text(remark)}</p>" for remark in _report_remarks(progress))
     where = f"<p><code>{_text(progress.cache_dir)}</code>, last saved {_text(time.ctime(progress.last_update))}</p>"
     return f"<h1>{_text(progress.dataset_name)}</h1>{where}{remarks}<div class=tiles>{cards}</div>"
+
+
+def _jumps_tile(progress: Progress) -> tuple[str, str]:
+    if progress.records and all(is_cut_by_frames(progress.specs[fingerprint]) for fingerprint in progress.fingerprints):
+        return "?", "not looked for: chunk_by: frames"
+    jumps = sum(len(episodes(progress, name)) > 1 for name in progress.records)
+    return f"{jumps:,}", "trajectories with one or more"
 
 
 def _report_remarks(progress: Progress) -> list[str]:
@@ -1819,14 +1849,17 @@ def _failures_section(failures: dict[str, Failure]) -> str:
 def _figures_section(look: _Look) -> str:
     """The rate, and histograms of the chunks."""
     lengths = [stop - start for record in look.progress.records.values() for start, stop in record["spans"]]
-    distances = [fact.distance_m for fact in look.facts]
+    distances = [fact.distance_m for fact in look.facts if fact.distance_m is not None]
     if not lengths:
         return ""
     sampled = f"{len(distances):,} of {len(lengths):,} chunks" if len(distances) < len(lengths) else "all chunks"
-    figures = [
-        _figure(_histogram(lengths, "chunk length [frames]"), "Length of all chunks"),
-        _figure(_histogram(distances, "chunk distance [m]"), f"Travelled distance of {sampled}") if distances else "",
-    ]
+    figures = [_figure(_histogram(lengths, "chunk length [frames]"), "Length of all chunks")]
+    if distances:
+        figures.append(_figure(_histogram(distances, "chunk distance [m]"), f"Travelled distance of {sampled}"))
+    elif look.facts:
+        figures.append(
+            _figure("", "No travelled distances: the chunks were cut by number of frames (chunk_by: frames)")
+        )
     if _night_rate(look.night):
         begin, end = (time.localtime(look.night[i].created_at) for i in (0, -1))
         day = "%a %d %b "
@@ -1897,11 +1930,14 @@ def _key(colour: str) -> str:
 
 def _trajectory_card(look: TrajectoryLook) -> str:
     parts = _count(look.num_chunks, "chunk")
-    if look.num_chunks > len(look.paths):
-        parts = f"the first {len(look.paths)} of {parts}"
+    if look.num_chunks > look.chunks_seen:
+        parts = f"the first {look.chunks_seen} of {parts}"
     jumps = f", {_count(len(look.jumps), 'pose jump')}" if look.jumps else ""
     remarks = "".join(f"<p class=warn>{_text(remark)}</p>" for remark in look.remarks[:REPORT_REMARKS])
-    figures = _svg(lambda axes: _draw_map(axes, look), height_in=2.6)
+    if look.paths:
+        figures = _svg(lambda axes: _draw_map(axes, look), height_in=2.6)
+    else:
+        figures = "<p><i>No map: it has no positions.</i></p>"
     if len(look.frame_index):
         figures += _svg(lambda axes: _draw_similarity(axes, look), height_in=1.9)
     return f"<figure><figcaption><b>{_text(look.name)}</b> {parts}{jumps}</figcaption>{remarks}{figures}</figure>"
@@ -1970,7 +2006,7 @@ def _frames_to_picture(look: _Look) -> list[tuple[str, int, int]]:
     names = sorted(look.random.sample(names, min(len(names), REPORT_PICTURES // 2)))
     frames = []
     for name, share in itertools.product(names, (1 / 3, 2 / 3)):
-        parts = [rows for episode in episodes(records[name]) for rows in episode]
+        parts = [rows for episode in episodes(look.progress, name) for rows in episode]
         row = int(share * look.num_frames[name])
         for part in parts:
             if row < part.stop - part.start:
@@ -2007,15 +2043,18 @@ def _colours_of_patches(patches: list[Any]) -> list[Any]:
 
 def _frame_as_url(look: _Look, name: str, frame: int) -> str:
     """A frame, cut and scaled as the encoder saw it. RefusedError where it cannot be had."""
-    from dino_cache import CacheSpec, FrameDecoder, InputError, Trajectory, list_trajectory, read_file
+    from dino_cache import FORMATS, CacheSpec, InputError, data_keys, detect_format, read_frame
 
-    spec = CacheSpec.model_validate(look.progress.specs[look.progress.records[name]["fingerprint"]])
-    if look.data_folder is None:
+    progress, folder = look.progress, look.data_folder
+    spec = CacheSpec.model_validate(progress.specs[progress.records[name]["fingerprint"]])
+    if folder is None:
         raise RefusedError("Frames are not shown: give --data-folder, the record does not say where they are")
     try:
-        listing = list_trajectory(Trajectory(name, look.data_folder / name), spec.frame_pattern)
-        file_name = listing.frames[frame].file_name
-        pixels = FrameDecoder(spec)(read_file(look.data_folder / name / file_name), file_name)  # (3, H, W) uint8
+        format_name = progress.data_format if progress.data_format in FORMATS else None
+        trajectory = FORMATS[format_name or detect_format(folder, data_keys(spec)).name].locate(folder, name)
+        if trajectory.path.is_file() and (size := trajectory.path.stat().st_size) > REPORT_FRAME_FILE_BYTES:
+            raise RefusedError(f"Frames of {name} are not shown: {trajectory.path} has {format_bytes(size)} to search")
+        pixels = read_frame(trajectory, frame, spec)  # (3, H, W) uint8
     except (InputError, OSError, IndexError) as error:
         raise RefusedError(f"Frames of {name} cannot be shown ({error}); are they elsewhere? --data-folder") from error
     return _image_as_url(pixels.permute(1, 2, 0).numpy(), "JPEG")
@@ -2041,7 +2080,7 @@ def _configuration_section(look: _Look) -> str:
     if look.facts:
         versions = json.loads(look.facts[-1].versions)
         rows["made with"] = ", ".join(f"{name} {version}" for name, version in versions.items())
-    rows["data folder"] = look.data_folder
+    rows |= {"data folder": look.data_folder, "data format": progress.data_format}
     cells = "".join(f"<tr><th>{_text(key)}</th><td>{_text(value)}</td></tr>" for key, value in rows.items())
     return f"<h2>Configuration</h2><table>{cells}</table>"
 

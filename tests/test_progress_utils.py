@@ -28,7 +28,7 @@ KEYS = {
     "failed_trajectories", "total_chunks", "processing_config", "trajectory_checksums", "checksum_kind",
     "rebuild_started", "weights", "specs", "trajectory_records", "failures",
 }  # fmt: skip
-LATER_KEYS = {"data_folder", "num_trajectories"}  # that records of earlier versions lack
+LATER_KEYS = {"data_folder", "data_format", "num_trajectories"}  # that records of earlier versions lack
 
 
 def record(failed: int = 0, **changes: Any) -> dict[str, Any]:
@@ -47,6 +47,7 @@ def record(failed: int = 0, **changes: Any) -> dict[str, Any]:
         "processing_config": SPEC,
         "trajectory_checksums": {"a": "0" * 16, "b/ü": "1" * 16},
         "data_folder": "/data/robot",
+        "data_format": "gnm",
         "num_trajectories": 8,
         "checksum_kind": "stat",
         "rebuild_started": None,

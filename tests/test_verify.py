@@ -96,7 +96,7 @@ class Robot:
     def state(self) -> list[Any]:
         """Chunks and record, without times: for np.testing.assert_equal."""
         record = read_progress(self.cache)
-        for key in ("start_time", "last_update", "elapsed_s", "data_folder", "num_trajectories"):
+        for key in ("start_time", "last_update", "elapsed_s", "data_folder", "data_format", "num_trajectories"):
             del record[key]
         return [cache_content(self.cache), {**record, "completed_trajectories": set(record["completed_trajectories"])}]
 
