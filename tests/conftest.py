@@ -3,12 +3,14 @@
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import yaml
 
 import dino_cache
-from support import STAMP_SHAPE, StampEncoder
+from formats import BitEncoder
+from support import STAMP_SHAPE, StampEncoder, write_config
 
 
 class Outcome(NamedTuple):
@@ -46,3 +48,22 @@ def run_here(encoders: list[StampEncoder], capsys: pytest.CaptureFixture[str]) -
     yield run
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def run_bits(
+    run_here: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Outcome]:
+    """A run with BitEncoder, data/ to cache/: run_bits(settings of the dataset, *arguments, settings at the top)."""
+    monkeypatch.setattr(
+        dino_cache, "load_encoder", lambda spec, device: (BitEncoder(spec.image_size, spec.tokens), "bits")
+    )
+
+    def run(dataset: dict[str, Any] | None = None, *arguments: str, **settings: Any) -> Outcome:
+        config = write_config(tmp_path / "config.yaml", tmp_path / "data", resize="stretch", **settings)
+        content = yaml.safe_load(config.read_text())
+        content["datasets"]["robot"] |= {"cache_dir": str(tmp_path / "cache"), **(dataset or {})}
+        config.write_text(yaml.safe_dump(content))
+        return run_here(config, *arguments)
+
+    return run

@@ -21,7 +21,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,7 +70,6 @@ from support import (
     read_progress,
     stream_results,
     wait_until,
-    write_config,
 )
 
 TRAJECTORIES = [Rendered(1, 40), Rendered(2, 27), Rendered(3, 33)]
@@ -246,6 +244,37 @@ def test_episodes_in_one_file_cost_a_seek_each_and_no_descriptor_stays_open(
     assert watched.frames <= 120 * 6 + 2 * (6 + 12 + 18)  # the first four of a file begin within two seconds: no seek
     for episode, name in list(zip(episodes, names))[::7]:
         assert check_stamps(tmp_path / "cache", name, episode.stamp) >= 6
+
+
+def test_a_single_frame_late_in_a_video_costs_a_seek(tmp_path: Path, watched: type[Watched]) -> None:
+    (name,) = write_videos(tmp_path / "data", [Rendered(5, 300)])
+    spec = CacheSpec(image_size=(28, 42), resize="stretch")
+    for number in (299, 100):
+        trajectory = FORMATS["video"].locate(tmp_path / "data", name)
+        pixels = dino_cache.read_frame(trajectory, number, spec)
+        assert BitEncoder().stamps(pixels[None]).tolist() == [[5, number // 256, number % 256]]
+    assert (watched.opened, watched.closed, watched.seeks) == (2, 2, 2)
+    assert watched.frames <= 2 * (12 + 4)  # a key frame every 12 frames, and those shown before it but decoded after
+
+
+@pytest.mark.parametrize("kind", ["gnm", *OTHERS])
+def test_a_trajectory_is_located_as_it_was_found(written: dict[str, tuple[Path, list[str]]], kind: str) -> None:
+    (data, names), kind = written[kind], FORMATS[WRITERS[kind][0]]
+    assert [kind.locate(data, name) for name in names] == list(kind.find(data, CacheSpec()))
+
+
+def test_a_video_below_other_folders_is_located_as_it_was_found(tmp_path: Path) -> None:
+    for folder, how in (("a/b", "csv"), ("a", "tum"), ("a/t1", "tum")):
+        write_videos(tmp_path / folder, [Rendered(1, 2)], how)
+    found = list(FORMATS["video"].find(tmp_path, CacheSpec()))
+    assert [trajectory.name for trajectory in found] == ["a/t1", "a/b/t1", "a/t1/t1"]
+    assert [FORMATS["video"].locate(tmp_path, trajectory.name) for trajectory in found] == found
+
+
+@pytest.mark.parametrize("format_name", ["recon", "lerobot", "video"])
+def test_a_trajectory_that_is_not_there_is_not_located(tmp_path: Path, format_name: str) -> None:
+    with pytest.raises(InputError, match="t1"):
+        FORMATS[format_name].locate(tmp_path, "t1")
 
 
 @pytest.mark.parametrize("stop_after", [None, 20])
@@ -561,23 +590,6 @@ def test_a_reading_process_ends_with_the_run(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # From the command line: which format, which keys, what changed.
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run_bits(
-    run_here: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Outcome]:
-    """A run with BitEncoder: run_bits(settings of the dataset, *arguments, settings at the top)."""
-    monkeypatch.setattr(dino_cache, "load_encoder", lambda spec, device: (BitEncoder(), "bits"))
-
-    def run(dataset: dict[str, Any] | None = None, *arguments: str, **settings: Any) -> Outcome:
-        config = write_config(tmp_path / "config.yaml", tmp_path / "data", resize="stretch", **settings)
-        content = yaml.safe_load(config.read_text())
-        content["datasets"]["robot"] |= {"cache_dir": str(tmp_path / "cache"), **(dataset or {})}
-        config.write_text(yaml.safe_dump(content))
-        return run_here(config, *arguments)
-
-    return run
 
 
 SIGNS = {

@@ -536,6 +536,7 @@ def test_a_run_records_exactly_these_keys(tmp_path, run_here):
     written = read_progress(tmp_path / "data" / "dino_cache_small")
     assert written.keys() == KEYS | LATER_KEYS
     assert written["data_folder"] == str(tmp_path / "data")
+    assert written["data_format"] == "gnm"
     assert written["num_trajectories"] == 2
     assert written["completed_trajectories"] == ["good"]
     assert written["failed_trajectories"] == ["bad"]

@@ -12,12 +12,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
+import h5py
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 import dino_cache
 import progress_utils
+from formats import WRITERS, BitEncoder, Rendered, write_gnm, write_recon, write_videos
 from progress_utils import cache_lock, failure_causes
 from support import make_trajectory, read_progress, straight_line, tree, write_config, write_frame
 
@@ -187,6 +190,46 @@ def test_patch_tokens_stand_beside_the_frame_that_they_are_of(lab):
         seen.add((stamp, tuple(patches[0, 0])))
     assert len({stamp for stamp, _ in seen}) == 3
     assert len(seen) == 6  # and no two of these frames are
+
+
+def bits_of(frame: np.ndarray) -> tuple[int, int]:
+    """Stamp and number that a frame (28, 42, 3) shows."""
+    ((stamp, high, low),) = BitEncoder().stamps(torch.from_numpy(frame).permute(2, 0, 1)[None]).tolist()
+    return stamp, high * 256 + low
+
+
+@pytest.mark.parametrize(
+    "kind", ["recon", "lerobot v3.0 h264", "lerobot v2.1 images", "video and tum", "video and csv"]
+)
+def test_frames_of_every_format_stand_beside_their_patch_tokens(lab, run_bits, tmp_path, kind):
+    names = WRITERS[kind][1](lab.data, [Rendered(1, 40), Rendered(2, 27)])
+    assert run_bits(frame_stride=2, tokens=["patch"]).code == 0
+    lab.cache = tmp_path / "cache"
+    page = lab.report()
+    shown = [(bits_of(frame), number) for number, frame, _ in pictures(page)]
+    assert shown == [((1, 12), 12), ((1, 26), 26), ((2, 8), 8), ((2, 18), 18)]  # of 20 and 14 kept frames
+    assert re.findall(r"<b>(\w+)</b> frame", page) == [names[0]] * 2 + [names[1]] * 2
+
+
+def test_frames_are_those_of_the_camera_and_the_format_of_the_run(lab, run_bits, tmp_path):
+    write_recon(lab.data, [Rendered(1, 40)])
+    write_recon(tmp_path / "other", [Rendered(7, 40)])
+    with h5py.File(tmp_path / "other" / "t7.r01.hdf5") as other, h5py.File(lab.data / "t1.r01.hdf5", "r+") as file:
+        other.copy("images/rgb_left", file["images"], "rear")
+    write_gnm(lab.data, [Rendered(2, 40)])  # so that the folder could be of two formats
+    assert run_bits({"format": "recon", "image_key": "images/rear"}, tokens=["patch"]).code == 0
+    lab.cache = tmp_path / "cache"
+    assert [bits_of(frame) for _, frame, _ in pictures(lab.report())] == [(7, 13), (7, 26)]
+
+
+def test_frames_that_would_be_long_to_find_are_not_shown_and_the_page_says_so(lab, run_bits, tmp_path, monkeypatch):
+    write_videos(lab.data, [Rendered(1, 40)])
+    assert run_bits(tokens=["patch"]).code == 0
+    lab.cache = tmp_path / "cache"
+    monkeypatch.setattr(progress_utils, "REPORT_FRAME_FILE_BYTES", 1000)
+    page = lab.report()
+    assert [frame for _, frame, _ in pictures(page)] == [None, None]
+    assert "Frames of t1 are not shown" in words(page)
 
 
 def test_frames_are_found_where_they_moved_to_and_the_page_says_if_not(lab, tmp_path):
