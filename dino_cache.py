@@ -18,6 +18,7 @@ The output, one folder a trajectory, one HDF5 file a chunk of travelled distance
         patch_tokens        (L, h, w, D) float16   yaw                 (L,) float64 [rad]
         register_tokens     (L, R, D) float16      frame_index         (L,) int64, row of the source's poses
         (those asked for)                          travelled_distance  (L,) float64 [m] from frame 0
+    With chunk_by: frames a chunk has a number of frames, no distance, and the poses that its data have.
     Its first 512 bytes (HDF5's user block) hold a digest of all bytes that are no dataset's; each dataset has its own.
 
 And back, to train on: CacheWindows, windows of frames from one or several caches for torch's DataLoader.

@@ -755,8 +755,6 @@ def test_data_without_poses_are_cut_by_number_of_frames(
     with pytest.raises(RefusedError, match="goal"):
         dino_cache.CacheWindows(tmp_path / "cache", window=4, goal=(1.0, 2.0))
     where = ["--cache-dir", str(tmp_path / "cache")]
-    assert progress_utils.main(["report", *where, "-o", str(tmp_path / "report.html")]) == 2
-    assert "chunk_by: frames" in capsys.readouterr().err
     assert progress_utils.main(["export", *where, "--to", "vint", "-o", str(tmp_path / "pt")]) == 2
     assert progress_utils.main(["export", *where, "--to", "flat", "-o", str(tmp_path / "flat.h5")]) == 0
     with h5py.File(tmp_path / "flat.h5") as flat:
