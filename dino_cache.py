@@ -2300,7 +2300,8 @@ RAY_MISSING = "executor: ray needs Ray: pip install -r requirements-ray.txt"
 RAY_STORE_BYTES = 100 << 20  # only reports pass through it
 CPU_WORKER_CORES = 4  # of a worker without a GPU
 BITE_FRAMES = 2048  # that a worker gets at once: a second or so of a fast GPU's work
-BITE_SHARE = 4  # and at most this part of its fair share of what is left, so that all end together
+HELD_SHARE, BITE_SHARE = 2, 4  # a worker holds at most so small a part of its fair share of what is left, and gets at
+# most so small a part at once, so that all end together
 SHORTEST_FRAMES = 32  # a shorter trajectory costs as much
 REPORT_INTERVAL_S = 0.2  # between a worker's reports, unless it waits for an answer
 POLL_S = 0.1  # in which the driver notices a stop
@@ -2359,13 +2360,22 @@ class Assignment(NamedTuple):
     trajectory: Trajectory
     frames: int
 
+    @property
+    def cost(self) -> int:
+        """In frames."""
+        return max(SHORTEST_FRAMES, self.frames)
+
+
+def _cost(held: dict[str, Assignment]) -> int:
+    return sum(assignment.cost for assignment in held.values())
+
 
 class WorkQueue:
     """What is still to do and who is at it. `worker` is any name."""
 
     def __init__(self, assignments: Iterable[Assignment], num_workers: int):
         self._waiting = deque(assignments)  # handed out in this order: long ones first, so that no straggler is left
-        self._frames_waiting = sum(assignment.frames for assignment in self._waiting)
+        self._cost_left = sum(assignment.cost for assignment in self._waiting)  # of what is not finished
         self._suspects: deque[Assignment] = deque()  # were in flight when a worker died
         self._held: dict[str, dict[str, Assignment]] = {}
         self._alone: set[str] = set()  # workers that try one suspect
@@ -2388,31 +2398,30 @@ class WorkQueue:
         A suspect is tried by a worker that has nothing else, so that it is known who killed it. `idle` workers have
         nothing to do: the last trajectories are theirs.
         """
+        fair_share = self._cost_left // self._num_workers
         held = self._held.setdefault(worker, {})
         if not held:
             self._alone.discard(worker)
         if self._suspects and not held:
             self._alone.add(worker)
             bite = [self._suspects.popleft()]
-        elif held and (worker in self._alone or len(self._waiting) <= idle):
+        elif held and (worker in self._alone or len(self._waiting) <= idle or _cost(held) > fair_share // HELD_SHARE):
             bite = []
         else:
-            bite = self._bite()
+            bite = self._bite(min(BITE_FRAMES, fair_share // BITE_SHARE))
         held.update((assignment.trajectory.name, assignment) for assignment in bite)
         return bite
 
-    def _bite(self) -> list[Assignment]:
-        most = min(BITE_FRAMES, self._frames_waiting // (BITE_SHARE * self._num_workers))
-        bite, size = [], 0
-        while self._waiting and (not bite or size + self._waiting[0].frames <= most):
+    def _bite(self, most: int) -> list[Assignment]:
+        bite, cost = [], 0
+        while self._waiting and (not bite or cost + self._waiting[0].cost <= most):
             bite.append(self._waiting.popleft())
-            size += max(SHORTEST_FRAMES, bite[-1].frames)
-            self._frames_waiting -= bite[-1].frames
+            cost += bite[-1].cost
         return bite
 
     def finish(self, worker: str, name: str) -> None:
         """The worker finished a trajectory, or failed it."""
-        del self._held[worker][name]
+        self._cost_left -= self._held[worker].pop(name).cost
 
     def lose(self, worker: str, node: str, live_nodes: Container[str]) -> tuple[list[Assignment], list[Assignment]]:
         """The worker died. Returns the trajectories that go back into the queue, and those that killed it and another.
@@ -2426,6 +2435,7 @@ class WorkQueue:
             deaths.append(node)
             is_fatal = sum(node in live_nodes for node in deaths) >= FATAL_DEATHS
             (fatal if is_fatal else back).append(assignment)
+        self._cost_left -= sum(assignment.cost for assignment in fatal)
         self._suspects.extend(back)
         return back, fatal
 
@@ -2697,26 +2707,20 @@ class RayFleet:
         Raises:
             RefusedError: one does not, or none comes.
         """
-        begin = time.monotonic()
-        deadline = begin + NO_WORKER_S
-        while not stop() and time.monotonic() < deadline:
+        deadline, why = time.monotonic() + NO_WORKER_S, "`ray status` tells what the cluster waits for"
+        while any(member.state == "starting" for member in self.members) and time.monotonic() < deadline and not stop():
             for member in self.heard():
                 try:
                     self.welcome(member, self.next_word(member))
+                    deadline = min(deadline, time.monotonic() + LATE_WORKER_S)
                 except WorkerLostError as error:
-                    raise RefusedError(
-                        f"{member.label} could not start: {error}. The program and its Python environment must be at "
-                        "the same path on every node"
-                    ) from error
-                deadline = min(deadline, time.monotonic() + LATE_WORKER_S)
-            if all(member.state == "here" for member in self.members):
-                break
+                    why = f"{error}. The program and its Python environment must be at the same path on every node"
+                    LOG.warning("%s could not start: %s", member.name, why)
+                    self.dismiss(member)
         there = sum(member.state == "here" for member in self.members)
         if not there and not stop():
-            raise RefusedError(f"no Ray worker could be started in {NO_WORKER_S:.0f} s; `ray status` tells why")
-        LOG.info("%d of %d workers are there, each with %s", there, len(self.members), self.plan.worker)
-        if there < len(self.members):
-            LOG.warning("The others join when the cluster has room for them")
+            raise RefusedError(f"no Ray worker could be started: {why}")
+        LOG.info("%d of %d workers are there, each with %s", there, self.plan.count, self.plan.worker)
 
     def welcome(self, member: Member, word: tuple[str, str, str | None]) -> None:
         """Take a worker's hello. Raises RefusedError where it cannot work."""

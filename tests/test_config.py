@@ -101,7 +101,8 @@ def test_defaults_are_those_of_the_design(tmp_path: Path) -> None:
         ("batchsize", "batch_size"),
         ("dino_model", "dino_model_type"),
         ("Tokens", "tokens"),
-        ("num_workers", "decode_workers"),
+        ("decoders", "decode_workers"),
+        ("cpu_per_worker", "cpus_per_worker"),
         ("progress_interval", "progress_interval_s"),
     ],
 )
