@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 import dino_cache
 from dino_cache import Assignment, RefusedError, RunOptions, Trajectory, WorkQueue, plan_workers
 from support import (
+    REAL,
     ROOT,
     StampEncoder,
     cache_command,
@@ -35,6 +36,7 @@ from support import (
     chunk_files,
     make_trajectory,
     read_progress,
+    run_cache,
     straight_line,
     tree,
     wait_until,
@@ -380,6 +382,7 @@ def same_but_batches(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_equal(content: dict[str, Any], expected: dict[str, Any], tolerance: float = 0.0) -> None:
+    """Attributes and poses are the same, tokens within `tolerance`, relative and absolute."""
     assert content.keys() == expected.keys()
     assert content
     for name, (attributes, datasets) in content.items():
@@ -387,7 +390,7 @@ def check_equal(content: dict[str, Any], expected: dict[str, Any], tolerance: fl
         assert datasets.keys() == expected[name][1].keys()
         for key, values in datasets.items():
             if key.endswith(("token", "tokens")):
-                np.testing.assert_allclose(values, expected[name][1][key], rtol=0, atol=tolerance)
+                np.testing.assert_allclose(values, expected[name][1][key], rtol=tolerance, atol=tolerance)
             else:
                 np.testing.assert_array_equal(values, expected[name][1][key])
 
@@ -431,6 +434,30 @@ def test_a_ray_run_with_a_limit_and_its_rest_equal_a_local_run_with_failures_and
         assert progress[key] == local[key]
     assert progress["failures"]["t04"]["reason"] == local["failures"]["t04"]["reason"]
     assert "plan_trajectory" in lab.log()  # the traceback, from the worker
+
+
+@needs_ray
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"the real recordings are not in {REAL}")
+def test_a_ray_run_over_real_and_sample_datasets_equals_a_local_run(cluster, tmp_path):
+    """The command itself, with the real model: the recordings' datasets and the committed sample."""
+    folders = {
+        folder.name: folder for folder in (*REAL.iterdir(), ROOT / "sample" / "rendered_rooms") if folder.is_dir()
+    }
+    config = {"dino_model_type": "small", "weights": "random", "tokens": ["cls", "patch"], "image_size": [42, 56]}
+    config |= {"device": "cpu", "precision": "fp32", "max_chunk_distance_m": 4.0, "batch_size": 16}
+    contents = {}
+    for executor in ("local", "ray"):
+        caches = {name: tmp_path / executor / name for name in folders}
+        places = {name: {"data_folder": str(folders[name]), "cache_dir": str(caches[name])} for name in folders}
+        how = {"executor": executor, "ray_address": cluster.address, "cpus_per_worker": 1}
+        path = tmp_path / f"{executor}.yaml"
+        path.write_text(yaml.safe_dump({**config, **how, "datasets": places}))
+        run = run_cache(path, fake=False)
+        assert run.returncode == 0, run.stderr
+        contents[executor] = {name: cache_content(cache) for name, cache in caches.items()}
+    assert len(contents["ray"]) == 4
+    for name in folders:
+        check_equal(contents["ray"][name], contents["local"][name], tolerance=2e-3)  # float16 rounds to 1e-3
 
 
 @needs_ray
@@ -523,35 +550,6 @@ def test_other_weights_on_a_worker_are_refused(lab, monkeypatch):
     assert chunk_files(lab.cache) == []
 
 
-CAN_UNSHARE = subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode == 0
-
-
-@needs_ray
-@pytest.mark.skipif(not CAN_UNSHARE, reason="needs the right to mount, which root has")
-def test_a_node_that_sees_another_cache_folder_is_refused(lab, cluster):
-    lab.add(2)
-    lab.configure(num_workers=3)
-    lab.cache.mkdir()
-    ray_start = f"{Path(sys.executable).parent}/ray start --address={cluster.address} --num-cpus=1 --block"
-    script = f"mount -t tmpfs none {lab.cache} && exec {ray_start} --object-store-memory={80 << 20}"
-    with subprocess.Popen(
-        ["unshare", "-m", "-p", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as node:
-        try:
-            with ray_nodes(cluster) as nodes:
-                wait_until(lambda: len(nodes()) == 2)
-            outcome = lab.run()
-        finally:
-            node.kill()
-    assert outcome.code == 2
-    assert "worker-" in outcome.err
-    assert "is not here: cache_dir must be on a filesystem that all nodes share" in outcome.err
-    assert str(lab.cache) in outcome.err
-    assert not (lab.cache / "progress.json").exists()
-
-
 @needs_ray
 def test_a_killed_driver_leaves_a_cache_that_the_next_run_finishes_at_once(lab):
     lab.add(24)
@@ -623,3 +621,32 @@ def test_a_node_that_is_lost_loses_nothing(lab, cluster):
     assert "3 of 3 workers are there" in outcome.out
     lab.check_complete(12)
     assert "died; " in lab.log()
+
+
+CAN_UNSHARE = subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode == 0
+
+
+@needs_ray
+@pytest.mark.skipif(not CAN_UNSHARE, reason="needs the right to mount, which root has")
+def test_a_node_that_sees_another_cache_folder_is_refused(lab, cluster):
+    lab.add(2)
+    lab.cache.mkdir()
+    ray_start = f"{Path(sys.executable).parent}/ray start --address={cluster.address} --num-cpus=1 --block"
+    script = f"mount -t tmpfs none {lab.cache} && exec {ray_start} --object-store-memory={80 << 20}"
+    with subprocess.Popen(
+        ["unshare", "-m", "-p", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as node:
+        try:
+            with ray_nodes(cluster) as nodes:
+                before = len(nodes())  # a lost one counts for a while
+                wait_until(lambda: len(nodes()) > before)
+            outcome = lab.run()
+        finally:
+            node.kill()
+    assert outcome.code == 2
+    assert "worker-" in outcome.err
+    assert "is not here: cache_dir must be on a filesystem that all nodes share" in outcome.err
+    assert str(lab.cache) in outcome.err
+    assert not (lab.cache / "progress.json").exists()
