@@ -33,8 +33,8 @@ JPEG bytes that are damaged in a way that still decodes.
 
 Sections, each using only those above it: constants - errors - profile - configuration - trajectories (and those of
 the formats: RECON, videos, LeRobot, video files, which one) - chunk plan - decoding - encoding - storage - reading -
-pipeline - running - command line. torch, torchvision, timm, pyarrow and av are imported where they are first needed,
-so that refusals and runs with nothing to do are quick.
+pipeline - Ray - running - command line. torch, torchvision, timm, pyarrow, av and ray are imported where they are first
+needed, so that refusals and runs with nothing to do are quick.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ import reprlib
 import resource
 import shutil
 import signal
+import socket
 import stat
 import string
 import subprocess
@@ -166,6 +167,7 @@ MEASURED_ITEMS = 64  # trajectories after which it is known whether their files 
 FILE_THREADS = 16  # that wait for slow files
 FOLDERS_LOOKED_INTO = 8  # to tell a format, and that there is not another one beside it
 PLANS_AHEAD = 16  # trajectories whose poses are read before their frames are wanted
+FRAMES_PLANNED_AHEAD = 2048  # of so many frames, and no more of them, where their number is known
 READ_TOGETHER = 8  # frame files, by one thread
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEPT_BYTES = 1 << 30  # of memory that was freed
@@ -403,6 +405,10 @@ class RunOptions(BaseModel):
     max_attempts: PositiveInt = 3
     checksum: ChecksumKind = "stat"
     progress_interval_s: Annotated[float, Field(strict=True, gt=0)] = 30.0
+    executor: Literal["local", "ray"] = "local"
+    ray_address: Annotated[str, Field(pattern=r"^(local|auto|[^/\s]+:\d+)$")] = "local"
+    num_workers: PositiveInt | Literal["auto"] = "auto"
+    cpus_per_worker: PositiveInt | Literal["auto"] = "auto"
 
 
 class DatasetPaths(BaseModel):
@@ -2908,6 +2914,14 @@ class DinoEncoder:
         return EncodedRows(finite=arrays.pop("finite"), tokens=arrays)
 
 
+_ENCODER_SETTINGS = ("dino_model_type", "weights", "tokens", "image_size", "pixel_mean", "pixel_std", "precision")
+
+
+def encoder_key(spec: CacheSpec, device: str) -> tuple:
+    """Equal for datasets that one encoder serves."""
+    return (device, *(getattr(spec, setting) for setting in _ENCODER_SETTINGS))
+
+
 # ======================================================================================================================
 # Storage: chunk files and how they become final
 # ======================================================================================================================
@@ -3116,9 +3130,9 @@ class TrajectoryWriter:
 class ChunkStore:
     """A cache folder: staging, publishing and removing trajectories' chunks."""
 
-    def __init__(self, cache_dir: Path):
+    def __init__(self, cache_dir: Path, staging: Path | None = None):
         self.cache_dir = cache_dir
-        self._staging = cache_dir / STAGING_FOLDER
+        self._staging = staging or cache_dir / STAGING_FOLDER
         self._durable_folders = {cache_dir}  # whose own entries this run has forced to the disk
 
     def empty_staging(self) -> None:
@@ -3127,9 +3141,19 @@ class ChunkStore:
             (self.cache_dir / name).unlink(missing_ok=True)
         if self._staging.is_symlink():
             self._staging.unlink()  # what it points to is not ours
-        if self._staging.exists():
-            shutil.rmtree(self._staging)
-        self._staging.mkdir()
+        self._staging.mkdir(exist_ok=True)
+        self.discard_staged(list(self._staging.iterdir()))
+
+    def discard_staged(self, paths: list[Path]) -> None:
+        """Remove what lies in staging. Renamed first: a worker that outlived its driver finds nothing under the names
+        that it knows, and can publish nothing any more."""
+        if not paths:
+            return
+        doomed = self.new_staging_folder()
+        for index, path in enumerate(paths):
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(path, doomed / str(index))
+        shutil.rmtree(doomed, ignore_errors=True)  # a network filesystem may keep an open file's name for a while
 
     def new_staging_folder(self) -> Path:
         return Path(tempfile.mkdtemp(dir=self._staging))
@@ -4080,26 +4104,38 @@ class Hooks:
     stop: Callable[[], bool] = lambda: False  # true: finish or drop what is in flight
     on_frames: Callable[[int], None] = lambda count: None  # so many frames more are encoded
     before_replacing: Callable[[str], None] = lambda name: None  # withdraw the record of this trajectory, durably
+    frames_of: Callable[[str], int] = lambda name: 0  # as far as known: of long trajectories fewer are taken ahead
 
 
 def prefetch(
-    function: Callable[[Item], Result], items: Iterable[Item], pool: Executor, depth: int, *, early: bool = False
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    pool: Executor,
+    depth: int,
+    *,
+    early: bool = False,
+    weigh: Callable[[Item], int] = lambda item: 1,
 ) -> Iterator[Result]:
     """`function` of each item, in order, up to `depth` ahead; an exception comes out where its result would.
 
     A result is handed out once `depth` items are under way, so that the pool never runs dry; with `early`, as soon as
-    it is there when another item is taken up.
+    it is there when another item is taken up. An item may count for several; one is under way ahead in any case.
     """
-    pending: deque = deque()
+    pending: deque = deque()  # (future, weight)
+    ahead = 0  # weight of all but the first
     try:
         for item in items:
-            pending.append(pool.submit(function, item))
-            while pending and (len(pending) >= depth or (early and pending[0].done())):
-                yield pending.popleft().result()
+            weight = weigh(item)
+            ahead += weight if pending else 0
+            pending.append((pool.submit(function, item), weight))
+            while pending and (ahead >= depth - 1 or (early and pending[0][0].done())):
+                future, _ = pending.popleft()
+                ahead -= pending[0][1] if pending else 0
+                yield future.result()
         while pending:
-            yield pending.popleft().result()
+            yield pending.popleft()[0].result()
     finally:
-        for future in pending:
+        for future, _ in pending:
             future.cancel()
 
 
@@ -4427,13 +4463,17 @@ def cache_trajectories(
     read = functools.partial(read_group, decoder=decoder, failed=failed)
     decode = functools.partial(decode_or_fail, decoder=decoder, failed=failed)
     writer = NoWriter() if store is None else StreamWriter(store, label, failed, hooks.before_replacing)
+
+    def weigh(trajectory: Trajectory) -> int:
+        return 1 + hooks.frames_of(trajectory.name) * PLANS_AHEAD // FRAMES_PLANNED_AHEAD
+
     with (
         contextlib.closing(writer),  # first in, last out: no thread writes any more when it drops what is half-made
         _pool(max(FILE_THREADS, workers, groups_ahead), "read", _one_torch_thread) as readers,
         _pool(workers, "decode", _one_torch_thread) as decoders,
         _pool(1, "write") as writers,
     ):
-        plans = prefetch(plan, trajectories, readers, PLANS_AHEAD)
+        plans = prefetch(plan, trajectories, readers, PLANS_AHEAD, weigh=weigh)
         groups = in_groups(frame_stream(plans, failed, hooks.stop), READ_TOGETHER)
         groups = prefetch(read, groups, readers, groups_ahead)
         frames = prefetch(decode, itertools.chain.from_iterable(groups), decoders, frames_ahead)
@@ -4442,6 +4482,633 @@ def cache_trajectories(
         encoded = encode_batches(encoder, batches, hooks.on_frames)
         for results in prefetch(writer.write, encoded, writers, BATCHES_TO_WRITE, early=True):
             yield from results
+
+
+# ======================================================================================================================
+# Ray: the same stream on many GPUs and machines
+# ======================================================================================================================
+# The driver keeps the queue, the record and the lock. A worker is a Ray actor with an encoder of its own: it runs
+# cache_trajectories over what it asks the driver for, writes chunks straight into the cache folder, and streams reports
+# back. Both directions are Ray's: a streaming generator and actor calls.
+
+RAY_MISSING = "executor: ray needs Ray: pip install -r requirements-ray.txt"
+RAY_STORE_BYTES = 100 << 20  # only reports pass through it
+CPU_WORKER_CORES = 4  # of a worker without a GPU
+BITE_FRAMES = 2048  # that a worker gets at once: a second or so of a fast GPU's work
+HELD_SHARE, BITE_SHARE = 2, 4  # a worker holds at most so small a part of its fair share of what is left, and gets at
+# most so small a part at once, so that all end together
+SHORTEST_FRAMES = 32  # a shorter trajectory costs as much
+REPORT_INTERVAL_S = 0.2  # between a worker's reports, unless it waits for an answer
+POLL_S = 0.1  # in which the driver notices a stop
+LATE_WORKER_S = 60.0  # after the first worker is there, the others may join a run that has begun
+NO_WORKER_S = 300.0  # without any worker: the cluster is gone, or too busy
+STOP_S = 60.0  # in which workers finish or drop what is in flight
+FATAL_DEATHS = 2  # of its worker, after which a trajectory fails
+
+
+class WorkerPlan(NamedTuple):
+    """How many workers a cluster holds, and what each takes."""
+
+    device: Literal["cpu", "cuda"]
+    count: int
+    cpus: int
+
+    @property
+    def worker(self) -> str:
+        """What one takes, in words."""
+        return f"{self.cpus} CPU cores" + (" and a GPU" if self.device == "cuda" else "")
+
+
+def plan_workers(nodes: list[dict[str, float]], options: RunOptions) -> WorkerPlan:
+    """One worker a GPU; without GPUs, or for device: cpu, as many as the cores hold.
+
+    Args:
+        nodes: each node's resources, by Ray's names.
+
+    Raises:
+        RefusedError: the device is not in the cluster, or num_workers or cpus_per_worker are more than it has.
+    """
+    cores = [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
+    cores_of_gpu_nodes = [(cpu, gpu) for cpu, gpu in cores if gpu and cpu]
+    if options.device.startswith("cuda:"):
+        raise RefusedError(f"device: {options.device}: with executor: ray each worker gets a GPU; use auto or cuda")
+    if options.device == "cuda" and not cores_of_gpu_nodes:
+        raise RefusedError("device: cuda: the Ray cluster has no GPU; use auto or cpu")
+    if cores_of_gpu_nodes and options.device != "cpu":
+        device, default = "cuda", min(cpu // gpu for cpu, gpu in cores_of_gpu_nodes)
+    else:
+        device, default = "cpu", min([CPU_WORKER_CORES, *(cpu for cpu, _ in cores if cpu)])
+    cpus = max(1, default) if options.cpus_per_worker == "auto" else options.cpus_per_worker
+    most = sum(cpu // cpus if device == "cpu" else min(cpu // cpus, gpu) for cpu, gpu in cores)
+    count = max(1, most) if options.num_workers == "auto" else options.num_workers
+    if count > most:
+        raise RefusedError(
+            f"num_workers: {options.num_workers} with cpus_per_worker: {options.cpus_per_worker}: the Ray cluster has "
+            f"room for {most} workers, each with {WorkerPlan(device, count, cpus).worker}"
+        )
+    return WorkerPlan(device, count, cpus)
+
+
+class Assignment(NamedTuple):
+    """A trajectory to do, and how many frames of it are to encode."""
+
+    trajectory: Trajectory
+    frames: int
+
+    @property
+    def cost(self) -> int:
+        """In frames."""
+        return max(SHORTEST_FRAMES, self.frames)
+
+
+def _cost(held: dict[str, Assignment]) -> int:
+    return sum(assignment.cost for assignment in held.values())
+
+
+class WorkQueue:
+    """What is still to do and who is at it. `worker` is any name."""
+
+    def __init__(self, assignments: Iterable[Assignment], num_workers: int):
+        self._waiting = deque(assignments)  # handed out in this order: long ones first, so that no straggler is left
+        self._cost_left = sum(assignment.cost for assignment in self._waiting)  # of what is not finished
+        self._suspects: deque[Assignment] = deque()  # were in flight when a worker died
+        self._held: dict[str, dict[str, Assignment]] = {}
+        self._alone: set[str] = set()  # workers that try one suspect
+        self._deaths: dict[str, list[str]] = {}  # trajectory -> nodes on which its worker died
+        self._num_workers = num_workers
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anything waits to be handed out."""
+        return bool(self._waiting or self._suspects)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing waits and nothing is in flight."""
+        return not self.has_work and not any(self._held.values())
+
+    def take(self, worker: str, idle: int = 0) -> list[Assignment]:
+        """What the worker shall do next; nothing, where it shall end its stream.
+
+        A suspect is tried by a worker that has nothing else, so that it is known who killed it. `idle` workers have
+        nothing to do: the last trajectories are theirs.
+        """
+        fair_share = self._cost_left // self._num_workers
+        held = self._held.setdefault(worker, {})
+        if not held:
+            self._alone.discard(worker)
+        if self._suspects and not held:
+            self._alone.add(worker)
+            bite = [self._suspects.popleft()]
+        elif held and (worker in self._alone or len(self._waiting) <= idle or _cost(held) > fair_share // HELD_SHARE):
+            bite = []
+        else:
+            bite = self._bite(min(BITE_FRAMES, fair_share // BITE_SHARE))
+        held.update((assignment.trajectory.name, assignment) for assignment in bite)
+        return bite
+
+    def _bite(self, most: int) -> list[Assignment]:
+        bite, cost = [], 0
+        while self._waiting and (not bite or cost + self._waiting[0].cost <= most):
+            bite.append(self._waiting.popleft())
+            cost += bite[-1].cost
+        return bite
+
+    def finish(self, worker: str, name: str) -> None:
+        """The worker finished a trajectory, or failed it."""
+        self._cost_left -= self._held[worker].pop(name).cost
+
+    def lose(self, worker: str, node: str, live_nodes: Container[str]) -> tuple[list[Assignment], list[Assignment]]:
+        """The worker died. Returns the trajectories that go back into the queue, and those that killed it and another.
+
+        A death with its whole node is nobody's fault.
+        """
+        held = list(self._held.pop(worker, {}).values())
+        back, fatal = [], []
+        for assignment in held:
+            deaths = self._deaths.setdefault(assignment.trajectory.name, [])
+            deaths.append(node)
+            is_fatal = sum(node in live_nodes for node in deaths) >= FATAL_DEATHS
+            (fatal if is_fatal else back).append(assignment)
+        self._cost_left -= sum(assignment.cost for assignment in fatal)
+        self._suspects.extend(back)
+        return back, fatal
+
+    def drop(self, worker: str) -> None:
+        """Forget what a worker that stops has in flight."""
+        self._held.pop(worker, None)
+
+
+@dataclass(frozen=True)
+class RayJob:
+    """What a worker must know of a dataset."""
+
+    label: ChunkLabel
+    options: RunOptions
+    load_encoder: Callable[[CacheSpec, str], tuple[Encoder, str]]
+    cache_dir: Path
+    data_folder: Path
+
+
+@dataclass
+class Report:
+    """What a worker tells the driver, in this order of handling."""
+
+    lines: list[tuple[int, str]] = field(default_factory=list)  # logging level, text
+    frames: int = 0  # more that are encoded
+    results: list[TrajectoryResult] = field(default_factory=list)
+    replacing: str | None = None  # the record of this trajectory must be withdrawn; the worker waits
+    wants_more: bool = False  # the worker waits for trajectories
+    has_ended: bool = False
+    error: Exception | None = None
+
+    def add(self, other: Report) -> None:
+        """Take up what another one tells."""
+        self.lines += other.lines
+        self.frames += other.frames
+        self.results += other.results
+        self.replacing = other.replacing or self.replacing
+        self.wants_more |= other.wants_more
+        self.has_ended |= other.has_ended
+        self.error = other.error or self.error
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether the worker waits until it is read."""
+        return self.replacing is not None or self.wants_more or self.has_ended
+
+
+class OutboxHandler(logging.Handler):
+    """Log lines become reports."""
+
+    def __init__(self, outbox: queue.SimpleQueue[Report]):
+        super().__init__()
+        self._outbox = outbox
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._outbox.put(Report(lines=[(record.levelno, self.format(record))]))
+
+
+def place_fault(staging: Path, data_folder: Path) -> str | None:
+    """Why a worker on this node cannot work, or None. `staging` was made by the driver under a name of chance: only the
+    driver's own cache folder holds it."""
+    if not staging.is_dir():
+        return f"{staging} is not here: cache_dir must be on a filesystem that all nodes share, at the same path"
+    try:
+        with os.scandir(data_folder):
+            pass
+    except OSError as error:
+        return f"data_folder {data_folder} cannot be listed here: {error.strerror}"
+    return None
+
+
+class RayWorker:
+    """The actor. `work` runs in one thread, the short calls beside it."""
+
+    def __init__(self, name: str, device: str, cpus: int, versions: str):
+        self._name, self._device, self._cpus, self._versions = name, device, cpus, versions
+        self._outbox: queue.SimpleQueue[Report] = queue.SimpleQueue()
+        self._bites: queue.SimpleQueue[list[Assignment]] = queue.SimpleQueue()
+        self._permits: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._is_stopping = threading.Event()
+        self._frames: dict[str, int] = {}
+        self._encoder_key: tuple | None = None
+        self._encoder: Encoder | None = None
+        LOG.setLevel(logging.INFO)
+        LOG.propagate = False
+        LOG.handlers[:] = [OutboxHandler(self._outbox)]
+        _umask()
+
+    def hello(self, places: list[tuple[Path, Path]]) -> tuple[str, str, str | None]:
+        """(host, node id, fault or None). `places`: a staging folder and the data folder of each dataset."""
+        import ray
+
+        faults = [place_fault(*place) for place in places]
+        if self._versions != library_versions():
+            faults.append(f"it has {library_versions()}, the driver has {self._versions}")
+        fault = next((fault for fault in faults if fault), None)
+        return socket.gethostname(), ray.get_runtime_context().get_node_id(), fault
+
+    def begin(self, job: RayJob, staging: Path) -> str | None:
+        """Get ready for a dataset; returns why it cannot, or None."""
+        import torch
+
+        if fault := place_fault(staging, job.data_folder):
+            return fault
+        torch.set_num_threads(self._cpus)  # of this thread
+        spec = job.label.spec
+        if self._encoder_key != encoder_key(spec, self._device):
+            self._encoder = None  # first, as two may not fit on the device
+            try:
+                self._encoder, digest = job.load_encoder(spec, self._device)
+            except RefusedError as error:
+                return str(error)
+            if digest != job.label.weights_digest:
+                return f"weights: {spec.weights} has digest {digest} here, {job.label.weights_digest} at the driver"
+            self._encoder_key = encoder_key(spec, self._device)
+        self._is_stopping.clear()
+        auto = {"decode_workers": self._cpus} if job.options.decode_workers == "auto" else {}
+        self._options = job.options.model_copy(update=auto)
+        self._label, self._store = job.label, ChunkStore(job.cache_dir, staging)
+        return None
+
+    def work(self, first: list[Assignment]) -> Iterator[Report]:
+        """Cache `first` and what the driver answers to each request for more; ends when it answers with nothing."""
+        threading.Thread(target=self._stream, args=(first,), name="stream").start()
+        has_ended = False
+        while not has_ended:
+            report = self._gather()
+            has_ended = report.has_ended
+            yield report
+
+    def _gather(self) -> Report:
+        report, deadline = Report(), time.monotonic() + REPORT_INTERVAL_S
+        while not report.is_urgent and (left := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                report.add(self._outbox.get(timeout=left))
+        return report
+
+    def _stream(self, first: list[Assignment]) -> None:
+        import torch
+
+        torch.set_num_threads(self._cpus)  # of this thread, which encodes
+        hooks = Hooks(self._is_stopping.is_set, self._on_frames, self._ask_before_replacing, self._frames.__getitem__)
+        inputs = (self._label, self._options, self._encoder, self._store, hooks)
+        error = None
+        try:
+            for result in cache_trajectories(self._pull(first), *inputs):
+                if result.error is not None:
+                    result.error.add_note(f"on {self._name}:\n{''.join(traceback.format_exception(result.error))}")
+                self._outbox.put(Report(results=[result]))
+        except Exception as fault:
+            error = fault if isinstance(fault, DinoCacheError) else RuntimeError(repr(fault))
+            error.add_note(f"on {self._name}:\n{''.join(traceback.format_exception(fault))}")
+        self._outbox.put(Report(has_ended=True, error=error))
+
+    def _pull(self, bite: list[Assignment]) -> Iterator[Trajectory]:
+        while bite:
+            for trajectory, frames in bite:
+                self._frames[trajectory.name] = frames
+                yield trajectory
+            self._outbox.put(Report(wants_more=True))
+            bite = self._bites.get()
+
+    def _on_frames(self, count: int) -> None:
+        self._outbox.put(Report(frames=count))
+
+    def _ask_before_replacing(self, name: str) -> None:
+        self._outbox.put(Report(replacing=name))
+        self._permits.get()
+
+    def give(self, bite: list[Assignment]) -> None:
+        """The driver's answer to a request for more."""
+        self._bites.put(bite)
+
+    def permit(self) -> None:
+        """The driver's answer to a report of `replacing`."""
+        self._permits.put(None)
+
+    def stop(self) -> None:
+        """Finish or drop what is in flight."""
+        self._is_stopping.set()
+
+
+class WorkerLostError(Exception):
+    """A worker died, or cannot be reached."""
+
+
+@dataclass(eq=False)
+class Member:
+    """A worker as the driver sees it. `source` is what its next word comes from: an object reference, or while it is
+    working the stream of its reports."""
+
+    name: str
+    actor: Any
+    source: Any
+    state: Literal["starting", "here", "loading", "idle", "working"] = "starting"
+    host: str = "?"
+    node: str = ""
+    staging: Path | None = None
+    job: RayJob | None = None
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return f"{self.name} on {self.host}"
+
+    def turn(self, state: Literal["here", "loading", "idle", "working"], source: Any = None) -> None:
+        """Go on to another state."""
+        self.state, self.source = state, source
+
+
+class RayFleet:
+    """The workers of a run, whatever dataset they are at."""
+
+    def __init__(self, plan: WorkerPlan, places: list[tuple[Path, Path]]):
+        self.plan = plan
+        self.members: list[Member] = []
+        self._hired = 0
+        for _ in range(plan.count):
+            self.hire(places)
+
+    def hire(self, places: list[tuple[Path, Path]] | None = None) -> None:
+        """Start a worker; it is there when it has said hello."""
+        import ray
+
+        self._hired += 1
+        name, plan = f"worker-{self._hired}", self.plan
+        resources = {"num_cpus": plan.cpus, "num_gpus": 1 if plan.device == "cuda" else 0}
+        remote = ray.remote(RayWorker).options(max_concurrency=4, scheduling_strategy="SPREAD", **resources)
+        actor = remote.remote(name, plan.device, plan.cpus, library_versions())
+        self.members.append(Member(name, actor, actor.hello.remote(places or [])))
+
+    def dismiss(self, member: Member) -> None:
+        """End a worker at once."""
+        import ray
+
+        self.members.remove(member)
+        ray.kill(member.actor)
+
+    def heard(self) -> list[Member]:
+        """The workers that have something to tell; waits for the first, at most POLL_S."""
+        import ray
+
+        sources = {member.source: member for member in self.members if member.source is not None}
+        if not sources:
+            time.sleep(POLL_S)
+            return []
+        if not ray.wait(list(sources), timeout=POLL_S)[0]:
+            return []
+        return [sources[source] for source in ray.wait(list(sources), num_returns=len(sources), timeout=0)[0]]
+
+    def next_word(self, member: Member) -> Any:
+        """What the worker tells; None at the end of its stream of reports.
+
+        Raises:
+            WorkerLostError: it died, cannot be reached, or could not do what it was asked.
+        """
+        import ray
+
+        try:
+            return ray.get(next(member.source) if member.state == "working" else member.source)
+        except StopIteration:
+            return None
+        except ray.exceptions.RayError as error:
+            raise WorkerLostError(" ".join(str(error).split())[:500]) from error
+
+    def gather(self, stop: Callable[[], bool]) -> None:
+        """Wait until the workers are there and see the same folders as the driver.
+
+        Raises:
+            RefusedError: one does not, or none comes.
+        """
+        deadline, why = time.monotonic() + NO_WORKER_S, "`ray status` tells what the cluster waits for"
+        while any(member.state == "starting" for member in self.members) and time.monotonic() < deadline and not stop():
+            for member in self.heard():
+                try:
+                    self.welcome(member, self.next_word(member))
+                    deadline = min(deadline, time.monotonic() + LATE_WORKER_S)
+                except WorkerLostError as error:
+                    why = f"{error}. The program and its Python environment must be at the same path on every node"
+                    LOG.warning("%s could not start: %s", member.name, why)
+                    self.dismiss(member)
+        there = sum(member.state == "here" for member in self.members)
+        if not there and not stop():
+            raise RefusedError(f"no Ray worker could be started: {why}")
+        LOG.info("%d of %d workers are there, each with %s", there, self.plan.count, self.plan.worker)
+
+    def welcome(self, member: Member, word: tuple[str, str, str | None]) -> None:
+        """Take a worker's hello. Raises RefusedError where it cannot work."""
+        member.host, member.node, fault = word
+        if fault is not None:
+            raise RefusedError(f"{member.label}: {fault}")
+        member.turn("here")
+
+
+def live_nodes() -> set[str]:
+    """Ids of the cluster's nodes that are not known to be dead."""
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+class RayRun:
+    """One dataset's work on a fleet: `results` is what cache_trajectories is on one device."""
+
+    def __init__(self, fleet: RayFleet, assignments: list[Assignment], job: RayJob, store: ChunkStore, hooks: Hooks):
+        self._fleet, self._job, self._store, self._hooks = fleet, job, store, hooks
+        self._queue = WorkQueue(assignments, fleet.plan.count)
+        self._stop_deadline = math.inf
+        self._last_presence = time.monotonic()
+        self._deaths_in_a_row = 0  # without a result between them
+
+    def results(self) -> Iterator[TrajectoryResult]:
+        """What became of each trajectory, as it comes.
+
+        Raises:
+            RefusedError: a worker's weights or folders are not the driver's; nothing was begun.
+            StorageError, DeviceError: the fault is not a trajectory's; nothing further is yielded.
+        """
+        try:
+            self._load_encoders()
+            while (self._is_at_work or not self._queue.is_done) and not self._has_stopped():
+                for member in self._with("idle"):
+                    self._give_work(member)
+                for member in self._fleet.heard():
+                    yield from self._hear(member)
+                self._check_presence()
+        finally:
+            for member in self._with("loading", "working"):
+                self._let_go(member)
+
+    def _with(self, *states: str) -> list[Member]:
+        return [member for member in self._fleet.members if member.state in states]
+
+    @property
+    def _is_at_work(self) -> bool:
+        return bool(self._with("working"))
+
+    @property
+    def _is_stopping(self) -> bool:
+        return self._stop_deadline < math.inf
+
+    def _has_stopped(self) -> bool:
+        """Pass a stop on to the workers; true when all have heeded it."""
+        if self._hooks.stop() and not self._is_stopping:
+            self._stop_deadline = time.monotonic() + STOP_S
+            for member in self._with("working"):
+                member.actor.stop.remote()
+        return self._is_stopping and (not self._is_at_work or time.monotonic() > self._stop_deadline)
+
+    def _load_encoders(self) -> None:
+        """Get all workers that are there ready, together, and start those that the dataset before lost."""
+        while len(self._fleet.members) < self._fleet.plan.count:
+            self._fleet.hire()
+        for member in self._with("here", "idle"):
+            self._load(member)
+        while self._with("loading") and not self._hooks.stop():
+            for member in self._fleet.heard():
+                for _ in self._hear(member, is_begun=False):
+                    pass
+
+    def _load(self, member: Member) -> None:
+        member.staging, member.job = self._store.new_staging_folder(), self._job
+        member.turn("loading", member.actor.begin.remote(self._job, member.staging))
+
+    def _give_work(self, member: Member) -> None:
+        if self._queue.has_work and not self._is_stopping:
+            work = member.actor.work.options(num_returns="streaming")
+            member.turn("working", work.remote(self._queue.take(member.name)))
+
+    def _hear(self, member: Member, *, is_begun: bool = True) -> Iterator[TrajectoryResult]:
+        try:
+            word = self._fleet.next_word(member)
+            if member.state == "starting":
+                self._fleet.welcome(member, word)
+                self._load(member)
+            elif member.state == "loading":
+                self._take_up(member, word)
+            elif word is None:
+                member.turn("idle")
+            else:
+                yield from self._read(member, word)
+        except WorkerLostError as error:
+            yield from self._lose(member, str(error))
+        except RefusedError as error:
+            if not is_begun:
+                raise
+            LOG.error("%s. It is left out", error)
+            self._let_go(member)
+
+    def _take_up(self, member: Member, fault: str | None) -> None:
+        if fault is not None:
+            raise RefusedError(f"{member.label}: {fault}")
+        if member.job is self._job:
+            member.turn("idle")
+        else:  # it was still loading for the dataset before
+            self._load(member)
+
+    def _read(self, member: Member, report: Report) -> Iterator[TrajectoryResult]:
+        for level, line in report.lines:
+            LOG.log(level, "[%s] %s", member.label, line)
+        if report.frames:
+            self._hooks.on_frames(report.frames)
+        for result in report.results:
+            self._queue.finish(member.name, result.name)
+            self._deaths_in_a_row = 0
+            yield result
+        if report.error is not None:
+            raise report.error
+        if report.replacing is not None:
+            self._hooks.before_replacing(report.replacing)
+            member.actor.permit.remote()
+        if report.wants_more:
+            bite = [] if self._is_stopping else self._queue.take(member.name, idle=len(self._with("idle")))
+            member.actor.give.remote(bite)
+
+    def _lose(self, member: Member, why: str) -> Iterator[TrajectoryResult]:
+        """Put a dead worker's trajectories back and another worker in its place."""
+        self._let_go(member)
+        if self._is_stopping:
+            self._queue.drop(member.name)
+            return
+        back, fatal = self._queue.lose(member.name, member.node, live_nodes())
+        LOG.warning("%s died; %d trajectories go back into the queue: %s", member.label, len(back), why)
+        self._deaths_in_a_row += 1
+        if self._deaths_in_a_row > 8 + 2 * self._fleet.plan.count:
+            raise DeviceError(f"{self._deaths_in_a_row} workers died in a row, the last one so: {why}")
+        for trajectory, _ in fatal:
+            checksum = plan_or_fail(trajectory, self._job.label.spec, self._job.options.checksum).checksum
+            error = InputError(f"{trajectory.name}: killed its worker twice, the last time {member.label}: {why}")
+            yield TrajectoryResult(trajectory.name, checksum, self._job.options.checksum, error=error)
+        self._fleet.hire()
+
+    def _let_go(self, member: Member) -> None:
+        """Dismiss a worker; what it staged is gone, so that it can publish nothing even if it lives on."""
+        self._fleet.dismiss(member)
+        if member.staging is not None:
+            with storage_errors(self._store.cache_dir):
+                self._store.discard_staged([member.staging])
+
+    def _check_presence(self) -> None:
+        """Raise DeviceError where no worker is left and none comes."""
+        if self._with("loading", "idle", "working"):
+            self._last_presence = time.monotonic()
+        elif not self._fleet.members or time.monotonic() > self._last_presence + NO_WORKER_S:
+            raise DeviceError("no Ray worker is left, and none could be started; `ray status` tells why")
+
+
+@contextlib.contextmanager
+def ray_connection(address: str) -> Iterator[list[dict[str, float]]]:
+    """Connected to a Ray cluster; yields its nodes' resources. `local` starts one that ends with this process.
+
+    Raises:
+        RefusedError: Ray is not installed, or the cluster cannot be reached.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's default to be, without its remark
+    try:
+        import ray
+    except ImportError as error:
+        raise RefusedError(RAY_MISSING) from error
+    how: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "error"}
+    if address == "local":
+        how |= {"num_cpus": available_cores(), "include_dashboard": False, "object_store_memory": RAY_STORE_BYTES}
+    handler = signal.getsignal(signal.SIGTERM)  # Ray puts its own in its place
+    try:
+        ray.init(**how)
+    except SystemExit:  # by that handler
+        handler(signal.SIGTERM, None)
+    except Exception as error:
+        raise RefusedError(
+            f"ray_address: {address}: cannot connect: {error}. Start Ray on this machine (`ray start`), or use local"
+        ) from error
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    try:
+        yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    finally:
+        ray.shutdown()
 
 
 # ======================================================================================================================
@@ -4582,6 +5249,7 @@ class PreparedDataset:
         self.shape: ModelShape | None = None
         self.device: str | None = None
         self.encoder: Encoder | None = None
+        self.fleet: RayFleet | None = None  # with executor: ray
         self.weights: dict[str, Any] | None = progress.weights  # source, size, mtime, digest
 
     @property
@@ -4756,10 +5424,16 @@ def resolve_device_and_precision(dataset: PreparedDataset) -> None:
     Raises:
         RefusedError: the device is missing, the precision is not for it, or image_size is no multiple of the patches.
     """
-    dataset.device = resolve_device(dataset.config.options.device)
-    recorded = dataset.progress.processing_config.get("precision")
-    precision = resolve_precision(dataset.config.spec.precision, recorded, dataset.device, dataset.spec.dino_model_type)
-    dataset.spec = dataset.spec.model_copy(update={"precision": precision})
+    options = dataset.config.options
+    if options.executor == "local":
+        dataset.device = resolve_device(options.device)
+    elif dataset.fleet:
+        dataset.device = dataset.fleet.plan.device
+    if dataset.device:  # else it is not known yet: a dry run does not ask the cluster
+        recorded = dataset.progress.processing_config.get("precision")
+        wanted, model_type = dataset.config.spec.precision, dataset.spec.dino_model_type
+        precision = resolve_precision(wanted, recorded, dataset.device, model_type)
+        dataset.spec = dataset.spec.model_copy(update={"precision": precision})
     dataset.shape = model_shape(dataset.spec.dino_model_type)
     check_image_size(dataset.spec, dataset.shape)
 
@@ -4868,9 +5542,6 @@ def load_encoder(spec: CacheSpec, device: str) -> tuple[Encoder, str]:
     return DinoEncoder(model, spec, device), digest
 
 
-_ENCODER_SETTINGS = ("dino_model_type", "weights", "tokens", "image_size", "pixel_mean", "pixel_std", "precision")
-
-
 def load_encoders(datasets: list[PreparedDataset], stop: StopRequest) -> None:
     """Give every dataset with work to do its encoder, one for all that compute the same, and know the digests."""
     loaded: dict[tuple, tuple[Encoder, str]] = {}
@@ -4883,9 +5554,10 @@ def load_encoders(datasets: list[PreparedDataset], stop: StopRequest) -> None:
             if dataset.progress.records:
                 dataset.weights = {**source, "digest": weights_digest(build_model(dataset.spec))}
             continue
-        key = (dataset.device, *(getattr(dataset.spec, setting) for setting in _ENCODER_SETTINGS))
+        device = "cpu" if dataset.fleet else dataset.device  # the workers have the GPUs; here only the digest is wanted
+        key = encoder_key(dataset.spec, device)
         if key not in loaded:
-            loaded[key] = load_encoder(dataset.spec, dataset.device)
+            loaded[key] = load_encoder(dataset.spec, device)
         dataset.encoder, digest = loaded[key]
         dataset.weights = {**source, "digest": digest}
 
@@ -4923,6 +5595,48 @@ def remarks(dataset: PreparedDataset) -> list[str]:
         if names:
             lines.append(f"{len(names)} {what}: {format_names(names)}")
     return lines
+
+
+def device_in_words(dataset: PreparedDataset) -> str:
+    """What encodes, and in what batches."""
+    options, fleet = dataset.config.options, dataset.fleet
+    if fleet is None:
+        return f"{dataset.device}, {resolve_batch_size(options, dataset.encoder)} frames a batch"
+    return f"{fleet.plan.count} Ray workers, each with {fleet.plan.worker}"
+
+
+def hint_at_other_gpus() -> None:
+    """Say how to use all GPUs of this machine, where there are several."""
+    import torch
+
+    if (count := torch.cuda.device_count()) > 1:
+        how = "`executor: ray` in the config uses all (pip install -r requirements-ray.txt)"
+        LOG.warning("%d GPUs are visible and one of them is used; %s", count, how)
+
+
+@contextlib.contextmanager
+def ray_fleet(datasets: list[PreparedDataset]) -> Iterator[RayFleet]:
+    """Workers for these datasets, on their way.
+
+    Raises:
+        RefusedError: the datasets want different workers, or the cluster cannot be reached or does not hold them.
+    """
+    options = [dataset.config.options for dataset in datasets]
+    for key in ("ray_address", "num_workers", "cpus_per_worker", "device"):
+        wanted = dict.fromkeys(getattr(option, key) for option in options)
+        if len(wanted) > 1:
+            raise RefusedError(f"{key}: {', '.join(map(str, wanted))}: a run's datasets share its Ray workers; set one")
+    with ray_connection(options[0].ray_address) as nodes:
+        plan = plan_workers(nodes, options[0])
+        places = []
+        for dataset in datasets:
+            with storage_errors(dataset.config.cache_dir):
+                dataset.store.empty_staging()
+                places.append((dataset.store.new_staging_folder(), dataset.config.data_folder))
+        fleet = RayFleet(plan, places)
+        for dataset in datasets:
+            dataset.fleet = fleet
+        yield fleet
 
 
 _LOST_MOUNT = "the mount seems lost. None of them is recorded as failed; mount it and run the same command again"
@@ -4980,9 +5694,11 @@ class DatasetRun:
         LOG.info("dino_cache %s, %s", __version__, time.strftime("%Y-%m-%d %H:%M:%S"))
         LOG.info("Dataset %s: %s -> %s", dataset.name, dataset.config.data_folder, dataset.config.cache_dir)
         if dataset.pending:
-            spec, batch_size = dataset.spec, resolve_batch_size(self._options, dataset.encoder)
-            how = (spec.dino_model_type, dataset.weights["source"], spec.precision, dataset.device, batch_size)
-            LOG.info("Encoding with %s (%s) in %s on %s, %d frames a batch", *how)
+            spec = dataset.spec
+            how = (spec.dino_model_type, dataset.weights["source"], spec.precision, device_in_words(dataset))
+            LOG.info("Encoding with %s (%s) in %s on %s", *how)
+            if dataset.fleet is None and dataset.device.startswith("cuda"):
+                hint_at_other_gpus()
             if spec.weights == "random":
                 LOG.warning("WEIGHTS ARE RANDOM (seeded): the features are for trying things out and mean nothing")
         if self._progress.records:
@@ -5030,9 +5746,18 @@ class DatasetRun:
         shapes = token_shapes(dataset.spec, dataset.shape)
         label = ChunkLabel(dataset.name, dataset.spec, fingerprint, digest, shapes)
         hooks = Hooks(self._stop, self._on_frames, self._withdraw)
-        for result in cache_trajectories(dataset.pending, label, self._options, dataset.encoder, self._store, hooks):
+        for result in self._stream(label, hooks):
             self._take(result, fingerprint)
             self._show_progress(at_once=self._is_finished)
+
+    def _stream(self, label: ChunkLabel, hooks: Hooks) -> Iterator[TrajectoryResult]:
+        dataset, options = self._dataset, self._options
+        if dataset.fleet is None:
+            return cache_trajectories(dataset.pending, label, options, dataset.encoder, self._store, hooks)
+        assignments = [Assignment(trajectory, dataset.work[trajectory.name].frames) for trajectory in dataset.pending]
+        assignments.sort(key=lambda item: (item.trajectory.name in self._progress.failures, -item.frames))
+        job = RayJob(label, options, load_encoder, dataset.config.cache_dir, dataset.config.data_folder)
+        return RayRun(dataset.fleet, assignments, job, self._store, hooks).results()
 
     def _end_record(self) -> None:
         if self._held_back:
@@ -5280,6 +6005,9 @@ def run_datasets(datasets: list[PreparedDataset], stop: StopRequest) -> int:
             except StorageError as error:  # another dataset may lie on another disk
                 LOG.error("error: %s", error, exc_info=error)
                 codes.append(error.exit_code)
+            except RefusedError as error:  # a Ray worker that computes something else
+                LOG.error("error: %s", error)
+                return error.exit_code
             except Exception as error:  # the device, or our own fault: nothing false is recorded, a rerun resumes
                 LOG.error(
                     "error: %s",
@@ -5393,14 +6121,14 @@ def run(arguments: argparse.Namespace, stop: StopRequest) -> int:
     }
     overrides = {key: value for key, value in overrides.items() if value is not None}
     configs = select_datasets(load_config(arguments.config, overrides), arguments.dataset)
-    with contextlib.ExitStack() as locks:
+    with contextlib.ExitStack() as resources:
         for config in configs:
             if not config.data_folder.is_dir():
                 raise RefusedError(
                     f"datasets.{config.name}.data_folder: {config.data_folder} is not a folder; is the disk mounted?"
                 )
             if not arguments.dry_run:
-                locks.enter_context(locked_cache(config.cache_dir))
+                resources.enter_context(locked_cache(config.cache_dir))
         with PROFILE("list"):
             datasets = [prepare_dataset(config, stop) for config in configs]
         if not arguments.dry_run:
@@ -5409,6 +6137,10 @@ def run(arguments: argparse.Namespace, stop: StopRequest) -> int:
                 confirm_changes(dataset, changes, stop, yes=arguments.yes)
         for dataset in datasets:
             dataset.choose_pending(arguments.limit)
+        on_ray = [dataset for dataset in datasets if dataset.pending and dataset.config.options.executor == "ray"]
+        fleet = resources.enter_context(ray_fleet(on_ray)) if on_ray and not arguments.dry_run else None
+        stop.check()
+        for dataset in datasets:
             if dataset.pending:
                 resolve_device_and_precision(dataset)
                 weights_source(dataset.spec)  # refuses a file that is not there
@@ -5425,6 +6157,8 @@ def run(arguments: argparse.Namespace, stop: StopRequest) -> int:
         load_encoders(datasets, stop)
         for dataset in datasets:
             confirm_changes(dataset, weights_differences(dataset), stop, yes=arguments.yes)
+        if fleet:
+            fleet.gather(stop)
         stop.check()
         for dataset in datasets:
             begin_rebuild(dataset)
@@ -5470,4 +6204,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import dino_cache  # by this name, under which Ray's workers find its classes too
+
+    sys.exit(dino_cache.main())
