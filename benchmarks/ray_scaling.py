@@ -1,6 +1,7 @@
 """How `executor: ray` scales, with encoders that only sleep: any number of "GPUs" on one machine.
 
     python benchmarks/ray_scaling.py actors --actors 1 2 4 8         # frames/s over the number of workers
+    python benchmarks/ray_scaling.py light --actors 8 64             # only the driver's side, for fast GPUs
     python benchmarks/ray_scaling.py driver                          # the driver's cost for each recorded trajectory
     python benchmarks/ray_scaling.py plot actors.json                # benchmarks/ray_scaling.svg, with matplotlib
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,32 +58,36 @@ def sleeping_encoder(batch_s: float) -> Callable[..., Any]:
 
 
 def one_run(
-    fleet: dino_cache.RayFleet, root: Path, lengths: list[int], options: dino_cache.RunOptions, batch_s: float
+    fleet: dino_cache.RayFleet,
+    root: Path,
+    lengths: list[int],
+    load_encoder: Callable[..., Any],
+    data_folder: Path | None = None,
+    **options: Any,
 ) -> dict[str, float]:
-    """Cache trajectories of these lengths; frames/s, and the driver's own cores."""
-    data, cache = root / f"data_{len(lengths)}_{sum(lengths)}", root / "cache"
-    if not data.exists():
-        make_trajectories(data, lengths, size=(32, 24))
-    dino_cache.shutil.rmtree(cache, ignore_errors=True)
+    """Cache trajectories of these lengths; frames/s, and the share of a core that the driver takes."""
+    cache = root / "cache"
+    shutil.rmtree(cache, ignore_errors=True)
     cache.mkdir()
     store = dino_cache.ChunkStore(cache)
     store.empty_staging()
     shapes = dino_cache.token_shapes(SPEC, dino_cache.model_shape(SPEC.dino_model_type))
     label = dino_cache.ChunkLabel("benchmark", SPEC, "0" * 16, "0" * 16, shapes)
-    frames = dict(zip(sorted(os.listdir(data)), lengths))
-    found = dino_cache.find_trajectories(data)
-    assignments = sorted((dino_cache.Assignment(it, frames[it.name]) for it in found), key=lambda item: -item.frames)
-    job = dino_cache.RayJob(label, options, sleeping_encoder(batch_s), cache, data)
+    names = [f"t{index:04d}" for index in range(len(lengths))]  # as make_trajectories calls them
+    found = [dino_cache.Trajectory(name, Path(f"{data_folder}/{name}")) for name in names]
+    assignments = sorted(map(dino_cache.Assignment, found, lengths), key=lambda item: -item.frames)
+    job = dino_cache.RayJob(label, dino_cache.RunOptions(**options), load_encoder, cache, data_folder or cache)
     progress = Progress(cache, "benchmark")
+    progress.specs["0" * 16] = SPEC.to_json()
     begin = None
 
     def begins() -> bool:
-        nonlocal begin  # asked first when the encoders are there
-        begin = begin or (time.perf_counter(), time.process_time())
+        nonlocal begin  # asked last before the work begins
+        if all(member.state == "idle" for member in fleet.members):
+            begin = begin or (time.perf_counter(), time.process_time())
         return False
 
-    hooks = dino_cache.Hooks(stop=begins)
-    for result in dino_cache.RayRun(fleet, assignments, job, store, hooks).results():
+    for result in dino_cache.RayRun(fleet, assignments, job, store, dino_cache.Hooks(stop=begins)).results():
         if result.error is not None:
             raise result.error
         record = {"fingerprint": "0" * 16, "spans": result.spans, "bytes": result.chunk_bytes, "checksum_kind": "stat"}
@@ -89,6 +95,56 @@ def one_run(
         progress.save_spaced(time.perf_counter() - begin[0])
     wall_s, cpu_s = time.perf_counter() - begin[0], time.process_time() - begin[1]
     return {"frames_per_s": sum(lengths) / wall_s, "driver_cores": cpu_s / wall_s}
+
+
+class LightWorker(dino_cache.RayWorker):
+    """A worker without files, threads and torch, of 80 instead of 350 MB: it pulls, sleeps and reports."""
+
+    def begin(self, job: dino_cache.RayJob, staging: Path) -> None:
+        self._encode = job.load_encoder(None, "")
+
+    def _stream(self, first: list[dino_cache.Assignment]) -> None:
+        free_at = time.monotonic()
+        for trajectory in self._pull(first):
+            frames = self._frames[trajectory.name]
+            free_at = self._encode(frames, free_at)
+            outcome = {"spans": [dino_cache.Span(0, frames)], "chunk_bytes": [1000 * frames]}
+            result = dino_cache.TrajectoryResult(trajectory.name, "0" * 16, "stat", **outcome)
+            self._outbox.put(dino_cache.Report(frames=frames, results=[result]))
+        self._outbox.put(dino_cache.Report(has_ended=True))
+
+
+def measure_light(arguments: argparse.Namespace) -> None:
+    """Only the driver's side: many workers that sleep as long as fast GPUs take."""
+    from ray.cluster_utils import Cluster
+
+    speed = arguments.frames_per_s
+
+    def load(*_: Any) -> Callable[[int, float], float]:
+        def encode(frames: int, free_at: float) -> float:
+            free_at = max(free_at, time.monotonic() - 0.5) + frames / speed  # half a second is under way
+            time.sleep(max(0.0, free_at - time.monotonic()))
+            return free_at
+
+        return encode
+
+    os.environ["PYTHONPATH"] = str(Path(dino_cache.__file__).parent)
+    dino_cache.RayWorker = LightWorker
+    dino_cache.LATE_WORKER_S = dino_cache.NO_WORKER_S
+    rows: dict[str, Any] = {"frames/s a worker": speed, "frames a trajectory": arguments.length}
+    for count in arguments.actors:
+        head = {"num_cpus": count, "include_dashboard": False, "object_store_memory": 100 << 20}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        with dino_cache.ray_connection(cluster.address), scratch(arguments.scratch) as root:
+            fleet = dino_cache.RayFleet(dino_cache.WorkerPlan("cpu", count, 1), [])
+            fleet.gather(lambda: False)
+            run = one_run(
+                fleet, root, [arguments.length] * round(count * arguments.seconds * speed / arguments.length), load
+            )
+        cluster.shutdown()
+        rows[f"{count} efficiency"] = round(run["frames_per_s"] / (count * speed), 3)
+        rows[f"{count} driver cores"] = round(run["driver_cores"], 3)
+    report("ray scaling, the driver's side", rows)
 
 
 def measure_actors(arguments: argparse.Namespace) -> None:
@@ -101,13 +157,15 @@ def measure_actors(arguments: argparse.Namespace) -> None:
     for count in arguments.actors:
         head = {"num_cpus": count, "include_dashboard": False, "object_store_memory": 100 << 20}
         cluster = Cluster(initialize_head=True, head_node_args=head)
-        options = dino_cache.RunOptions(batch_size=arguments.batch_size, decode_workers=1)
+        load, options = sleeping_encoder(arguments.batch_ms / 1000), {"batch_size": arguments.batch_size}
+        lengths = [round(length * arguments.share) for length in LENGTHS] * count
         with dino_cache.ray_connection(cluster.address), scratch(arguments.scratch) as root:
+            make_trajectories(root / "first", [20] * (4 * count), size=(32, 24))
+            make_trajectories(root / "data", lengths, size=(32, 24))
             fleet = dino_cache.RayFleet(dino_cache.WorkerPlan("cpu", count, 1), [])
             fleet.gather(lambda: False)
-            one_run(fleet, root, [20] * (4 * count), options, arguments.batch_ms / 1000)  # imports, connections
-            lengths = [round(length * arguments.share) for length in LENGTHS] * count
-            runs = [one_run(fleet, root, lengths, options, arguments.batch_ms / 1000) for _ in range(arguments.runs)]
+            one_run(fleet, root, [20] * (4 * count), load, root / "first", **options)  # imports, connections
+            runs = [one_run(fleet, root, lengths, load, root / "data", **options) for _ in range(arguments.runs)]
         cluster.shutdown()
         rows[f"{count} frames/s"] = round(max(run["frames_per_s"] for run in runs), 1)
         rows[f"{count} frames/s, lowest"] = round(min(run["frames_per_s"] for run in runs), 1)
@@ -171,11 +229,17 @@ def main() -> None:
     actors.add_argument("--share", type=float, default=1.0, help="so many times 1,200 frames for each worker")
     actors.add_argument("--runs", type=int, default=2, help="the best one counts")
     actors.set_defaults(command=measure_actors)
+    light = commands.add_parser("light")
+    light.add_argument("--actors", type=int, nargs="+", default=[8, 64])
+    light.add_argument("--frames-per-s", type=float, default=1500.0)
+    light.add_argument("--length", type=int, default=40)
+    light.add_argument("--seconds", type=float, default=15.0)
+    light.set_defaults(command=measure_light)
     driver = commands.add_parser("driver")
     driver.add_argument("--recorded", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     driver.add_argument("--seconds", type=float, default=20.0)
     driver.set_defaults(command=measure_driver)
-    for command in (actors, driver):
+    for command in (actors, light, driver):
         command.add_argument("--scratch", help="a folder on the disk to measure on")
     plotting = commands.add_parser("plot")
     plotting.add_argument("results", type=Path)
