@@ -5418,14 +5418,14 @@ def refuse_case_collisions(cache_dir: Path, trajectories: list[Trajectory]) -> N
             )
 
 
-def resolve_device_and_precision(dataset: PreparedDataset) -> None:
-    """Settle what a dataset with work to do is encoded on and in.
+def resolve_device_and_precision(dataset: PreparedDataset, *, here: bool = False) -> None:
+    """Settle what a dataset with work to do is encoded on and in; with `here`, on this machine, whatever the executor.
 
     Raises:
         RefusedError: the device is missing, the precision is not for it, or image_size is no multiple of the patches.
     """
     options = dataset.config.options
-    if options.executor == "local":
+    if options.executor == "local" or here:
         dataset.device = resolve_device(options.device)
     elif dataset.fleet:
         dataset.device = dataset.fleet.plan.device
@@ -5951,6 +5951,7 @@ def print_cost(dataset: PreparedDataset, rates: dict[str, float | None]) -> None
         print(f"  by tokens: {', '.join(sizes)}")
     if rate := rates.get(dataset.name):
         how = f"at {rate:.1f} frames/s, measured while decoding and encoding on {dataset.device}"
+        how += " in one process, without Ray" if dataset.config.options.executor == "ray" else ""
         print(f"  estimated time: {format_duration(frames / rate)} {how}")
 
 
@@ -6142,7 +6143,7 @@ def run(arguments: argparse.Namespace, stop: StopRequest) -> int:
         stop.check()
         for dataset in datasets:
             if dataset.pending:
-                resolve_device_and_precision(dataset)
+                resolve_device_and_precision(dataset, here=arguments.measure)
                 weights_source(dataset.spec)  # refuses a file that is not there
         if arguments.dry_run:
             reasons = [estimate_work(dataset, stop) for dataset in datasets]

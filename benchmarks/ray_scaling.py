@@ -200,15 +200,18 @@ def measure_driver(arguments: argparse.Namespace) -> None:
 
 
 def plot(arguments: argparse.Namespace) -> None:
-    """Efficiency over workers, of JSON lines that `actors` printed."""
+    """Efficiency over workers, of JSON lines that `actors` and `light` printed."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.5))
     for line in arguments.results.read_text().splitlines():
         rows = json.loads(line)
         points = sorted((int(key.split()[0]), value) for key, value in rows.items() if key.endswith("efficiency"))
-        speed = 1000 * rows["batch_size"] / rows["batch_ms"]
-        axes.plot(*zip(*points), marker="o", label=f"{speed:.0f} frames/s a worker")
+        if "batch_ms" in rows:
+            label = f"whole workers, {1000 * rows['batch_size'] / rows['batch_ms']:.0f} frames/s each"
+        else:
+            label = f"driver's side only, {rows['frames/s a worker']:.0f} frames/s each"
+        axes.plot(*zip(*points), marker="o", label=label)
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set(xscale="log", xlabel="workers, on two cores", ylabel="frames/s over linear", ylim=(0, 1.1))
     axes.set_xticks([1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8, 16, 32, 64], minor=False)

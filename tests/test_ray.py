@@ -228,11 +228,13 @@ def test_without_ray_the_run_is_refused_with_the_command_that_installs_it(tmp_pa
 
 def test_a_dry_run_asks_no_cluster(tmp_path, run_here, monkeypatch):
     make_trajectory(tmp_path / "data" / "t0", FRAMES)
-    config = write_config(tmp_path / "robot.yaml", tmp_path / "data", executor="ray", precision="auto")
+    config = write_config(tmp_path / "robot.yaml", tmp_path / "data", executor="ray", precision="auto", batch_size=4)
     monkeypatch.setitem(sys.modules, "ray", None)
-    outcome = run_here(config, "--dry-run")
-    assert outcome.code == 0
-    assert "frames to encode: 16" in outcome.out
+    for measure in ([], ["--measure"]):
+        outcome = run_here(config, "--dry-run", *measure)
+        assert outcome.code == 0
+        assert "frames to encode: 16" in outcome.out
+    assert "in one process, without Ray" in outcome.out
 
 
 def test_a_local_run_says_how_to_use_the_other_gpus(tmp_path, run_here, monkeypatch):
