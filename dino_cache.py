@@ -5151,7 +5151,10 @@ class StopRequest:
     def check(self) -> None:
         """Raise StoppedError if the run shall end; for the time before its work begins."""
         if self():
-            raise StoppedError("stopped before the work began; run the same command again to go on", self.exit_code)
+            raise StoppedError(
+                "stopped, by a signal or --max-hours, before the work began; run the same command again to go on",
+                self.exit_code,
+            )
 
 
 class Standing(NamedTuple):
@@ -5282,7 +5285,7 @@ def prepare_dataset(config: DatasetConfig, stop: StopRequest) -> PreparedDataset
         progress.empty()
         progress.rebuild_started = time.time()
         LOG.warning(
-            "%s: force_rebuild: every trajectory is redone (True in the config file, every run does so)",
+            "%s: force_rebuild: every trajectory is redone (by every run, if it is True in the config file)",
             config.name,
         )
     selection = select_trajectories(config, stop)

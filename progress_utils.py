@@ -652,7 +652,7 @@ def read_or_refuse(cache_dir: Path) -> bytes:
     if content is None:
         near = [str(path.parent) for path in sorted(cache_dir.glob(f"*/{PROGRESS_FILE}"))[:3]]
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-        raise RefusedError(f"{cache_dir}: no {PROGRESS_FILE} here; --cache-dir takes the folder that holds it{hint}")
+        raise RefusedError(f"{cache_dir}: no {PROGRESS_FILE} here; a cache is the folder that holds it{hint}")
     return content
 
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, RandomSampler, Subset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dino_cache import CacheWindows
+from dino_cache import CacheWindows, DinoCacheError
 
 
 class Outcome(NamedTuple):
@@ -118,4 +118,7 @@ def main(argv: list[str] | None = None) -> Outcome:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DinoCacheError as error:
+        sys.exit(f"error: {error}")
