@@ -445,7 +445,13 @@ def test_a_ray_run_over_real_and_sample_datasets_equals_a_local_run(cluster, tmp
     folders = {
         folder.name: folder for folder in (*REAL.iterdir(), ROOT / "sample" / "rendered_rooms") if folder.is_dir()
     }
-    config = {"dino_model_type": "small", "weights": "random", "tokens": ["cls", "patch"], "image_size": [42, 56]}
+    config = {
+        "dino_model_type": "small",
+        "weights": "random",
+        "tokens": ["cls", "patch"],
+        "image_size": [42, 56],
+        "frame_stride": 3,
+    }
     config |= {"device": "cpu", "precision": "fp32", "max_chunk_distance_m": 4.0, "batch_size": 16}
     contents = {}
     for executor in ("local", "ray"):
@@ -554,7 +560,8 @@ def test_other_weights_on_a_worker_are_refused(lab, monkeypatch):
 
 @needs_ray
 def test_a_killed_driver_leaves_a_cache_that_the_next_run_finishes_at_once(lab):
-    lab.add(24)
+    lab.add(12)
+    lab.configure(num_workers=1)
     environment = {**os.environ, "STAMP_BATCH_SECONDS": "0.1"}
     with subprocess.Popen(cache_command(lab.config), env=environment, stdout=subprocess.DEVNULL) as driver:
         wait_until(lambda: chunk_files(lab.cache) and read_progress(lab.cache)["completed_trajectories"])
@@ -562,8 +569,8 @@ def test_a_killed_driver_leaves_a_cache_that_the_next_run_finishes_at_once(lab):
     done = read_progress(lab.cache)["completed_trajectories"]
     outcome = lab.run()
     assert outcome.code == 0
-    assert f"Resuming processing: {len(done)}/24" in outcome.out
-    lab.check_complete(24)
+    assert f"Resuming processing: {len(done)}/12" in outcome.out
+    lab.check_complete(12)
 
 
 @needs_ray
@@ -588,7 +595,7 @@ def test_sigterm_stops_the_workers_and_the_run_resumes(lab):
 def test_ctrl_c_on_a_run_that_started_ray_itself_ends_it_with_its_code(tmp_path):
     for index in range(12):
         make_trajectory(tmp_path / "data" / f"t{index:02d}", FRAMES, stamp=index)
-    config = write_config(tmp_path / "robot.yaml", tmp_path / "data", executor="ray", cpus_per_worker=1)
+    config = write_config(tmp_path / "robot.yaml", tmp_path / "data", executor="ray", num_workers=1)
     cache = tmp_path / "data" / "dino_cache_small"
     with subprocess.Popen(
         cache_command(config),
@@ -615,10 +622,13 @@ def test_a_node_that_is_lost_loses_nothing(lab, cluster):
 
     def lose_it() -> None:
         wait_until(lambda: len(chunk_files(lab.cache)) > 4)
+        raylet = node.all_processes["raylet"][0].process.pid
+        lost = [pid for pid in lab.worker_pids() if f"PPid:\t{raylet}\n" in Path(f"/proc/{pid}/status").read_text()]
         cluster.remove_node(node, allow_graceful=False)
+        os.kill(lost[0], signal.SIGKILL)  # it would outlive its node by seconds
 
     with meanwhile(lose_it):
-        outcome = lab.run(batch_s=0.5)  # longer than it takes to notice
+        outcome = lab.run(batch_s=0.2)
     assert outcome.code == 0
     assert "3 of 3 workers are there" in outcome.out
     lab.check_complete(12)
