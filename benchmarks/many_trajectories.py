@@ -57,10 +57,10 @@ def make_dataset(root: Path, count: int) -> None:
             frame = sources / f"{index}.jpg"
             Image.new("RGB", (32, 32)).save(frame)
         trajectory = dino_cache.Trajectory(f"t{index:06d}", root / "data" / f"t{index:06d}")
-        trajectory.folder.mkdir(parents=True)
+        trajectory.path.mkdir(parents=True)
         for number in range(FRAMES):
-            os.link(frame, trajectory.folder / f"{number}.jpg")
-        (trajectory.folder / "traj_data.pkl").write_bytes(poses)
+            os.link(frame, trajectory.path / f"{number}.jpg")
+        (trajectory.path / "traj_data.pkl").write_bytes(poses)
         record_as_completed(progress, dino_cache.plan_or_fail(trajectory, SPEC, "stat"), label, staging)
     progress.save()
     config = {key: SPEC.to_json()[key] for key in ("dino_model_type", "weights", "image_size", "precision")}

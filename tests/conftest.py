@@ -12,6 +12,8 @@ import dino_cache
 from formats import BitEncoder
 from support import STAMP_SHAPE, StampEncoder, write_config
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would our children
+
 
 class Outcome(NamedTuple):
     """How a run ended: exit code, stdout, stderr."""
