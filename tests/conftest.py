@@ -12,7 +12,8 @@ import dino_cache
 from formats import BitEncoder
 from support import STAMP_SHAPE, StampEncoder, write_config
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would our children
+# A shell's background jobs ignore it, and what they start would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Outcome(NamedTuple):
