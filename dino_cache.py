@@ -1146,6 +1146,12 @@ class FolderSource:
         return trajectory_checksum(self._listing, kind)
 
     def poses(self, *, required: bool) -> Poses:
+        """Position (T, 2), in the data's unit, and yaw (T,) [rad] from the pose file, one for each frame of the folder.
+
+        Raises:
+            InputError: a frame number is missing or double; poses are missing, unreadable or not as many as frames.
+            OSError: the pose file cannot be read.
+        """
         pose_file, frames = self._listing.pose_file, self._listing.frames
         if pose_file is None and required:
             raise InputError(f"{self._name}: no pose file; expected one of {', '.join(POSE_FILES)}")

@@ -2238,6 +2238,7 @@ def _seconds(text: str) -> float:
 
 
 def run_command(arguments: argparse.Namespace) -> int:
+    """Run what the parsed command line names; returns its exit code, or raises the error that carries it."""
     if arguments.command == "show" and arguments.watch is not None:
         return watch(arguments.cache_dir, every_s=arguments.watch, show_all=arguments.all)
     if arguments.command == "show":

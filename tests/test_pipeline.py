@@ -102,44 +102,50 @@ def test_batches_are_full_across_trajectories_and_chunks_and_every_frame_is_enco
     assert counted == encoder.batch_sizes
 
 
+class SlowFrame:
+    """Holds one frame up until so many later ones have gone by."""
+
+    def __init__(self, number: int, others: int):
+        self._number, self._others = number, others
+        self._gone_by: list[int] = []
+        self.enough = threading.Event()
+
+    def meet(self, number: int) -> None:
+        """A frame comes by, on any thread."""
+        if number == self._number:
+            assert self.enough.wait(60), f"only {len(self._gone_by)} frames went by meanwhile"
+        elif number > self._number:
+            self._gone_by.append(number)
+            if len(self._gone_by) == self._others:
+                self.enough.set()
+
+
 def test_a_file_that_is_slow_to_read_waits_while_a_hundred_others_are_read(tmp_path, monkeypatch):
     make_trajectory(tmp_path / "data" / "t1", 200, stamp=1)
-    read, others, enough = dino_cache.read_file, [], threading.Event()
+    read, slow = dino_cache.read_file, SlowFrame(40, others=100)
 
     def slow_read(path: Any) -> np.ndarray:
-        number = int(Path(path).stem) if Path(path).stem.isdecimal() else -1
-        if number == 40:
-            assert enough.wait(60), f"only {len(others)} frames were read meanwhile"
-        elif number > 40:
-            others.append(path)
-            if len(others) == 100:
-                enough.set()
+        slow.meet(int(Path(path).stem) if Path(path).stem.isdecimal() else -1)
         return read(path)
 
     monkeypatch.setattr(dino_cache, "read_file", slow_read)
     (result,) = stream_results(tmp_path / "data", tmp_path / "cache", StampEncoder())
-    assert result.error is None and enough.is_set()
+    assert result.error is None and slow.enough.is_set()
     check_stamps(tmp_path / "cache", "t1", 1)
 
 
 def test_a_frame_that_is_slow_to_decode_waits_while_others_are_decoded(tmp_path, monkeypatch):
     """As many as lie ready for the encoder: four a decoding thread, the slow one among them."""
     make_trajectory(tmp_path / "data" / "t1", 40, stamp=1)
-    decode, others, enough = FrameDecoder.__call__, [], threading.Event()
+    decode, slow = FrameDecoder.__call__, SlowFrame(10, others=7)
 
     def slow_decode(decoder: FrameDecoder, content: np.ndarray, name: str) -> torch.Tensor:
-        number = int(Path(name).stem)
-        if number == 10:
-            assert enough.wait(60), f"only {len(others)} frames were decoded meanwhile"
-        elif number > 10:
-            others.append(name)
-            if len(others) == 7:
-                enough.set()
+        slow.meet(int(Path(name).stem))
         return decode(decoder, content, name)
 
     monkeypatch.setattr(FrameDecoder, "__call__", slow_decode)
     (result,) = stream_results(tmp_path / "data", tmp_path / "cache", StampEncoder())
-    assert result.error is None and enough.is_set()
+    assert result.error is None and slow.enough.is_set()
     check_stamps(tmp_path / "cache", "t1", 1)
 
 
