@@ -256,9 +256,13 @@ class Profile:
             yield
         finally:
             elapsed_s = time.perf_counter() - begin
-            key = (stage, threading.get_ident())
-            self._seconds[key] = self._seconds.get(key, 0.0) + elapsed_s - self._here.inside_s
+            self.add(stage, elapsed_s - self._here.inside_s)
             self._here.inside_s = inside_outer_s + elapsed_s
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Count what was measured elsewhere."""
+        key = (stage, threading.get_ident())
+        self._seconds[key] = self._seconds.get(key, 0.0) + seconds
 
     def pulling(self, stage: str, items: Iterable[Item]) -> Iterator[Item]:
         """The items; the time that each takes to come is the stage's."""
@@ -2830,6 +2834,13 @@ def keep_freed_memory() -> None:
             mallopt(parameter, KEPT_BYTES)
 
 
+def _one_torch_thread() -> None:
+    """For threads that are the parallelism: torch's own threads under each of them would only be in the way."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 class EncodedRows(NamedTuple):
     """Tokens of B frames on the host: dataset name -> (B, ...) float16, and (B,) bool, whether a row is all finite."""
 
@@ -2838,7 +2849,8 @@ class EncodedRows(NamedTuple):
 
 
 class Encoder(Protocol):
-    """What the pipeline needs of an encoder. `encode` may return before the device is done; the result waits for it."""
+    """What the pipeline needs of an encoder. `encode` may return before the device is done; the result waits for it.
+    An encoder keeps the profile's stages "encode" and "copy out" itself: it alone knows when they are at work."""
 
     batches_in_flight: int  # beyond the one whose result is waited for; 0 where encode is synchronous
     default_batch_size: int
@@ -2852,8 +2864,9 @@ class DinoEncoder:
     """A frozen DINOv2 or DINOv3 on one device.
 
     Weights and activations are cast to the spec's precision (1 - cos against fp32 at worst 5e-5 in bf16, 9e-7 in fp16).
-    On CUDA, `encode` returns at once: pixels cross the bus as uint8 from pinned memory, tokens come back into pinned
-    memory, and only the result waits.
+    `encode` returns at once; only the result waits. On CUDA, pixels cross the bus as uint8 from pinned memory and
+    tokens come back into pinned memory. On a CPU, every core encodes a batch of its own: faster than all cores at one
+    batch, whose threads wait for each other at every layer, the more so while decoding keeps one of them from its core.
     """
 
     def __init__(self, model: torch.nn.Module, spec: CacheSpec, device: str):
@@ -2863,10 +2876,13 @@ class DinoEncoder:
         self._device = torch.device(device)
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[spec.precision]
         self._spec = spec
-        is_cuda = self._device.type == "cuda"
-        self.batches_in_flight = 1 if is_cuda else 0
-        self.default_batch_size = 128 if is_cuda else 16  # on a CPU larger ones leave its caches
-        if not is_cuda:
+        if self._device.type == "cuda":
+            self.batches_in_flight, self.default_batch_size = 1, 128
+            self._cores = None
+        else:
+            self.batches_in_flight = min(torch.get_num_threads(), available_cores())  # the former: OMP_NUM_THREADS
+            self.default_batch_size = 8  # larger ones leave a core's caches
+            self._cores = ThreadPoolExecutor(self.batches_in_flight, "encode", _one_torch_thread)
             keep_freed_memory()
         self._grid = set_input_size(model.eval(), spec.image_size, device)  # in fp32, before any cast
         self._model = model.requires_grad_(False).to(self._device, self._dtype)
@@ -2876,7 +2892,7 @@ class DinoEncoder:
     def new_pixels(self, batch_size: int) -> torch.Tensor:
         """Room for (B, 3, H, W) uint8 frames; pinned for CUDA, and reused by torch once its copy is done."""
         shape = (batch_size, 3, *self._spec.image_size)
-        return self._torch.empty(shape, dtype=self._torch.uint8, pin_memory=self._device.type == "cuda")
+        return self._torch.empty(shape, dtype=self._torch.uint8, pin_memory=self._cores is None)
 
     def encode(self, pixels: torch.Tensor) -> Callable[[], EncodedRows]:
         """Start encoding (B, 3, H, W) uint8 RGB; calling the result waits for the tokens.
@@ -2884,20 +2900,39 @@ class DinoEncoder:
         Raises:
             torch.OutOfMemoryError: the batch does not fit on the device.
         """
-        torch = self._torch
+        if self._cores is None:
+            return self._start_on_cuda(pixels)
+        return self._cores.submit(self._encode_on_core, pixels).result
+
+    def _encode_on_core(self, pixels: torch.Tensor) -> EncodedRows:
+        with self._torch.inference_mode():
+            with PROFILE("encode"):
+                rows = self._forward(pixels)
+            with PROFILE("copy out"):
+                host = {key: values.contiguous().numpy() for key, values in rows.items()}
+        return EncodedRows(finite=host.pop("finite"), tokens=host)
+
+    def _start_on_cuda(self, pixels: torch.Tensor) -> Callable[[], EncodedRows]:
+        torch, stream = self._torch, self._torch.cuda.current_stream(self._device)
+        begun, encoded, copied = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         with torch.inference_mode():
-            on_device = pixels.to(self._device, non_blocking=True)
-            tokens = self._forward(on_device)
-            finite = torch.stack([rows.isfinite().flatten(1).all(1) for rows in tokens.values()]).all(0)  # (B,)
-            host = {key: self._to_host(rows) for key, rows in {**tokens, "finite": finite}.items()}
-        done = None
-        if self._device.type == "cuda":
-            done = torch.cuda.Event()
-            done.record(torch.cuda.current_stream(self._device))
-        return functools.partial(self._collect, host, done)
+            begun.record(stream)
+            rows = self._forward(pixels.to(self._device, non_blocking=True))
+            encoded.record(stream)
+            host = {key: self._to_pinned(values) for key, values in rows.items()}
+            copied.record(stream)
+
+        def collect() -> EncodedRows:
+            copied.synchronize()
+            PROFILE.add("encode", begun.elapsed_time(encoded) / 1000)
+            PROFILE.add("copy out", encoded.elapsed_time(copied) / 1000)
+            arrays = {key: values.numpy() for key, values in host.items()}
+            return EncodedRows(finite=arrays.pop("finite"), tokens=arrays)
+
+        return collect
 
     def _forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(B, 3, H, W) uint8 to dataset name -> (B, ...) float16, after the final norm."""
+        """(B, 3, H, W) uint8 to dataset name -> (B, ...) float16, after the final norm, and "finite": (B,) bool."""
         normalised = ((pixels - self._mean) / self._std).to(self._dtype)
         features = self._model.forward_features(normalised).half()  # (B, 1 + R + h*w, D)
         num_prefix = self._model.num_prefix_tokens
@@ -2906,18 +2941,13 @@ class DinoEncoder:
             "patch": features[:, num_prefix:].unflatten(1, self._grid),
             "register": features[:, 1:num_prefix],
         }
-        return {TOKEN_DATASETS[token]: parts[token] for token in self._spec.tokens}
+        rows = {TOKEN_DATASETS[token]: parts[token] for token in self._spec.tokens}
+        finite = [values.isfinite().flatten(1).all(1) for values in rows.values()]
+        return {**rows, "finite": self._torch.stack(finite).all(0)}
 
-    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        host = self._torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._device.type == "cuda")
+    def _to_pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+        host = self._torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
-
-    @staticmethod
-    def _collect(host: dict[str, torch.Tensor], done: torch.cuda.Event | None) -> EncodedRows:
-        if done is not None:
-            done.synchronize()
-        arrays = {key: tensor.numpy() for key, tensor in host.items()}
-        return EncodedRows(finite=arrays.pop("finite"), tokens=arrays)
 
 
 _ENCODER_SETTINGS = ("dino_model_type", "weights", "tokens", "image_size", "pixel_mean", "pixel_std", "precision")
@@ -4279,7 +4309,7 @@ def encode_batches(
 
     def finish() -> EncodedBatch:
         batch, parts = in_flight.popleft()
-        with _device_errors(), PROFILE("copy out"):
+        with _device_errors():
             done = [part() for part in parts]
         on_frames(len(batch.frames))
         return EncodedBatch(batch.frames, _join_rows(done))
@@ -4288,7 +4318,7 @@ def encode_batches(
         if isinstance(batch, TrajectoryResult):
             yield batch
             continue
-        with _device_errors(), PROFILE("encode"):
+        with _device_errors():
             parts, largest = _encode_within_memory(encoder, batch.pixels, largest)
         in_flight.append((batch, parts))
         if len(in_flight) > encoder.batches_in_flight:
@@ -4428,13 +4458,6 @@ def _pool(workers: int, name: str, initializer: Callable[[], None] | None = None
         pool.shutdown(cancel_futures=True)
 
 
-def _one_torch_thread() -> None:
-    """Decode threads are the parallelism; torch's own threads under each of them would only be in the way."""
-    import torch
-
-    torch.set_num_threads(1)
-
-
 def resolve_batch_size(options: RunOptions, encoder: Encoder) -> int:
     """Frames per batch: the user's, or what suits the encoder's device."""
     return encoder.default_batch_size if options.batch_size == "auto" else options.batch_size
@@ -4460,8 +4483,6 @@ def cache_trajectories(
     spec, failed = label.spec, Failed()
     workers = available_cores() if options.decode_workers == "auto" else options.decode_workers
     batch_size = resolve_batch_size(options, encoder)
-    # An encoder that computes on these same cores loses more than decoding ahead gains: its threads wait for each other
-    # while one of them is kept from its core. Only the files are read ahead then.
     frames_ahead = max(4 * workers, 2 * batch_size * encoder.batches_in_flight)
     groups_ahead = max(FILE_THREADS, 2 * batch_size // READ_TOGETHER)
     plan = functools.partial(plan_or_fail, spec=spec, checksum_kind=options.checksum)

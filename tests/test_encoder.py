@@ -22,6 +22,7 @@ from dino_cache import (
     ModelShape,
     ModelType,
     RefusedError,
+    available_cores,
     build_model,
     check_image_size,
     model_shape,
@@ -212,6 +213,22 @@ def test_bf16_features_are_close_to_fp32(models, dinov3_models, model_type, size
     for name, exact in tokens["fp32"].items():
         assert cosine(tokens["bf16"][name], exact).min() > 0.999
         assert (tokens["bf16"][name] != exact).any()
+
+
+def test_batches_encoded_at_once_give_what_each_gives_alone(models):
+    torch.set_num_threads(2)
+    try:
+        encoder = DinoEncoder(copy.deepcopy(models["small_reg"]), spec_of("small_reg"), "cpu")
+    finally:
+        torch.set_num_threads(1)
+    assert encoder.batches_in_flight == min(2, available_cores())
+    batches = random_pixels(22, (28, 42)).split(3)  # the last is smaller
+    alone = [encoder.encode(batch)() for batch in batches]
+    for result, expected in zip([encoder.encode(batch) for batch in batches], alone, strict=True):
+        encoded = result()
+        assert encoded.finite.all()
+        for name, tokens in expected.tokens.items():
+            np.testing.assert_array_equal(encoded.tokens[name], tokens)
 
 
 @NEEDS_CUDA

@@ -23,6 +23,7 @@ from PIL import Image
 
 import dino_cache
 import progress_utils
+from dino_cache import STAGES, FrameDecoder, Profile, available_cores
 from progress_utils import cache_lock, read_lock_owner
 from support import (
     ROOT,
@@ -33,6 +34,7 @@ from support import (
     make_trajectory,
     read_chunk,
     read_progress,
+    run_cache,
     run_utils,
     straight_line,
     tree,
@@ -742,6 +744,45 @@ def test_a_run_tells_how_far_it_is_while_it_works(robot, run_here, before_batch,
 # ---------------------------------------------------------------------------------------------------------------------
 # Dry run, disk, deadline
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def profile(out: str) -> tuple[dict[str, tuple[float, int, float]], str]:
+    """The table of --profile: stage -> (seconds, threads, percent of the run); and the line below it."""
+    table = out[out.index("stage ") :]
+    rows = re.findall(r"^([a-z ]+?) +([0-9.]+) +([0-9]+) +([0-9.]+)%$", table, re.MULTILINE)
+    stages = {name: (float(seconds), int(threads), float(share)) for name, seconds, threads, share in rows}
+    return stages, table.rstrip().splitlines()[-1]
+
+
+def test_the_profile_names_the_encoder_where_it_is_the_limit(robot):
+    robot.add("t0", "t1", "t2")
+    robot.configure(image_size=[224, 308])
+    done = run_cache(robot.config, "--profile", fake=False)
+    assert done.returncode == 0, done.stderr
+    stages, verdict = profile(done.stdout)
+    assert list(stages) == list(STAGES)
+    assert all(threads for _, threads, _ in stages.values())  # every stage was at work
+    assert stages["encode"][1] <= available_cores()
+    assert all(share <= 100 for _, _, share in stages.values())
+    assert verdict.endswith("the limit was: encode")
+
+
+def test_the_profile_names_decoding_where_it_is_the_limit(robot, run_here, monkeypatch):
+    robot.add("t0", "t1", "t2")
+    decode = FrameDecoder.__call__
+
+    def slow(self: FrameDecoder, data: Any, name: str) -> Any:
+        time.sleep(0.05)
+        return decode(self, data, name)
+
+    monkeypatch.setattr(FrameDecoder, "__call__", slow)
+    monkeypatch.setattr(dino_cache, "PROFILE", Profile())
+    outcome = run_here(robot.config, "--profile")
+    assert outcome.code == 0
+    stages, verdict = profile(outcome.out)
+    assert stages["decode"][0] >= 3 * FRAMES * 0.05
+    assert stages["decode"][1] == 2  # decode_workers of this config
+    assert verdict.endswith("the limit was: decode")
 
 
 def forecast(out: str) -> dict[str, int]:
