@@ -1,5 +1,6 @@
 """How close a run comes to its physical limit, side by side in one process.
 
+    python benchmarks/throughput.py encoder         # the forward pass by batch size, over the device's matrix multiply
     python benchmarks/throughput.py efficiency      # whole runs over the same encoder on resident batches
     python benchmarks/throughput.py host            # an encoder that returns at once, over decoding and resizing alone
     python benchmarks/throughput.py baselines       # over what a user would write instead
@@ -28,8 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from workload import (
     ROOT,
     Spread,
@@ -99,6 +103,64 @@ def resident_rate(encoder: dino_cache.DinoEncoder, pixels: torch.Tensor, frames:
     for result in in_flight:
         result()
     return batches * len(pixels) / (time.perf_counter() - begin)
+
+
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of large matrix multiplications: what the device can do at most."""
+    size, times = (8192, 20) if device.startswith("cuda") else (2048, 10)
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    (left @ right).sum().item()  # warm up
+    wait()
+    begin = time.perf_counter()
+    for _ in range(times):
+        left @ right
+    wait()
+    return 2 * size**3 * times / (time.perf_counter() - begin)
+
+
+def flop_per_frame(spec: dino_cache.CacheSpec) -> float:
+    """FLOP of the forward pass of one frame, as torch counts them, with plain attention: it does not know others."""
+    model = timm.create_model(dino_cache.MODEL_NAMES[spec.dino_model_type], num_classes=0, img_size=spec.image_size)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
+        model.eval().forward_features(torch.zeros(1, 3, *spec.image_size))
+    return counter.get_total_flops()
+
+
+def together_rate(encoder: dino_cache.DinoEncoder, pixels: torch.Tensor, frames: int) -> float:
+    """Frames/s of a CPU whose cores all work on one batch, as torch does it by itself."""
+    begin = time.perf_counter()
+    batches = -(-frames // len(pixels))
+    for _ in range(batches):
+        encoder._encode_on_core(pixels)  # in this thread, which has all of torch's threads
+    return batches * len(pixels) / (time.perf_counter() - begin)
+
+
+def encoder_alone(arguments: argparse.Namespace, root: Path) -> None:
+    spec = make_spec(arguments, tuple(arguments.tokens.split("+")))
+    encoder, _ = dino_cache.load_encoder(spec, arguments.device)
+    is_cuda = arguments.device.startswith("cuda")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[spec.precision]
+    sizes = [arguments.batch_size] if arguments.batch_size else [32, 64, 128, 256, 512] if is_cuda else [4, 8, 16, 32]
+    measures: dict[str, Callable[[], float]] = {"matmul": lambda: matmul_rate(arguments.device, dtype)}
+    for size in sizes:
+        pixels = encoder.new_pixels(size).random_(0, 255)
+        measures[f"own {size}"] = functools.partial(resident_rate, encoder, pixels, arguments.frames)
+        if not is_cuda:
+            measures[f"together {size}"] = functools.partial(together_rate, encoder, pixels, arguments.frames)
+    resident_rate(encoder, pixels, 2 * len(pixels))  # warm up
+    rates = interleave(arguments.repetitions, **measures)
+    per_frame = flop_per_frame(spec)
+    rows: dict[str, Any] = {"matrix multiply [GFLOP/s]": Spread.of([rate / 1e9 for rate in rates["matmul"]])}
+    for size in sizes:
+        rows[f"batch {size} [frames/s]"] = Spread.of(rates[f"own {size}"])
+        flop = {"run": [rate * per_frame for rate in rates[f"own {size}"]], "matmul": rates["matmul"]}
+        rows[f"batch {size}, over matrix multiply"] = ratios(flop, "run", "matmul")
+        if not is_cuda:
+            rows[f"batch {size}, all cores at one [frames/s]"] = Spread.of(rates[f"together {size}"])
+            rows[f"batch {size}, a core each over all at one"] = ratios(rates, f"own {size}", f"together {size}")
+    title = f"Encoder alone: {spec.dino_model_type}, {spec.precision}, {arguments.tokens}, {arguments.device}"
+    report(title, rows)
 
 
 def efficiency(arguments: argparse.Namespace, root: Path) -> None:
@@ -240,7 +302,6 @@ def loader_script(data: Path, out: Path, features_of: Callable[[Any], torch.Tens
 
 
 def baselines(arguments: argparse.Namespace, root: Path) -> None:
-    import timm
     import transformers
     from torchvision import transforms
 
@@ -479,6 +540,7 @@ def start(arguments: argparse.Namespace, root: Path) -> None:
 
 
 COMMANDS = {
+    "encoder": encoder_alone,
     "efficiency": efficiency,
     "host": host,
     "baselines": baselines,
@@ -488,7 +550,8 @@ COMMANDS = {
     "start": start,
 }
 DEFAULT_FRAMES = {
-    "efficiency": 768, "host": 4096, "baselines": 384, "short": 600, "safety": 600, "memory": 20_000, "start": 2000,
+    "encoder": 128, "efficiency": 768, "host": 4096, "baselines": 384, "short": 600, "safety": 600, "memory": 20_000,
+    "start": 2000,
 }  # fmt: skip
 
 
