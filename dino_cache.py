@@ -5386,7 +5386,7 @@ def settle_format(config: DatasetConfig) -> DatasetConfig:
     spec, found = config.spec, FoundFormat(config.format, "set in the config")
     if config.format == "auto":
         found = detect_format(config.data_folder, data_keys(spec))
-    LOG.info("%s: format %s (%s)", config.name, found.name, found.sign)
+    LOG.info("%s: format %s (%s)", config.name, found.name, _printable(found.sign))
     idle = dict.fromkeys(set(DataKeys._fields) - set(FORMATS[found.name].settings), f"format: {found.name}")
     other = FRAME_SETTINGS if spec.chunk_by == "distance" else DISTANCE_SETTINGS
     idle |= dict.fromkeys(other, f"chunk_by: {spec.chunk_by}")

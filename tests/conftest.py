@@ -16,6 +16,14 @@ from support import STAMP_SHAPE, StampEncoder, write_config
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two test files at a time; in this process where one wants to see what they print (-s)."""
+    if config.option.capture == "no":
+        config.option.dist = "no"
+        return 0
+    return 2
+
+
 class Outcome(NamedTuple):
     """How a run ended: exit code, stdout, stderr."""
 

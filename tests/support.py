@@ -145,8 +145,12 @@ def run_utils(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def chunk_files(cache_dir: Path) -> list[Path]:
-    """Chunk files under final names, sorted."""
-    return sorted(path for path in cache_dir.rglob("chunk_*.h5") if ".staging" not in path.parts)
+    """Chunk files under final names, sorted; a run may be at work."""
+    found = []
+    for folder, subfolders, files in os.walk(cache_dir):
+        subfolders[:] = set(subfolders) - {".staging"}
+        found += [Path(folder) / name for name in files if name.startswith("chunk_") and name.endswith(".h5")]
+    return sorted(found)
 
 
 def read_chunk(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -756,7 +756,7 @@ def profile(out: str) -> tuple[dict[str, tuple[float, int, float]], str]:
 
 def test_the_profile_names_the_encoder_where_it_is_the_limit(robot):
     robot.add("t0", "t1", "t2")
-    robot.configure(image_size=[224, 308])
+    robot.configure(image_size=[140, 196])
     done = run_cache(robot.config, "--profile", fake=False)
     assert done.returncode == 0, done.stderr
     stages, verdict = profile(done.stdout)
