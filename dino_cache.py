@@ -2129,7 +2129,8 @@ def read_pose_table(path: Path, name: str) -> dict[str, np.ndarray]:
     Raises:
         InputError: it is no such table, a column is missing, or a value is not finite.
     """
-    where = f"{name}/{_printable(path.name)}"
+    is_beside = path.with_suffix("").as_posix().endswith(f"/{name}")  # else in the trajectory's own folder
+    where = name + path.suffix if is_beside else f"{name}/{_printable(path.name)}"
     try:
         lines = read_file(path).tobytes().decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -5945,7 +5946,8 @@ def measure_rate(dataset: PreparedDataset, stop: StopRequest) -> float | None:
     label = ChunkLabel(dataset.name, dataset.spec, "", dataset.weights["digest"], shapes)
     for _ in cache_trajectories(dataset.pending, label, dataset.config.options, dataset.encoder, None, hooks):
         pass
-    first = 1 if len(ticks) > 2 else 0  # the first batch's time is that of filling the pipeline, too
+    filling = max(1, dataset.encoder.batches_in_flight)  # the first batches' time is that of filling the pipeline, too
+    first = filling if len(ticks) > filling + 1 else 0
     elapsed_s = ticks[-1][0] - ticks[first][0]
     return sum(count for _, count in ticks[first + 1 :]) / elapsed_s if elapsed_s > 0 else None
 
@@ -5955,6 +5957,8 @@ def measure(datasets: list[PreparedDataset], stop: StopRequest) -> dict[str, flo
     busy = [dataset for dataset in datasets if any(work.frames for work in dataset.work.values())]
     load_encoders(busy, stop)
     rates = {}
+    for name in {dataset.name for dataset in datasets} - {dataset.name for dataset in busy}:
+        print(f"Nothing to measure of {name}: it has no frames to encode", file=sys.stderr, flush=True)
     for dataset in busy:
         print(f"Measuring {dataset.name} on {dataset.device} ...", file=sys.stderr, flush=True)
         rates[dataset.name] = measure_rate(dataset, stop)

@@ -23,10 +23,11 @@ from PIL import Image
 
 import dino_cache
 import progress_utils
-from dino_cache import STAGES, FrameDecoder, Profile, available_cores
+from dino_cache import STAGES, CacheSpec, FrameDecoder, Profile, RunOptions, available_cores, measure_rate
 from progress_utils import cache_lock, read_lock_owner
 from support import (
     ROOT,
+    STAMP_SHAPE,
     StampEncoder,
     cache_command,
     check_stamps,
@@ -851,7 +852,28 @@ def test_dry_run_measures_the_speed_and_writes_nothing(
     assert len(encoders[-1].batch_sizes) == batches
     assert tree(tmp_path) == before
     assert run_here(robot.config).code == 0
-    assert "estimated time" not in run_here(robot.config, "--dry-run", "--measure").out  # nothing is left to do
+    outcome = run_here(robot.config, "--dry-run", "--measure")
+    assert "estimated time" not in outcome.out
+    assert "Nothing to measure of robot: it has no frames to encode" in outcome.err
+
+
+@pytest.mark.parametrize("ends", [(4, 4, 8, 8, 12, 12), (4, 4, 8, 8), (4, 4)])
+def test_batches_that_end_together_do_not_deceive_the_measure(ends, clock, monkeypatch):
+    """Two batches of 8 at a time take 4 s: 4 frames/s, however many there are."""
+
+    def cache(*arguments: Any) -> list[Any]:
+        for end in ends:
+            clock.now = begin + end
+            arguments[-1].on_frames(8)
+        return []
+
+    begin = clock.now
+    monkeypatch.setattr(dino_cache, "cache_trajectories", cache)
+    dataset = SimpleNamespace(
+        name="robot", spec=CacheSpec(), shape=STAMP_SHAPE, weights={"digest": ""}, pending=[],
+        config=SimpleNamespace(options=RunOptions()), encoder=SimpleNamespace(batches_in_flight=2),
+    )  # fmt: skip
+    assert measure_rate(dataset, lambda: False) == 4.0
 
 
 def test_measure_without_dry_run_is_refused(robot, run_here, encoders, capsys):
