@@ -81,7 +81,7 @@ import zipfile
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -283,12 +283,12 @@ class Profile:
             seconds = [value for (name, _), value in list(self._seconds.items()) if name == stage]
             shares[stage] = sum(seconds) / max(1, len(seconds)) / wall_s
             lines.append(f"{stage:16} {sum(seconds):9.2f} {len(seconds):8} {shares[stage]:17.1%}")
-        at_work = {stage: share for stage, share in shares.items() if stage != "wait for frames"}
+        at_work = {stage: share for stage, share in shares.items() if stage not in ("load", "wait for frames")}
         lines.append(f"whole run {wall_s:.2f} s; the limit was: {max(at_work, key=at_work.get)}")
         return "\n".join(lines)
 
 
-STAGES = ("list", "read", "decode", "wait for frames", "encode", "copy out", "write", "fsync", "record")
+STAGES = ("list", "load", "read", "decode", "wait for frames", "encode", "copy out", "write", "fsync", "record")
 PROFILE = Profile()
 
 # ======================================================================================================================
@@ -2855,10 +2855,14 @@ class Encoder(Protocol):
 
     batches_in_flight: int  # beyond the one whose result is waited for; 0 where encode is synchronous
     default_batch_size: int
+    most_rows: int  # that encode takes at once
 
     def new_pixels(self, batch_size: int) -> torch.Tensor: ...
 
     def encode(self, pixels: torch.Tensor) -> Callable[[], EncodedRows]: ...
+
+    def drop(self) -> None:
+        """Do not begin what encode was asked for and has not begun: its results raise CancelledError."""
 
 
 class DinoEncoder:
@@ -2866,8 +2870,8 @@ class DinoEncoder:
 
     Weights and activations are cast to the spec's precision (1 - cos against fp32 at worst 5e-5 in bf16, 9e-7 in fp16).
     `encode` returns at once; only the result waits. On CUDA, pixels cross the bus as uint8 from pinned memory and
-    tokens come back into pinned memory. On a CPU, every core encodes a batch of its own: faster than all cores at one
-    batch, whose threads wait for each other at every layer, the more so while decoding keeps one of them from its core.
+    tokens come back into pinned memory. On a CPU, every core encodes rows of its own: faster than all cores at the same
+    rows, whose threads wait for each other at every layer, the more so while decoding keeps one of them from its core.
     """
 
     def __init__(self, model: torch.nn.Module, spec: CacheSpec, device: str):
@@ -2877,13 +2881,14 @@ class DinoEncoder:
         self._device = torch.device(device)
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[spec.precision]
         self._spec = spec
+        self.batches_in_flight = 1
         if self._device.type == "cuda":
-            self.batches_in_flight, self.default_batch_size = 1, 128
-            self._cores = None
+            self._cores, self.default_batch_size, self.most_rows = None, 128, sys.maxsize
         else:
-            self.batches_in_flight = min(torch.get_num_threads(), available_cores())  # the former: OMP_NUM_THREADS
-            self.default_batch_size = 8  # larger ones leave a core's caches
-            self._cores = ThreadPoolExecutor(self.batches_in_flight, "encode", _one_torch_thread)
+            self._num_cores = min(torch.get_num_threads(), available_cores())  # the former: OMP_NUM_THREADS
+            self._cores = self._new_cores()
+            self.most_rows = 4  # more leave a core's caches, and a stop waits for them
+            self.default_batch_size = 2 * self.most_rows * self._num_cores
             keep_freed_memory()
         self._grid = set_input_size(model.eval(), spec.image_size, device)  # in fp32, before any cast
         self._model = model.requires_grad_(False).to(self._device, self._dtype)
@@ -2904,6 +2909,15 @@ class DinoEncoder:
         if self._cores is None:
             return self._start_on_cuda(pixels)
         return self._cores.submit(self._encode_on_core, pixels).result
+
+    def drop(self) -> None:
+        """On a CPU, leave what no core has begun; a device is quick enough."""
+        if self._cores is not None:
+            self._cores.shutdown(wait=False, cancel_futures=True)
+            self._cores = self._new_cores()
+
+    def _new_cores(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._num_cores, "encode", _one_torch_thread)
 
     def _encode_on_core(self, pixels: torch.Tensor) -> EncodedRows:
         with self._torch.inference_mode():
@@ -4110,7 +4124,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """A batch with its tokens."""
+    """A batch, or a part of one, with its tokens."""
 
     frames: list[tuple[TrajectoryPlan, int]]
     rows: EncodedRows
@@ -4298,34 +4312,51 @@ def _fail(plan: TrajectoryPlan, error: Exception, failed: Failed) -> list[Trajec
 
 
 def encode_batches(
-    encoder: Encoder, batches: Iterable[Batch | TrajectoryResult], on_frames: Callable[[int], None]
+    encoder: Encoder,
+    batches: Iterable[Batch | TrajectoryResult],
+    on_frames: Callable[[int], None],
+    stop: Callable[[], bool],
 ) -> Iterator[EncodedBatch | TrajectoryResult]:
-    """Encode each batch, in order, with up to `encoder.batches_in_flight` more under way on the device.
+    """Encode each batch, in order, with up to `encoder.batches_in_flight` more under way on the device; it comes out in
+    the parts that the device took. When stopping, what is under way is finished, and what has not begun is dropped.
 
     Raises:
         DeviceError: the encoder fails, or a single frame does not fit into the device's memory.
     """
     in_flight: deque[tuple[Batch, list[Callable[[], EncodedRows]]]] = deque()
-    largest = sys.maxsize  # rows at once; halved whenever the device runs out of memory
+    largest = encoder.most_rows  # at once; halved whenever the device runs out of memory
 
-    def finish() -> EncodedBatch:
-        batch, parts = in_flight.popleft()
-        with _device_errors():
-            done = [part() for part in parts]
-        on_frames(len(batch.frames))
-        return EncodedBatch(batch.frames, _join_rows(done))
+    def finish() -> Iterator[EncodedBatch]:
+        batch, parts = in_flight[0]
+        start = 0
+        for part in parts:
+            if stop():
+                encoder.drop()
+            with _device_errors():
+                rows = part()
+            frames = batch.frames[start : start + len(rows.finite)]
+            start += len(frames)
+            on_frames(len(frames))
+            yield EncodedBatch(frames, rows)
+        in_flight.popleft()
 
-    for batch in batches:
-        if isinstance(batch, TrajectoryResult):
-            yield batch
-            continue
-        with _device_errors():
-            parts, largest = _encode_within_memory(encoder, batch.pixels, largest)
-        in_flight.append((batch, parts))
-        if len(in_flight) > encoder.batches_in_flight:
-            yield finish()
-    while in_flight:
-        yield finish()
+    try:
+        for batch in batches:
+            if isinstance(batch, TrajectoryResult):
+                yield batch
+                continue
+            with _device_errors():
+                parts, largest = _encode_within_memory(encoder, batch.pixels, largest)
+            in_flight.append((batch, parts))
+            if len(in_flight) > encoder.batches_in_flight:
+                yield from finish()
+        while in_flight:
+            yield from finish()
+    except CancelledError:
+        return
+    finally:
+        if in_flight:
+            encoder.drop()
 
 
 @contextlib.contextmanager
@@ -4334,7 +4365,8 @@ def _device_errors() -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         raise DeviceError(
-            f"the encoder failed: {str(error) or type(error).__name__}. Nothing was blamed on a trajectory"
+            f"the encoder failed: {str(error) or type(error).__name__}. No trajectory is blamed; what is recorded is "
+            "safe: run the same command again to go on"
         ) from error
 
 
@@ -4354,13 +4386,6 @@ def _encode_within_memory(
         largest = (largest + 1) // 2  # outside the except clause, whose traceback keeps tensors alive
         torch.cuda.empty_cache()
         LOG.warning("Out of device memory: going on with batches of %d frames; set batch_size to avoid this", largest)
-
-
-def _join_rows(parts: list[EncodedRows]) -> EncodedRows:
-    if len(parts) == 1:
-        return parts[0]
-    tokens = {name: np.concatenate([part.tokens[name] for part in parts]) for name in parts[0].tokens}
-    return EncodedRows(tokens, np.concatenate([part.finite for part in parts]))
 
 
 class StreamWriter:
@@ -4507,9 +4532,9 @@ def cache_trajectories(
         frames = prefetch(decode, itertools.chain.from_iterable(groups), decoders, frames_ahead)
         batches = full_batches(frames, encoder.new_pixels, batch_size, failed, hooks.stop)
         batches = PROFILE.pulling("wait for frames", batches)
-        encoded = encode_batches(encoder, batches, hooks.on_frames)
-        for results in prefetch(writer.write, encoded, writers, BATCHES_TO_WRITE, early=True):
-            yield from results
+        with contextlib.closing(encode_batches(encoder, batches, hooks.on_frames, hooks.stop)) as encoded:
+            for results in prefetch(writer.write, encoded, writers, BATCHES_TO_WRITE, early=True):
+                yield from results
 
 
 # ======================================================================================================================
@@ -5611,7 +5636,10 @@ def remarks(dataset: PreparedDataset) -> list[str]:
     records, failures = dataset.progress.records, dataset.progress.failures
     present = {trajectory.name for trajectory in dataset.trajectories}
     most = dataset.config.options.max_attempts
-    given_up = [name for name in sorted(failures.keys() & present) if failures[name]["attempts"] >= most]
+    tried_again = {standing.trajectory.name for standing in dataset.standings if standing.state == "pending"}
+    given_up = [
+        name for name in sorted((failures.keys() & present) - tried_again) if failures[name]["attempts"] >= most
+    ]
     others = {
         fingerprint for fingerprint, spec in dataset.progress.specs.items() if spec_differences(spec, dataset.spec)
     }
@@ -6189,7 +6217,8 @@ def run(arguments: argparse.Namespace, stop: StopRequest) -> int:
             for dataset in datasets:
                 estimate_work(dataset, stop)
         check_disk(datasets)
-        load_encoders(datasets, stop)
+        with PROFILE("load"):
+            load_encoders(datasets, stop)
         for dataset in datasets:
             confirm_changes(dataset, weights_differences(dataset), stop, yes=arguments.yes)
         if fleet:

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,7 @@ def sleeping_encoder(batch_s: float) -> Callable[..., Any]:
 
         class SleepingEncoder:
             batches_in_flight, default_batch_size = 1, 32  # on a device: the host goes on meanwhile
+            most_rows = sys.maxsize
 
             def __init__(self) -> None:
                 self._free_at = 0.0
@@ -51,6 +53,9 @@ def sleeping_encoder(batch_s: float) -> Callable[..., Any]:
                 tokens = {"cls_token": np.ones((len(pixels), 384), np.float16)}
                 rows = dino_cache.EncodedRows(tokens, np.ones(len(pixels), bool))
                 return lambda: (time.sleep(max(0.0, done - time.monotonic())), rows)[1]
+
+            def drop(self) -> None:
+                """A device goes on."""
 
         return SleepingEncoder(), "0" * 16
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import pickle
@@ -56,7 +57,7 @@ class InstantEncoder:
     """Stands for an infinitely fast device: returns tokens of the right shape that are there already."""
 
     batches_in_flight = 0
-    default_batch_size = 32
+    default_batch_size = most_rows = 32
 
     def __init__(self, spec: dino_cache.CacheSpec):
         self._spec = spec
@@ -73,6 +74,9 @@ class InstantEncoder:
         count = len(pixels)
         tokens = {name: rows[:count] for name, rows in self._tokens.items()}
         return lambda: dino_cache.EncodedRows(tokens, self._finite[:count])
+
+    def drop(self) -> None:
+        """Nothing waits."""
 
 
 def make_spec(arguments: argparse.Namespace, tokens: tuple[str, ...]) -> dino_cache.CacheSpec:
@@ -94,14 +98,11 @@ def data_of(root: Path, *lengths: int) -> Path:
 
 def resident_rate(encoder: dino_cache.DinoEncoder, pixels: torch.Tensor, frames: int) -> float:
     """Frames/s of the encoder alone, on a batch that lies in memory, tokens back on the host."""
-    begin, in_flight = time.perf_counter(), []
     batches = -(-frames // len(pixels))
-    for _ in range(batches):
-        in_flight.append(encoder.encode(pixels))
-        if len(in_flight) > encoder.batches_in_flight:
-            in_flight.pop(0)()
-    for result in in_flight:
-        result()
+    resident = itertools.repeat(dino_cache.Batch([None] * len(pixels), pixels), batches)
+    begin = time.perf_counter()
+    for _ in dino_cache.encode_batches(encoder, resident, lambda count: None, lambda: False):
+        pass
     return batches * len(pixels) / (time.perf_counter() - begin)
 
 

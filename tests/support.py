@@ -51,6 +51,7 @@ class StampEncoder:
 
     batches_in_flight = 0
     default_batch_size = 8
+    most_rows = sys.maxsize
 
     def __init__(self, image_size: tuple[int, int] = (28, 42), tokens: tuple[str, ...] = ("cls",)):
         self.image_size, self.tokens = image_size, tokens
@@ -58,6 +59,9 @@ class StampEncoder:
 
     def new_pixels(self, batch_size: int) -> torch.Tensor:
         return torch.empty((batch_size, 3, *self.image_size), dtype=torch.uint8)
+
+    def drop(self) -> None:
+        """Nothing waits."""
 
     def stamps(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3): what each frame says of itself."""

@@ -2,9 +2,11 @@
 
 import copy
 import http.server
+import itertools
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -17,14 +19,18 @@ from safetensors.torch import save_file
 
 from dino_cache import (
     MODEL_NAMES,
+    Batch,
     CacheSpec,
+    DeviceError,
     DinoEncoder,
+    EncodedBatch,
     ModelShape,
     ModelType,
     RefusedError,
     available_cores,
     build_model,
     check_image_size,
+    encode_batches,
     model_shape,
     resample_position_grid,
     resolve_device,
@@ -221,7 +227,7 @@ def test_batches_encoded_at_once_give_what_each_gives_alone(models):
         encoder = DinoEncoder(copy.deepcopy(models["small_reg"]), spec_of("small_reg"), "cpu")
     finally:
         torch.set_num_threads(1)
-    assert encoder.batches_in_flight == min(2, available_cores())
+    assert encoder.default_batch_size == 8 * min(2, available_cores())
     batches = random_pixels(22, (28, 42)).split(3)  # the last is smaller
     alone = [encoder.encode(batch)() for batch in batches]
     for result, expected in zip([encoder.encode(batch) for batch in batches], alone, strict=True):
@@ -229,6 +235,49 @@ def test_batches_encoded_at_once_give_what_each_gives_alone(models):
         assert encoded.finite.all()
         for name, tokens in expected.tokens.items():
             np.testing.assert_array_equal(encoded.tokens[name], tokens)
+
+
+def parts_on_one_core(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, stop: Callable[[], bool], failing: int = -1
+) -> tuple[Iterator[EncodedBatch], list[int]]:
+    """Two batches of 16 on one core, 0.1 s a part; the rows of each part begun, the one that fails among them."""
+    begun: list[int] = []
+    forward = DinoEncoder._forward
+
+    def slow(self: DinoEncoder, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        begun.append(len(pixels))
+        time.sleep(0.1)
+        if len(begun) - 1 == failing:
+            raise RuntimeError("broken")
+        return forward(self, pixels)
+
+    monkeypatch.setattr(DinoEncoder, "_forward", slow)
+    encoder = DinoEncoder(copy.deepcopy(model), spec_of("small"), "cpu")
+    batch = Batch([(None, row) for row in range(16)], random_pixels(16, (28, 42)))
+    return encode_batches(encoder, [batch, batch], lambda count: None, stop), begun
+
+
+def test_a_batch_comes_out_in_the_parts_that_a_core_takes(models, monkeypatch):
+    encoded, begun = parts_on_one_core(models["small"], monkeypatch, lambda: False)
+    assert [row for part in encoded for _, row in part.frames] == 2 * list(range(16))
+    assert begun == 8 * [4]
+
+
+def test_a_stop_waits_for_what_a_core_is_at_and_drops_the_rest(models, monkeypatch):
+    done: list[EncodedBatch] = []
+    encoded, begun = parts_on_one_core(models["small"], monkeypatch, lambda: bool(done))
+    done.extend(itertools.islice(encoded, 1))
+    done.extend(encoded)
+    assert [row for part in done for _, row in part.frames] == list(range(4 * len(begun)))
+    assert len(begun) < 8
+
+
+def test_nothing_is_begun_any_more_once_the_encoder_failed(models, monkeypatch):
+    encoded, begun = parts_on_one_core(models["small"], monkeypatch, lambda: False, failing=1)
+    with pytest.raises(DeviceError, match=r"the encoder failed: broken\. .* run the same command again"):
+        list(encoded)
+    time.sleep(0.3)
+    assert len(begun) < 8
 
 
 @NEEDS_CUDA

@@ -821,3 +821,15 @@ def test_a_reader_that_stops_early_gets_no_traceback(tmp_path):
     shown = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False)
     assert shown.stdout == f"📊 Progress Status for {tmp_path}\n"
     assert "Traceback" not in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [("max 100000\n", 8), ("400000 100000\n", 4), ("250000 100000\n", 2), ("20000 100000\n", 1), ("", 8), (None, 8)],
+)
+def test_a_containers_quota_bounds_the_cores(tmp_path, monkeypatch, quota, cores):
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(progress_utils, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert progress_utils.available_cores() == cores

@@ -444,7 +444,10 @@ def test_an_exhausted_one_starts_afresh_when_its_data_changed(robot, run_here, m
         run_here(robot.config)
     if mended:
         robot.mend("t0")
-        assert run_here(robot.config).code == 0
+        outcome = run_here(robot.config)
+        assert outcome.code == 0
+        assert "Redoing t0: " in outcome.err
+        assert "not tried again" not in outcome.err
         robot.check("t0", "t1")
         assert attempts(robot) == {}
     else:
