@@ -5964,20 +5964,20 @@ class DatasetRun:
 
 def measure_rate(dataset: PreparedDataset, stop: StopRequest) -> float | None:
     """Frames/s of decoding and encoding what is pending, after a few seconds of it; None where no frame is encoded."""
-    ticks: list[tuple[float, int]] = [(time.monotonic(), 0)]
+    ticks: list[tuple[float, int]] = [(time.monotonic(), 0)]  # when so many frames were encoded
 
     def is_over() -> bool:
         return stop() or (len(ticks) > 1 and time.monotonic() - ticks[1][0] > MEASURE_S)
 
-    hooks = Hooks(stop=is_over, on_frames=lambda count: ticks.append((time.monotonic(), count)))
-    shapes = token_shapes(dataset.spec, dataset.shape)
+    hooks = Hooks(stop=is_over, on_frames=lambda count: ticks.append((time.monotonic(), ticks[-1][1] + count)))
+    options, encoder, shapes = dataset.config.options, dataset.encoder, token_shapes(dataset.spec, dataset.shape)
     label = ChunkLabel(dataset.name, dataset.spec, "", dataset.weights["digest"], shapes)
-    for _ in cache_trajectories(dataset.pending, label, dataset.config.options, dataset.encoder, None, hooks):
+    for _ in cache_trajectories(dataset.pending, label, options, encoder, None, hooks):
         pass
-    filling = max(1, dataset.encoder.batches_in_flight)  # the first batches' time is that of filling the pipeline, too
-    first = filling if len(ticks) > filling + 1 else 0
-    elapsed_s = ticks[-1][0] - ticks[first][0]
-    return sum(count for _, count in ticks[first + 1 :]) / elapsed_s if elapsed_s > 0 else None
+    batch_size = resolve_batch_size(options, encoder)  # the first batch's time is that of filling the pipeline, too
+    begin_s, before = next((tick for tick in ticks[:-1] if tick[1] >= batch_size), ticks[0])
+    end_s, frames = ticks[-1]
+    return (frames - before) / (end_s - begin_s) if end_s > begin_s else None
 
 
 def measure(datasets: list[PreparedDataset], stop: StopRequest) -> dict[str, float | None]:

@@ -1,6 +1,6 @@
 """How close a run comes to its physical limit, side by side in one process.
 
-    python benchmarks/throughput.py encoder         # the forward pass by batch size, over the device's matrix multiply
+    python benchmarks/throughput.py encoder         # the forward pass by rows at once, over matrix multiply
     python benchmarks/throughput.py efficiency      # whole runs over the same encoder on resident batches
     python benchmarks/throughput.py host            # an encoder that returns at once, over decoding and resizing alone
     python benchmarks/throughput.py baselines       # over what a user would write instead
@@ -142,24 +142,30 @@ def encoder_alone(arguments: argparse.Namespace, root: Path) -> None:
     encoder, _ = dino_cache.load_encoder(spec, arguments.device)
     is_cuda = arguments.device.startswith("cuda")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[spec.precision]
-    sizes = [arguments.batch_size] if arguments.batch_size else [32, 64, 128, 256, 512] if is_cuda else [4, 8, 16, 32]
+    sizes = [arguments.batch_size] if arguments.batch_size else [32, 64, 128, 256, 512] if is_cuda else [2, 4, 8, 16]
     measures: dict[str, Callable[[], float]] = {"matmul": lambda: matmul_rate(arguments.device, dtype)}
-    for size in sizes:
-        pixels = encoder.new_pixels(size).random_(0, 255)
-        measures[f"own {size}"] = functools.partial(resident_rate, encoder, pixels, arguments.frames)
+
+    def own_rate(size: int, pixels: torch.Tensor) -> float:
         if not is_cuda:
-            measures[f"together {size}"] = functools.partial(together_rate, encoder, pixels, arguments.frames)
-    resident_rate(encoder, pixels, 2 * len(pixels))  # warm up
+            encoder.most_rows = size
+        return resident_rate(encoder, pixels, arguments.frames)
+
+    for size in sizes:
+        pixels = encoder.new_pixels(size if is_cuda else 2 * size * dino_cache.available_cores()).random_(0, 255)
+        measures[f"own {size}"] = functools.partial(own_rate, size, pixels)
+        if not is_cuda:
+            measures[f"together {size}"] = functools.partial(together_rate, encoder, pixels[:size], arguments.frames)
+    resident_rate(encoder, pixels, len(pixels))  # warm up
     rates = interleave(arguments.repetitions, **measures)
     per_frame = flop_per_frame(spec)
     rows: dict[str, Any] = {"matrix multiply [GFLOP/s]": Spread.of([rate / 1e9 for rate in rates["matmul"]])}
     for size in sizes:
-        rows[f"batch {size} [frames/s]"] = Spread.of(rates[f"own {size}"])
+        rows[f"{size} rows at once [frames/s]"] = Spread.of(rates[f"own {size}"])
         flop = {"run": [rate * per_frame for rate in rates[f"own {size}"]], "matmul": rates["matmul"]}
-        rows[f"batch {size}, over matrix multiply"] = ratios(flop, "run", "matmul")
+        rows[f"{size} rows, over matrix multiply"] = ratios(flop, "run", "matmul")
         if not is_cuda:
-            rows[f"batch {size}, all cores at one [frames/s]"] = Spread.of(rates[f"together {size}"])
-            rows[f"batch {size}, a core each over all at one"] = ratios(rates, f"own {size}", f"together {size}")
+            rows[f"{size} rows, all cores at them [frames/s]"] = Spread.of(rates[f"together {size}"])
+            rows[f"{size} rows, a core's own over all cores"] = ratios(rates, f"own {size}", f"together {size}")
     title = f"Encoder alone: {spec.dino_model_type}, {spec.precision}, {arguments.tokens}, {arguments.device}"
     report(title, rows)
 

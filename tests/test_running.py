@@ -861,8 +861,8 @@ def test_dry_run_measures_the_speed_and_writes_nothing(
 
 
 @pytest.mark.parametrize("ends", [(4, 4, 8, 8, 12, 12), (4, 4, 8, 8), (4, 4)])
-def test_batches_that_end_together_do_not_deceive_the_measure(ends, clock, monkeypatch):
-    """Two batches of 8 at a time take 4 s: 4 frames/s, however many there are."""
+def test_parts_of_a_batch_that_end_together_do_not_deceive_the_measure(ends, clock, monkeypatch):
+    """Two cores take 8 frames each, in 4 s: 4 frames/s, however many there are."""
 
     def cache(*arguments: Any) -> list[Any]:
         for end in ends:
@@ -874,7 +874,7 @@ def test_batches_that_end_together_do_not_deceive_the_measure(ends, clock, monke
     monkeypatch.setattr(dino_cache, "cache_trajectories", cache)
     dataset = SimpleNamespace(
         name="robot", spec=CacheSpec(), shape=STAMP_SHAPE, weights={"digest": ""}, pending=[],
-        config=SimpleNamespace(options=RunOptions()), encoder=SimpleNamespace(batches_in_flight=2),
+        config=SimpleNamespace(options=RunOptions(batch_size=16)), encoder=None,
     )  # fmt: skip
     assert measure_rate(dataset, lambda: False) == 4.0
 
