@@ -4352,10 +4352,10 @@ def encode_batches(
                 yield from finish()
         while in_flight:
             yield from finish()
-    except CancelledError:
+    except CancelledError:  # the stop above dropped it, and all behind it
         return
     finally:
-        if in_flight:
+        if in_flight:  # nobody will take their results
             encoder.drop()
 
 
