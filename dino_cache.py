@@ -2234,7 +2234,7 @@ def detect_format(data_folder: Path, keys: DataKeys) -> FoundFormat:
     frames_alone = None  # frames without poses tell only where nothing else does
     for count, folder in enumerate(walk_folders(data_folder), 1):
         for name, sign in _signs(folder, pattern, is_top=count == 1):
-            signs.setdefault(name, folder.name + sign)
+            signs.setdefault(name, _printable(folder.name + sign))
         frames_alone = frames_alone or _frames_alone(folder, pattern)
         if signs and count >= FOLDERS_LOOKED_INTO:
             break
@@ -2252,9 +2252,9 @@ def detect_format(data_folder: Path, keys: DataKeys) -> FoundFormat:
 def _frames_alone(folder: FolderFiles, frame_pattern: re.Pattern[str]) -> FoundFormat | None:
     """What frames without poses are taken for."""
     if frame := next(filter(frame_pattern.fullmatch, folder.files), None):
-        return FoundFormat("gnm", folder.name + frame)
+        return FoundFormat("gnm", _printable(folder.name + frame))
     if video := next((file for _, file, _ in video_files(folder)), None):
-        return FoundFormat("video", folder.name + video)
+        return FoundFormat("video", _printable(folder.name + video))
     return None
 
 
@@ -2874,6 +2874,8 @@ class DinoEncoder:
     rows, whose threads wait for each other at every layer, the more so while decoding keeps one of them from its core.
     """
 
+    batches_in_flight = 1
+
     def __init__(self, model: torch.nn.Module, spec: CacheSpec, device: str):
         import torch
 
@@ -2881,7 +2883,6 @@ class DinoEncoder:
         self._device = torch.device(device)
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[spec.precision]
         self._spec = spec
-        self.batches_in_flight = 1
         if self._device.type == "cuda":
             self._cores, self.default_batch_size, self.most_rows = None, 128, sys.maxsize
         else:
@@ -5412,7 +5413,7 @@ def settle_format(config: DatasetConfig) -> DatasetConfig:
     spec, found = config.spec, FoundFormat(config.format, "set in the config")
     if config.format == "auto":
         found = detect_format(config.data_folder, data_keys(spec))
-    LOG.info("%s: format %s (%s)", config.name, found.name, _printable(found.sign))
+    LOG.info("%s: format %s (%s)", config.name, found.name, found.sign)
     idle = dict.fromkeys(set(DataKeys._fields) - set(FORMATS[found.name].settings), f"format: {found.name}")
     other = FRAME_SETTINGS if spec.chunk_by == "distance" else DISTANCE_SETTINGS
     idle |= dict.fromkeys(other, f"chunk_by: {spec.chunk_by}")
@@ -5985,7 +5986,7 @@ def measure(datasets: list[PreparedDataset], stop: StopRequest) -> dict[str, flo
     busy = [dataset for dataset in datasets if any(work.frames for work in dataset.work.values())]
     load_encoders(busy, stop)
     rates = {}
-    for name in {dataset.name for dataset in datasets} - {dataset.name for dataset in busy}:
+    for name in sorted({dataset.name for dataset in datasets} - {dataset.name for dataset in busy}):
         print(f"Nothing to measure of {name}: it has no frames to encode", file=sys.stderr, flush=True)
     for dataset in busy:
         print(f"Measuring {dataset.name} on {dataset.device} ...", file=sys.stderr, flush=True)

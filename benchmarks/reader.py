@@ -56,8 +56,7 @@ def make_cache(cache_dir: Path, token: str, chunks: int, frames: int) -> dict[st
         writer.write(np.arange(*span), {name: tokens[slice(*span)]})
     record(cache_dir, spec, {"t": (spans, writer.chunk_bytes)})
     rows = {name: tokens}
-    poses = {"position": position, "yaw": np.zeros(total), "frame_index": numbers, "travelled_distance": travelled}
-    for pose, values in poses.items():
+    for pose, values in plan.poses.items():
         rows[pose] = flat_file(cache_dir / pose, values.dtype, values.shape)
         rows[pose][:] = values
     return rows

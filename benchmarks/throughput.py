@@ -141,9 +141,8 @@ def encoder_alone(arguments: argparse.Namespace, root: Path) -> None:
     spec = make_spec(arguments, tuple(arguments.tokens.split("+")))
     encoder, _ = dino_cache.load_encoder(spec, arguments.device)
     is_cuda = arguments.device.startswith("cuda")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[spec.precision]
     sizes = [arguments.batch_size] if arguments.batch_size else [32, 64, 128, 256, 512] if is_cuda else [2, 4, 8, 16]
-    measures: dict[str, Callable[[], float]] = {"matmul": lambda: matmul_rate(arguments.device, dtype)}
+    measures: dict[str, Callable[[], float]] = {"matmul": lambda: matmul_rate(arguments.device, encoder._dtype)}
 
     def own_rate(size: int, pixels: torch.Tensor) -> float:
         if not is_cuda:
