@@ -105,19 +105,19 @@ from progress_utils import (
     DamagedChunkError,
     DinoCacheError,
     Failure,
+    Heartbeat,
     Progress,
     RefusedError,
     RunState,
-    Teller,
     TrajectoryRecord,
     ask,
     available_cores,
     cache_lock,
     chunk_file_name,
     chunk_folders,
-    format_bytes,
-    format_duration,
     fsync_path,
+    human_bytes,
+    human_duration,
     is_chunk_file,
     lock_owner,
     make_directories_durably,
@@ -137,18 +137,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-FORMAT = "dino_cache"
-FORMAT_VERSION = 1
-OWN_NAMES = (PROGRESS_FILE, LOG_FILE, LOCK_FILE, LOCK_OWNER_FILE, STAGING_FOLDER)  # in a cache folder
-INDEX_PREFIX = ".index-"  # of a large record, kept beside it for the next reader
-MIN_INDEXED_BYTES = 1 << 20  # a record smaller than this is read about as quickly as its index
-MAX_OPEN_CHUNKS = 128  # by one reader; 256 open files is the least that systems grant a process
-READ_BLOCK_BYTES = 1 << 24  # of a chunk file at a time
-CHUNK_OVERHEAD_BYTES = 12_000  # of an HDF5 file beside its datasets' bytes: headers and attributes, about
-
-POSE_FILES = ("traj_data.pkl", "traj_data.json", "traj_data.npz")  # the first one found is taken
-FRAME_PATTERN = r"(\d+)\.(?:jpg|jpeg|png|JPG|JPEG|PNG)"
-
 TOKEN_DATASETS = {"cls": "cls_token", "patch": "patch_tokens", "register": "register_tokens"}
 DINOV2_NAMES = {
     f"{size}{suffix}": f"vit_{size}_patch14{timm_suffix}_dinov2.lvd142m"
@@ -159,41 +147,15 @@ DINOV3_NAMES = {
     f"dinov3_{size}": f"vit_{size}_patch16_dinov3.lvd1689m"
     for size in ("small", "small_plus", "base", "large", "huge_plus", "7b")
 }
-MODEL_NAMES = DINOV2_NAMES | DINOV3_NAMES  # in timm
-MODELS_WITH_REGISTERS = (*(name for name in DINOV2_NAMES if name.endswith("_reg")), *DINOV3_NAMES)
-RANDOM_WEIGHTS_SEED = 0
+MODEL_NAMES = DINOV2_NAMES | DINOV3_NAMES  # dino_model_type -> the model's name in timm
 
-MEASURED_ITEMS = 64  # trajectories after which it is known whether their files are slow; a thread's share, if so
-FILE_THREADS = 16  # that wait for slow files
-FOLDERS_LOOKED_INTO = 8  # to tell a format, and that there is not another one beside it
-PLANS_AHEAD = 16  # trajectories whose poses are read before their frames are wanted
-FRAMES_PLANNED_AHEAD = 2048  # of so many frames, and no more of them, where their number is known
-READ_TOGETHER = 8  # frame files, by one thread
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-KEPT_BYTES = 1 << 30  # of memory that was freed
-BATCHES_TO_WRITE = 2  # encoded batches that may wait for the disk
-MAX_VISITS = 200  # of one folder, by links: a few folders that link to each other have more paths than anyone can walk
-HDF5_PROCESSES = 4  # that read others' HDF5 files, at most
-HDF5_TIMEOUT_S = 30  # for one answer of such a process
-HDF5_MEMORY_BYTES = 4 << 30  # that such a process may take
-MAX_FILE_BYTES = 1 << 29  # a pose or frame file larger than this is refused unread
-VIDEO_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"  # FFmpeg's names of what is opened
-VIDEO_THREADS = 4  # of one video's decoder, at most
-VIDEO_TOLERANCE = 0.25  # of the time between two frames: so far may a frame's time be from that of its pose
-SEEK_BEYOND_S = 2.0  # into a video; before that, decoding is as quick
-ROWS_KEPT = 256  # of images in a parquet file, beyond the one asked for
-MIN_QUATERNION_NORM = 1e-12
-MAX_POSE_NUMBERS = 50_000_000  # so many numbers in a pose file at most
+FRAME_PATTERN = r"(\d+)\.(?:jpg|jpeg|png|JPG|JPEG|PNG)"
+FILE_THREADS = 16  # threads that wait for files of a slow disk or a network
+READ_TOGETHER = 8  # frames that one thread reads in one go
+MAX_POSE_NUMBERS = 50_000_000  # a pose file with more numbers is refused; they would take 400 MB
 MAX_POSITION_M = 1e8  # no place on Earth is farther from any map's origin; one glitch of 1e16 m would swallow all steps
-MAX_FRAME_PIXELS = 80_000_000  # a frame that claims more is refused undecoded
-MAX_SCALED_PIXELS = 64  # a frame scaled to cover the input may be this many times the input: 1x9000 px frames fail
-
+MAX_FRAME_PIXELS = 80_000_000  # a frame that claims more pixels is refused undecoded
 LOST_MOUNT_ERRNOS = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENXIO)
-NAME_FAULTS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR)  # of one trajectory's place in the cache
-LOST_MOUNT_FAILURES = 20  # in a row, without a success between them
-SHOWN_NAMES = 10  # of a list of names in a message
-MEASURE_S = 5.0  # of decoding and encoding, after the first batch, for --measure
-SHOW_INTERVAL_S = 0.2  # between two looks at the progress shown: counting a large cache's chunks takes milliseconds
 
 Token = Literal["cls", "patch", "register"]
 ModelType = Literal[
@@ -295,6 +257,9 @@ PROFILE = Profile()
 # Configuration: YAML to a typed, frozen description of each dataset
 # ======================================================================================================================
 
+MODELS_WITH_REGISTERS = (*(name for name in DINOV2_NAMES if name.endswith("_reg")), *DINOV3_NAMES)
+
+
 Metres = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
 StrictBool = Annotated[bool, Field(strict=True)]
@@ -394,6 +359,11 @@ _LATER_SETTINGS = (
     "image_key", "position_key", "yaw_key", "position_scale", "chunk_by", "max_chunk_frames", "overlap_frames",
 )  # fmt: skip
 _LATER_DEFAULTS = {key: CacheSpec.model_fields[key].default for key in _LATER_SETTINGS}
+
+
+def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a recorded spec; those that came after it was recorded are at their defaults."""
+    return {**_LATER_DEFAULTS, **settings}
 
 
 class RunOptions(BaseModel):
@@ -571,13 +541,20 @@ def _refuse_shared_folders(path: Path, configs: list[DatasetConfig]) -> None:
 
 def spec_differences(recorded: dict[str, Any], spec: CacheSpec) -> list[tuple[str, Any, Any]]:
     """(key, recorded value, new value) of every setting that differs. Weights are compared by digest, not here."""
-    old, new = ({**_LATER_DEFAULTS, **settings} for settings in (recorded, spec.to_json()))
+    old, new = with_defaults(recorded), with_defaults(spec.to_json())
     return [(key, old.get(key), new.get(key)) for key in new | old if key != "weights" and old.get(key) != new.get(key)]
 
 
 # ======================================================================================================================
 # Trajectories: poses, and a way to get at frames; what comes after these sections knows nothing of formats
 # ======================================================================================================================
+
+POSE_FILES = ("traj_data.pkl", "traj_data.json", "traj_data.npz")  # the first one found is read
+OWN_NAMES = (PROGRESS_FILE, LOG_FILE, LOCK_FILE, LOCK_OWNER_FILE, STAGING_FOLDER)  # no trajectory may have such a name
+MAX_FILE_BYTES = 1 << 29  # a pose or frame file larger than this is refused unread
+MAX_VISITS = (
+    200  # visits of one folder by links; a few folders that link to each other have more paths than anyone can walk
+)
 
 
 class Trajectory(NamedTuple):
@@ -601,7 +578,8 @@ class DataKeys(NamedTuple):
     @classmethod
     def of(cls, settings: dict[str, Any]) -> DataKeys:
         """Those among the settings of a recorded spec, which may be from before some of them."""
-        return cls(**{key: settings[key] for key in cls._fields if key in settings})
+        settings = with_defaults(settings)
+        return cls(**{key: settings[key] for key in cls._fields})
 
 
 def data_keys(spec: CacheSpec) -> DataKeys:
@@ -612,12 +590,12 @@ def data_keys(spec: CacheSpec) -> DataKeys:
 class Poses(NamedTuple):
     """A trajectory's T frames that can be cached, and where the robot was; None where the data do not tell."""
 
-    frame_index: np.ndarray  # (T,) int64, ascending: the numbers by which `Frames.read` knows them
+    frame_index: np.ndarray  # (T,) int64, ascending: the numbers by which `FrameReader.read` knows them
     position: np.ndarray | None  # (T, 2) float64, in the data's unit
     yaw: np.ndarray | None  # (T,) float64 [rad]
 
 
-class Frames(Protocol):
+class FrameReader(Protocol):
     """Some frames of a trajectory, each to be read once, at least roughly in order. Safe to use from many threads."""
 
     def name(self, number: int) -> str:
@@ -647,7 +625,7 @@ class Source(Protocol):
             InputError: something is wrong, or there are no poses and they are required.
         """
 
-    def frames(self, numbers: Sequence[int]) -> Frames:
+    def open_frames(self, numbers: Sequence[int]) -> FrameReader:
         """A way to those frames, ascending, before any is read."""
 
 
@@ -742,10 +720,10 @@ def _walk(
         try:
             found = _look_into(child, frame_pattern)
         except OSError:
-            yield Trajectory(_printable(child_name), Path(child))
+            yield Trajectory(recordable_name(child_name), Path(child))
             continue
         if found.pose_file or found.has_frames:
-            yield Trajectory(_printable(child_name), Path(child), lacks_poses=not found.pose_file)
+            yield Trajectory(recordable_name(child_name), Path(child), lacks_poses=not found.pose_file)
         if found.subfolders:
             real = os.path.realpath(child)
             _count_visit(visits, child, real)
@@ -797,7 +775,7 @@ def walk_folders(
             yield from walk_folders(folder / child, f"{name}{child}/", (*ancestors, real), visits, unlistable)
 
 
-def _printable(name: str) -> str:
+def recordable_name(name: str) -> str:
     """The name itself if it is UTF-8; else one that can be printed and recorded, and that check_name refuses."""
     return name if name.isascii() else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
@@ -899,7 +877,7 @@ def check_frames(listing: TrajectoryListing) -> None:
     """Raise InputError unless the frames are regular files numbered 0, 1, 2, ... (or 1, 2, 3, ...) without a gap."""
     name, frames = listing.trajectory.name, listing.frames
     if not frames:
-        example = f"; it holds {_printable(listing.other_file)}, for one" if listing.other_file else ""
+        example = f"; it holds {recordable_name(listing.other_file)}, for one" if listing.other_file else ""
         raise InputError(f"{name}: no frames here whose names match frame_pattern{example}")
     for frame in frames:
         if frame.size < 0:
@@ -1171,11 +1149,11 @@ class FolderSource:
             )
         return Poses(numbers, position, yaw)
 
-    def frames(self, numbers: Sequence[int]) -> Frames:
+    def open_frames(self, numbers: Sequence[int]) -> FrameReader:
         return self
 
     def name(self, number: int) -> str:
-        return f"{self._name}/{_printable(self._listing.frames[number].file_name)}"
+        return f"{self._name}/{recordable_name(self._listing.frames[number].file_name)}"
 
     def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
         for number in numbers:
@@ -1191,6 +1169,9 @@ class FolderSource:
 # RECON: an HDF5 file a trajectory, JPEG bytes inside, read in a process of its own
 # ======================================================================================================================
 
+HDF5_PROCESSES = 4  # processes that read others' HDF5 files, at most
+HDF5_TIMEOUT_S = 30  # time in which such a process must answer
+HDF5_MEMORY_BYTES = 4 << 30  # memory that such a process may take
 RECON_KEYS = ("images/rgb_left", "jackal/position", "jackal/yaw")
 RECON_SUFFIX = ".hdf5"
 
@@ -1207,7 +1188,7 @@ def find_recon(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
         raise RefusedError(f"data_folder {data_folder}: cannot list it: {error.strerror}") from error
     for file_name in file_names:
         if file_name.endswith(RECON_SUFFIX) and not file_name.startswith("."):
-            yield Trajectory(_printable(file_name.partition(".")[0]), data_folder / file_name, format="recon")
+            yield Trajectory(recordable_name(file_name.partition(".")[0]), data_folder / file_name, format="recon")
 
 
 def locate_recon(data_folder: Path, name: str) -> Trajectory:
@@ -1223,7 +1204,7 @@ class ReconSource:
 
     def __init__(self, trajectory: Trajectory, keys: DataKeys):
         self._trajectory = trajectory
-        self._where = f"{trajectory.name} ({_printable(trajectory.path.name)})"
+        self._where = f"{trajectory.name} ({recordable_name(trajectory.path.name)})"
         given = (keys.image_key, keys.position_key, keys.yaw_key)
         self._keys = [key or default for key, default in zip(given, RECON_KEYS)]
         self._size = os.stat(trajectory.path).st_size
@@ -1256,7 +1237,7 @@ class ReconSource:
             raise InputError(f"{self._where}: {count} images in {self._keys[0]} but {len(position)} poses")
         return Poses(np.arange(count, dtype=np.int64), position, yaw)
 
-    def frames(self, numbers: Sequence[int]) -> Frames:
+    def open_frames(self, numbers: Sequence[int]) -> FrameReader:
         return self
 
     def name(self, number: int) -> str:
@@ -1414,6 +1395,11 @@ def _image_bytes(value: Any) -> bytes:
 # Videos: frames by their times, decoded once and in order
 # ======================================================================================================================
 
+VIDEO_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"  # FFmpeg's names of the containers that are opened
+VIDEO_THREADS = 4  # threads of one video's decoder, at most
+VIDEO_TOLERANCE = 0.25  # a frame's time may differ from its pose's by this part of the time between two frames
+SEEK_BEYOND_S = 2.0  # a first frame later than this is sought; before it, decoding from the start is as quick
+
 
 def optional_module(name: str) -> Any:
     """A module that only some formats need. Raises RefusedError, with the command that installs it."""
@@ -1483,12 +1469,12 @@ def _packets(path: Path, where: str) -> Iterator[tuple[av.Packet, Fraction]]:
 
 
 def _read_frame_times(path: Path) -> np.ndarray:
-    times = sorted(float(packet.pts * time_base) for packet, time_base in _packets(path, _printable(path.name)))
+    times = sorted(float(packet.pts * time_base) for packet, time_base in _packets(path, recordable_name(path.name)))
     return np.array(times)
 
 
 def _read_packet_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    container, stream = open_video(path, _printable(path.name))
+    container, stream = open_video(path, recordable_name(path.name))
     with container:
         entries = [(entry.timestamp, entry.size) for entry in stream.index_entries]
         times = np.array([(time - entries[0][0]) * float(stream.time_base) for time, _ in entries])
@@ -1518,7 +1504,7 @@ class VideoFrames:
         self._lock = threading.Lock()
 
     def name(self, number: int) -> str:
-        return f"{self._name}: frame {number} ({_printable(self._path.name)} at {self._times[number]:.3f} s)"
+        return f"{self._name}: frame {number} ({recordable_name(self._path.name)} at {self._times[number]:.3f} s)"
 
     def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
         with self._lock, _VIDEO_DECODERS, PROFILE("decode"):
@@ -1596,6 +1582,7 @@ def _rgb(frame: av.VideoFrame) -> np.ndarray:
 # LeRobot: episodes in parquet files, frames in videos or in the parquet files
 # ======================================================================================================================
 
+ROWS_KEPT = 256  # images of a parquet file that were passed over and wait for the threads that want them
 LEROBOT_VERSIONS = ("v2.0", "v2.1", "v3.0")
 LEROBOT_INFO = "meta/info.json"
 IMAGE_GUESSES = ("observation.images.front",)
@@ -1899,7 +1886,7 @@ class LeRobotSource:
     def _video_file(self) -> Path:
         return self._dataset.video_file(self._episode, self._keys.image)
 
-    def frames(self, numbers: Sequence[int]) -> Frames:
+    def open_frames(self, numbers: Sequence[int]) -> FrameReader:
         if not self._is_video:
             return ParquetFrames(self._data_file, self._keys.image, self._name, self._rows[0])
         times = self._times()[list(numbers)].tolist()
@@ -1955,7 +1942,7 @@ class ParquetFrames:
         self._path, self._key, self._name, self._first_row = path, key, name, first_row
 
     def name(self, number: int) -> str:
-        return f"{self._name}: frame {number} ({_printable(self._path.name)})"
+        return f"{self._name}: frame {number} ({recordable_name(self._path.name)})"
 
     def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
         for number in numbers:
@@ -2021,6 +2008,7 @@ parquet_rows = FileCache(ParquetRows, 4)
 # Video files with poses beside them, as phones and drones give them
 # ======================================================================================================================
 
+MIN_QUATERNION_NORM = 1e-12  # a quaternion shorter than this tells no direction
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 POSE_SUFFIXES = (".csv", ".txt")
 VIDEO_STEM = "video"  # of a folder's only video, whose poses are poses.csv or .txt, or video.csv or .txt
@@ -2054,10 +2042,10 @@ def find_videos(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
     unlistable: list[FolderFiles] = []
     for folder in walk_folders(data_folder, unlistable=unlistable):
         for name, file, pose_file in video_files(folder):
-            yield Trajectory(_printable(name), folder.path / file, pose_file is None, format="video")
+            yield Trajectory(recordable_name(name), folder.path / file, pose_file is None, format="video")
     for folder in unlistable:
         if folder.name:
-            yield Trajectory(_printable(folder.name.rstrip("/")), folder.path / VIDEO_STEM, format="video")
+            yield Trajectory(recordable_name(folder.name.rstrip("/")), folder.path / VIDEO_STEM, format="video")
 
 
 def locate_video(data_folder: Path, name: str) -> Trajectory:
@@ -2114,7 +2102,7 @@ class VideoSource:
         yaw = np.interp(times[numbers], at, np.unwrap(table["yaw"]))
         return Poses(numbers.astype(np.int64), position, np.arctan2(np.sin(yaw), np.cos(yaw)))
 
-    def frames(self, numbers: Sequence[int]) -> Frames:
+    def open_frames(self, numbers: Sequence[int]) -> FrameReader:
         times = frame_times(self._path)
         shortest_s = np.diff(times).min(initial=1.0)
         return VideoFrames(self._path, self._name, numbers, times[list(numbers)].tolist(), shortest_s * VIDEO_TOLERANCE)
@@ -2130,7 +2118,7 @@ def read_pose_table(path: Path, name: str) -> dict[str, np.ndarray]:
         InputError: it is no such table, a column is missing, or a value is not finite.
     """
     is_beside = path.with_suffix("").as_posix().endswith(f"/{name}")  # else in the trajectory's own folder
-    where = name + path.suffix if is_beside else f"{name}/{_printable(path.name)}"
+    where = name + path.suffix if is_beside else f"{name}/{recordable_name(path.name)}"
     try:
         lines = read_file(path).tobytes().decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -2178,6 +2166,8 @@ def _pose_columns(where: str, names: list[str], records: list[list[str]]) -> dic
 # ======================================================================================================================
 # Formats: which one a folder holds, and what there is to each
 # ======================================================================================================================
+
+FOLDERS_LOOKED_INTO = 8  # folders that are looked at even where the first one shows a format: there may be another one
 
 
 class Format(NamedTuple):
@@ -2234,7 +2224,7 @@ def detect_format(data_folder: Path, keys: DataKeys) -> FoundFormat:
     frames_alone = None  # frames without poses tell only where nothing else does
     for count, folder in enumerate(walk_folders(data_folder), 1):
         for name, sign in _signs(folder, pattern, is_top=count == 1):
-            signs.setdefault(name, _printable(folder.name + sign))
+            signs.setdefault(name, recordable_name(folder.name + sign))
         frames_alone = frames_alone or _frames_alone(folder, pattern)
         if signs and count >= FOLDERS_LOOKED_INTO:
             break
@@ -2252,9 +2242,9 @@ def detect_format(data_folder: Path, keys: DataKeys) -> FoundFormat:
 def _frames_alone(folder: FolderFiles, frame_pattern: re.Pattern[str]) -> FoundFormat | None:
     """What frames without poses are taken for."""
     if frame := next(filter(frame_pattern.fullmatch, folder.files), None):
-        return FoundFormat("gnm", _printable(folder.name + frame))
+        return FoundFormat("gnm", recordable_name(folder.name + frame))
     if video := next((file for _, file, _ in video_files(folder)), None):
-        return FoundFormat("video", _printable(folder.name + video))
+        return FoundFormat("video", recordable_name(folder.name + video))
     return None
 
 
@@ -2361,7 +2351,7 @@ class TrajectoryPlan:
     trajectory: Trajectory
     checksum: str
     checksum_kind: ChecksumKind
-    frames: Frames
+    reader: FrameReader
     frame_index: np.ndarray  # (T,) int64, row of the source's pose arrays
     position: np.ndarray | None  # (T, 2) float64 [m]
     yaw: np.ndarray | None  # (T,) float64 [rad]
@@ -2435,7 +2425,7 @@ def plan_trajectory(
         trajectory=trajectory,
         checksum=checksum,
         checksum_kind=checksum_kind,
-        frames=source.frames(frame_index[list(_stored_frames(spans))].tolist()),
+        reader=source.open_frames(frame_index[list(_stored_frames(spans))].tolist()),
         frame_index=frame_index,
         position=position,
         yaw=None if poses.yaw is None else poses.yaw[kept],
@@ -2448,6 +2438,8 @@ def plan_trajectory(
 # Decoding: a file to an RGB frame of the input size
 # ======================================================================================================================
 
+MAX_SCALED_PIXELS = 64  # a frame scaled to cover the input may have so many times the input's pixels; 1x9000 px fails
+
 
 class FrameDecoder:
     """Turns a frame file's bytes into (3, H, W) uint8 RGB at the input size. Safe to call from many threads.
@@ -2457,7 +2449,7 @@ class FrameDecoder:
     and overshoots; without antialias features are ruined.
     """
 
-    FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+    IMAGE_TYPES = ("JPEG", "PNG", "WEBP", "BMP")
 
     def __init__(self, spec: CacheSpec):
         import PIL.Image
@@ -2468,7 +2460,7 @@ class FrameDecoder:
         from torchvision.transforms.v2 import functional
 
         self._torch = torch
-        self._open_picture = functools.partial(PIL.Image.open, formats=self.FORMATS)
+        self._open_picture = functools.partial(PIL.Image.open, formats=self.IMAGE_TYPES)
         self._transpose = PIL.ImageOps.exif_transpose
         self._decode_jpeg = functools.partial(decode_jpeg, mode=ImageReadMode.RGB, apply_exif_orientation=True)
         self._resize = functools.partial(functional.resize, interpolation=InterpolationMode.BICUBIC, antialias=True)
@@ -2543,7 +2535,7 @@ def read_frame(trajectory: Trajectory, number: int, spec: CacheSpec) -> torch.Te
     Raises:
         InputError, OSError: it cannot be had.
     """
-    frames = open_source(trajectory, data_keys(spec)).frames([number])
+    frames = open_source(trajectory, data_keys(spec)).open_frames([number])
     try:
         (image,) = frames.read([number])
     finally:
@@ -2554,6 +2546,10 @@ def read_frame(trajectory: Trajectory, number: int, spec: CacheSpec) -> torch.Te
 # ======================================================================================================================
 # Encoding: frames to DINOv2 or DINOv3 tokens
 # ======================================================================================================================
+
+RANDOM_WEIGHTS_SEED = 0
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h has them
+KEPT_BYTES = 1 << 30  # freed memory that the process keeps for the next batch
 
 
 class ModelShape(NamedTuple):
@@ -2966,17 +2962,34 @@ class DinoEncoder:
         return host.copy_(tensor, non_blocking=True)
 
 
-_ENCODER_SETTINGS = ("dino_model_type", "weights", "tokens", "image_size", "pixel_mean", "pixel_std", "precision")
+def load_encoder(spec: CacheSpec, device: str) -> tuple[Encoder, str]:
+    """An encoder on its device, and the digest of its weights. Raises RefusedError where the weights cannot be had."""
+    model = build_model(spec)
+    digest = weights_digest(model)
+    return DinoEncoder(model, spec, device), digest
+
+
+# Settings that an encoder does not know: they choose frames, bring them to the input size, or cut trajectories. All
+# others are its own, so that a setting forgotten here costs a second encoder in memory and never mixes features.
+NOT_OF_ENCODER = {
+    *("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m", "frame_stride", "frame_pattern", "resize"),
+    *("image_key", "position_key", "yaw_key", "position_scale", "chunk_by", "max_chunk_frames", "overlap_frames"),
+}
 
 
 def encoder_key(spec: CacheSpec, device: str) -> tuple:
-    """Equal for datasets that one encoder serves."""
-    return (device, *(getattr(spec, setting) for setting in _ENCODER_SETTINGS))
+    """Equal for datasets that one encoder serves: the device, and every setting but those of NOT_OF_ENCODER."""
+    return (device, *(value for key, value in spec if key not in NOT_OF_ENCODER))
 
 
 # ======================================================================================================================
 # Storage: chunk files and how they become final
 # ======================================================================================================================
+
+CHUNK_FORMAT = "dino_cache"
+CHUNK_FORMAT_VERSION = 1
+READ_BLOCK_BYTES = 1 << 24  # bytes of a chunk file that are read and digested at a time
+NAME_FAULTS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR)  # errors of one trajectory's place in the cache
 
 
 @dataclass(frozen=True)
@@ -3119,8 +3132,8 @@ class ChunkWriter:
     def _attributes(self) -> dict[str, Any]:
         plan, label = self._plan, self._label
         return {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format": CHUNK_FORMAT,
+            "format_version": CHUNK_FORMAT_VERSION,
             "dataset_name": label.dataset_name,
             "trajectory": plan.trajectory.name,
             "chunk_index": self._chunk_index,
@@ -3373,12 +3386,13 @@ def _check_attributes(attributes: dict[str, Any], dataset_digests: dict[str, str
 
 
 def _check_format(attributes: Mapping[str, Any]) -> None:
-    if attributes.get("format") != FORMAT:
-        raise DamagedChunkError(f"format is {attributes.get('format')!r}, not {FORMAT!r}")
+    if attributes.get("format") != CHUNK_FORMAT:
+        raise DamagedChunkError(f"format is {attributes.get('format')!r}, not {CHUNK_FORMAT!r}")
     version = attributes.get("format_version")
-    if version != FORMAT_VERSION:
+    if version != CHUNK_FORMAT_VERSION:
         raise DamagedChunkError(
-            f"format_version is {version!r}, known is {FORMAT_VERSION}; if a newer dino_cache made it, update this one"
+            f"format_version is {version!r}, known is {CHUNK_FORMAT_VERSION}; if a newer dino_cache made it, update "
+            "this one"
         )
 
 
@@ -3431,6 +3445,12 @@ def _check_bytes(path: Path, name: str, dataset: StoredDataset) -> None:
 # ======================================================================================================================
 # Reading: windows of frames to train on, straight from the chunk files
 # ======================================================================================================================
+
+INDEX_PREFIX = ".index-"  # begins the name of a large record's index, kept beside it for the next reader
+MIN_INDEXED_BYTES = 1 << 20  # a record smaller than this is read about as quickly as its index
+MAX_OPEN_CHUNKS = (
+    128  # chunk files that one reader holds open; 256 open files is the least that systems grant a process
+)
 
 
 @dataclass(frozen=True)
@@ -3635,8 +3655,7 @@ def refuse_mixed(chunks: list[RecordedChunk], headers: list[ChunkHeader]) -> Non
     """
     first_in: dict[Path, dict[str, Any]] = {}
     for chunk, header in zip(chunks, headers):
-        recorded = json.loads(header.attributes["spec"])  # absent ones are at their defaults
-        settings = {**CacheSpec().to_json(), **_LATER_DEFAULTS, **recorded}
+        settings = with_defaults(json.loads(header.attributes["spec"]))
         settings["weights_digest"] = header.attributes["weights_digest"]
         others = first_in.setdefault(chunk.cache_dir, settings)
         if others is not settings:
@@ -4081,82 +4100,30 @@ class CacheWindows:
 
 
 # ======================================================================================================================
-# Pipeline: one stream of frames through all trajectories
+# Working ahead: threads that do something to many items, in order and with bounds
 # ======================================================================================================================
 
 
-@dataclass(frozen=True)
-class TrajectoryResult:
-    """What became of one trajectory: completed (chunks durable under their final names) or failed (`error` is set)."""
-
-    name: str
-    checksum: str | None  # null where the data could not be read
-    checksum_kind: ChecksumKind
-    spans: list[Span] = field(default_factory=list)
-    chunk_bytes: list[int] = field(default_factory=list)
-    left_out: list[Span] = field(default_factory=list)  # kept frames in no chunk, in pieces that travel too little
-    replaced: Path | None = None  # the chunks that these replace, set aside
-    error: Exception | None = None  # InputError or OSError
+MEASURED_ITEMS = (
+    64  # items whose time tells whether files are slow; then also the items that one thread takes at a time
+)
 
 
-class Frame(NamedTuple):
-    """One frame in the stream: a kept frame of a plan; its image's bytes (N,) uint8, then its pixels (3, H, W) uint8,
-    or why there are none."""
-
-    plan: TrajectoryPlan
-    row: int
-    data: np.ndarray | None = None
-    pixels: torch.Tensor | None = None
-    error: Exception | None = None
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return self.plan.frames.name(int(self.plan.frame_index[self.row]))
+def in_groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """The items in lists of `size`; the last may be shorter."""
+    items = iter(items)
+    while group := list(itertools.islice(items, size)):
+        yield group
 
 
-@dataclass(frozen=True)
-class Batch:
-    """B frames of one or many trajectories: pixels (B, 3, H, W) uint8."""
-
-    frames: list[tuple[TrajectoryPlan, int]]
-    pixels: torch.Tensor
-
-
-@dataclass(frozen=True)
-class EncodedBatch:
-    """A batch, or a part of one, with its tokens."""
-
-    frames: list[tuple[TrajectoryPlan, int]]
-    rows: EncodedRows
-
-
-class Failed:
-    """Names of trajectories that failed under way, known to all threads of the stream."""
-
-    def __init__(self) -> None:
-        self._names: set[str] = set()
-        self._lock = threading.Lock()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._names
-
-    def claim(self, name: str) -> bool:
-        """Count the trajectory as failed; true for the first thread that says so, which has to report it."""
-        with self._lock:
-            is_first = name not in self._names
-            self._names.add(name)
-            return is_first
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """How a run watches and steers the stream. `before_replacing` is called from the writer thread."""
-
-    stop: Callable[[], bool] = lambda: False  # true: finish or drop what is in flight
-    on_frames: Callable[[int], None] = lambda count: None  # so many frames more are encoded
-    before_replacing: Callable[[str], None] = lambda name: None  # withdraw the record of this trajectory, durably
-    frames_of: Callable[[str], int] = lambda name: 0  # as far as known: of long trajectories fewer are taken ahead
+@contextlib.contextmanager
+def _pool(workers: int, name: str, initializer: Callable[[], None] | None = None) -> Iterator[Executor]:
+    """Threads that, at the end, finish what they are at and nothing more."""
+    pool = ThreadPoolExecutor(workers, name, initializer)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def prefetch(
@@ -4191,6 +4158,104 @@ def prefetch(
             future.cancel()
 
 
+def map_files(function: Callable[[Item], Result], items: list[Item]) -> Iterator[Result]:
+    """`function` of each item, in order; in threads where the files that it reads make it wait, as a network's do. A
+    local disk's answer so fast that threads would only contend for the interpreter's lock, at twice the time."""
+    first, rest = items[:MEASURED_ITEMS], items[MEASURED_ITEMS:]
+    wall_s, work_s = time.perf_counter(), time.thread_time()
+    yield from [function(item) for item in first]
+    if time.perf_counter() - wall_s < 2 * (time.thread_time() - work_s):
+        yield from map(function, rest)
+        return
+    with _pool(FILE_THREADS, "files") as pool:
+        groups = in_groups(rest, MEASURED_ITEMS)
+        for results in prefetch(lambda group: [function(item) for item in group], groups, pool, 2 * FILE_THREADS):
+            yield from results
+
+
+# ======================================================================================================================
+# Pipeline: one stream of frames through all trajectories
+# ======================================================================================================================
+
+PLANS_AHEAD = 16  # trajectories whose poses are read before their frames are wanted
+FRAMES_PLANNED_AHEAD = 2048  # the same bound in frames, where a trajectory's number of frames is known
+WRITE_BACKLOG = 2  # encoded batches that may wait for the disk; more would only fill memory
+
+
+@dataclass(frozen=True)
+class TrajectoryResult:
+    """What became of one trajectory: completed (chunks durable under their final names) or failed (`error` is set)."""
+
+    name: str
+    checksum: str | None  # null where the data could not be read
+    checksum_kind: ChecksumKind
+    spans: list[Span] = field(default_factory=list)
+    chunk_bytes: list[int] = field(default_factory=list)
+    left_out: list[Span] = field(default_factory=list)  # kept frames in no chunk, in pieces that travel too little
+    replaced: Path | None = None  # the chunks that these replace, set aside
+    error: Exception | None = None  # InputError or OSError
+
+
+class Frame(NamedTuple):
+    """One frame in the stream: a kept frame of a plan; its image's bytes (N,) uint8, then its pixels (3, H, W) uint8,
+    or why there are none."""
+
+    plan: TrajectoryPlan
+    row: int
+    data: np.ndarray | None = None
+    pixels: torch.Tensor | None = None
+    error: Exception | None = None
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.plan.reader.name(int(self.plan.frame_index[self.row]))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B frames of one or many trajectories: pixels (B, 3, H, W) uint8."""
+
+    frames: list[tuple[TrajectoryPlan, int]]
+    pixels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """A batch, or a part of one, with its tokens."""
+
+    frames: list[tuple[TrajectoryPlan, int]]
+    rows: EncodedRows
+
+
+class FailedTrajectories:
+    """Names of trajectories that failed under way, known to all threads of the stream."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._lock = threading.Lock()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def add(self, name: str) -> bool:
+        """Count the trajectory as failed; true for the first thread that says so, which has to report it."""
+        with self._lock:
+            is_first = name not in self._names
+            self._names.add(name)
+            return is_first
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """How a run watches and steers the stream. `before_replacing` is called from the writer thread."""
+
+    should_stop: Callable[[], bool] = lambda: False  # true: finish or drop what is in flight
+    on_encoded: Callable[[int], None] = lambda count: None  # so many frames more are encoded
+    before_replacing: Callable[[str], None] = lambda name: None  # withdraw the record of this trajectory, durably
+    num_frames_of: Callable[[str], int] = lambda name: 0  # as far as known: of long trajectories fewer are taken ahead
+
+
 def plan_or_fail(
     trajectory: Trajectory, spec: CacheSpec, checksum_kind: ChecksumKind
 ) -> TrajectoryPlan | TrajectoryResult:
@@ -4204,15 +4269,8 @@ def plan_or_fail(
         return TrajectoryResult(trajectory.name, checksum, checksum_kind, error=error)
 
 
-def in_groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """The items in lists of `size`; the last may be shorter."""
-    items = iter(items)
-    while group := list(itertools.islice(items, size)):
-        yield group
-
-
 def read_group(
-    group: list[Frame | TrajectoryResult], decoder: FrameDecoder, failed: Failed
+    group: list[Frame | TrajectoryResult], decoder: FrameDecoder, failed: FailedTrajectories
 ) -> list[Frame | TrajectoryResult]:
     """Read frames, each trajectory's together; a failure is a value."""
     done: list[Frame | TrajectoryResult] = []
@@ -4221,7 +4279,7 @@ def read_group(
         if isinstance(run[0], Frame) and run[0].plan.trajectory.name not in failed:
             run = _read_frames(run, decoder)
         elif isinstance(run[0], Frame):
-            run[0].plan.frames.close()
+            run[0].plan.reader.close()
         done += run
     return done
 
@@ -4230,7 +4288,7 @@ def _read_frames(run: list[Frame], decoder: FrameDecoder) -> list[Frame]:
     """Frames of one plan with their bytes, or with their pixels where the source decodes; from the one on that cannot
     be had, with the reason."""
     plan, done = run[0].plan, []
-    contents = plan.frames.read([int(plan.frame_index[frame.row]) for frame in run])
+    contents = plan.reader.read([int(plan.frame_index[frame.row]) for frame in run])
     try:
         for frame in run:
             content = next(contents)
@@ -4240,12 +4298,14 @@ def _read_frames(run: list[Frame], decoder: FrameDecoder) -> list[Frame]:
                 with PROFILE("decode"):
                     done.append(frame._replace(pixels=decoder.fit(content, frame.name)))
     except (InputError, OSError) as error:
-        plan.frames.close()
+        plan.reader.close()
         done += [frame._replace(error=error) for frame in run[len(done) :]]
     return done
 
 
-def decode_or_fail(item: Frame | TrajectoryResult, decoder: FrameDecoder, failed: Failed) -> Frame | TrajectoryResult:
+def decode_or_fail(
+    item: Frame | TrajectoryResult, decoder: FrameDecoder, failed: FailedTrajectories
+) -> Frame | TrajectoryResult:
     """Decode a frame that was read; a failure is a value."""
     if isinstance(item, TrajectoryResult) or item.data is None or item.plan.trajectory.name in failed:
         return item
@@ -4257,7 +4317,7 @@ def decode_or_fail(item: Frame | TrajectoryResult, decoder: FrameDecoder, failed
 
 
 def frame_stream(
-    plans: Iterable[TrajectoryPlan | TrajectoryResult], failed: Failed, stop: Callable[[], bool]
+    plans: Iterable[TrajectoryPlan | TrajectoryResult], failed: FailedTrajectories, should_stop: Callable[[], bool]
 ) -> Iterator[Frame | TrajectoryResult]:
     """Every stored frame of every plan, in order; failures pass. The rest of a trajectory that failed is left out."""
     for plan in plans:
@@ -4265,7 +4325,7 @@ def frame_stream(
             yield plan
             continue
         for row in plan.stored_frames():
-            if stop():
+            if should_stop():
                 return
             if plan.trajectory.name in failed:
                 break
@@ -4276,8 +4336,8 @@ def full_batches(
     frames: Iterable[Frame | TrajectoryResult],
     new_pixels: Callable[[int], torch.Tensor],
     batch_size: int,
-    failed: Failed,
-    stop: Callable[[], bool],
+    failed: FailedTrajectories,
+    should_stop: Callable[[], bool],
 ) -> Iterator[Batch | TrajectoryResult]:
     """Gather frames into batches of `batch_size`, across trajectory borders; only the last one may be smaller.
 
@@ -4286,7 +4346,7 @@ def full_batches(
     """
     pixels, members = new_pixels(batch_size), []
     for frame in frames:
-        if stop():
+        if should_stop():
             return
         if isinstance(frame, TrajectoryResult):
             yield frame
@@ -4300,14 +4360,14 @@ def full_batches(
             if len(members) == batch_size:
                 yield Batch(members, pixels)
                 pixels, members = new_pixels(batch_size), []
-    if members and not stop():
+    if members and not should_stop():
         yield Batch(members, pixels[: len(members)])
 
 
-def _fail(plan: TrajectoryPlan, error: Exception, failed: Failed) -> list[TrajectoryResult]:
+def _fail(plan: TrajectoryPlan, error: Exception, failed: FailedTrajectories) -> list[TrajectoryResult]:
     """The result of a trajectory that fails under way, unless it failed already; its other frames, wherever they are in
     the stream, are void."""
-    if not failed.claim(plan.trajectory.name):
+    if not failed.add(plan.trajectory.name):
         return []
     return [TrajectoryResult(plan.trajectory.name, plan.checksum, plan.checksum_kind, error=error)]
 
@@ -4315,8 +4375,8 @@ def _fail(plan: TrajectoryPlan, error: Exception, failed: Failed) -> list[Trajec
 def encode_batches(
     encoder: Encoder,
     batches: Iterable[Batch | TrajectoryResult],
-    on_frames: Callable[[int], None],
-    stop: Callable[[], bool],
+    on_encoded: Callable[[int], None],
+    should_stop: Callable[[], bool],
 ) -> Iterator[EncodedBatch | TrajectoryResult]:
     """Encode each batch, in order, with up to `encoder.batches_in_flight` more under way on the device; it comes out in
     the parts that the device took. When stopping, what is under way is finished, and what has not begun is dropped.
@@ -4331,13 +4391,13 @@ def encode_batches(
         batch, parts = in_flight[0]
         start = 0
         for part in parts:
-            if stop():
+            if should_stop():
                 encoder.drop()
             with _device_errors():
                 rows = part()
             frames = batch.frames[start : start + len(rows.finite)]
             start += len(frames)
-            on_frames(len(frames))
+            on_encoded(len(frames))
             yield EncodedBatch(frames, rows)
         in_flight.popleft()
 
@@ -4395,7 +4455,9 @@ class StreamWriter:
     Frames arrive in the order of the stream, so at most one trajectory is open.
     """
 
-    def __init__(self, store: ChunkStore, label: ChunkLabel, failed: Failed, before_replacing: Callable[[str], None]):
+    def __init__(
+        self, store: ChunkStore, label: ChunkLabel, failed: FailedTrajectories, before_replacing: Callable[[str], None]
+    ):
         self._store, self._label, self._failed = store, label, failed
         self._before_replacing = before_replacing
         self._open: TrajectoryWriter | None = None
@@ -4419,7 +4481,7 @@ class StreamWriter:
         if name in self._failed:
             return []
         if not encoded.finite.all():
-            frame = plan.frames.name(int(plan.frame_index[rows[int(np.argmin(encoded.finite))]]))
+            frame = plan.reader.name(int(plan.frame_index[rows[int(np.argmin(encoded.finite))]]))
             return self._give_up(plan, f"{frame}: its features are not finite")
         if self._open is None:
             self._open = TrajectoryWriter(self._store.new_staging_folder(), plan, self._label)
@@ -4475,16 +4537,6 @@ def _runs_of_one_trajectory(batch: EncodedBatch) -> Iterator[tuple[TrajectoryPla
         yield frames[start][0], rows, EncodedRows(tokens, batch.rows.finite[start:stop])
 
 
-@contextlib.contextmanager
-def _pool(workers: int, name: str, initializer: Callable[[], None] | None = None) -> Iterator[Executor]:
-    """Threads that, at the end, finish what they are at and nothing more."""
-    pool = ThreadPoolExecutor(workers, name, initializer)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def resolve_batch_size(options: RunOptions, encoder: Encoder) -> int:
     """Frames per batch: the user's, or what suits the encoder's device."""
     return encoder.default_batch_size if options.batch_size == "auto" else options.batch_size
@@ -4507,7 +4559,7 @@ def cache_trajectories(
     Raises:
         StorageError, DeviceError: the fault is not a trajectory's; nothing further is yielded.
     """
-    spec, failed = label.spec, Failed()
+    spec, failed = label.spec, FailedTrajectories()
     workers = available_cores() if options.decode_workers == "auto" else options.decode_workers
     batch_size = resolve_batch_size(options, encoder)
     frames_ahead = max(4 * workers, 2 * batch_size * encoder.batches_in_flight)
@@ -4519,7 +4571,7 @@ def cache_trajectories(
     writer = NoWriter() if store is None else StreamWriter(store, label, failed, hooks.before_replacing)
 
     def weigh(trajectory: Trajectory) -> int:
-        return 1 + hooks.frames_of(trajectory.name) * PLANS_AHEAD // FRAMES_PLANNED_AHEAD
+        return 1 + hooks.num_frames_of(trajectory.name) * PLANS_AHEAD // FRAMES_PLANNED_AHEAD
 
     with (
         contextlib.closing(writer),  # first in, last out: no thread writes any more when it drops what is half-made
@@ -4528,13 +4580,13 @@ def cache_trajectories(
         _pool(1, "write") as writers,
     ):
         plans = prefetch(plan, trajectories, readers, PLANS_AHEAD, weigh=weigh)
-        groups = in_groups(frame_stream(plans, failed, hooks.stop), READ_TOGETHER)
+        groups = in_groups(frame_stream(plans, failed, hooks.should_stop), READ_TOGETHER)
         groups = prefetch(read, groups, readers, groups_ahead)
         frames = prefetch(decode, itertools.chain.from_iterable(groups), decoders, frames_ahead)
-        batches = full_batches(frames, encoder.new_pixels, batch_size, failed, hooks.stop)
+        batches = full_batches(frames, encoder.new_pixels, batch_size, failed, hooks.should_stop)
         batches = PROFILE.pulling("wait for frames", batches)
-        with contextlib.closing(encode_batches(encoder, batches, hooks.on_frames, hooks.stop)) as encoded:
-            for results in prefetch(writer.write, encoded, writers, BATCHES_TO_WRITE, early=True):
+        with contextlib.closing(encode_batches(encoder, batches, hooks.on_encoded, hooks.should_stop)) as encoded:
+            for results in prefetch(writer.write, encoded, writers, WRITE_BACKLOG, early=True):
                 yield from results
 
 
@@ -4607,12 +4659,12 @@ class Assignment(NamedTuple):
     """A trajectory to do, and how many frames of it are to encode."""
 
     trajectory: Trajectory
-    frames: int
+    num_frames: int
 
     @property
     def cost(self) -> int:
         """In frames."""
-        return max(SHORTEST_FRAMES, self.frames)
+        return max(SHORTEST_FRAMES, self.num_frames)
 
 
 def _cost(held: dict[str, Assignment]) -> int:
@@ -4826,7 +4878,7 @@ class RayWorker:
         import torch
 
         torch.set_num_threads(self._cpus)  # of this thread, which encodes
-        hooks = Hooks(self._is_stopping.is_set, self._on_frames, self._ask_before_replacing, self._frames.__getitem__)
+        hooks = Hooks(self._is_stopping.is_set, self._on_encoded, self._ask_before_replacing, self._frames.__getitem__)
         inputs = (self._label, self._options, self._encoder, self._store, hooks)
         error = None
         try:
@@ -4847,7 +4899,7 @@ class RayWorker:
             self._outbox.put(Report(wants_more=True))
             bite = self._bites.get()
 
-    def _on_frames(self, count: int) -> None:
+    def _on_encoded(self, count: int) -> None:
         self._outbox.put(Report(frames=count))
 
     def _ask_before_replacing(self, name: str) -> None:
@@ -4950,14 +5002,18 @@ class RayFleet:
         except ray.exceptions.RayError as error:
             raise WorkerLostError(" ".join(str(error).split())[:500]) from error
 
-    def gather(self, stop: Callable[[], bool]) -> None:
+    def gather(self, should_stop: Callable[[], bool]) -> None:
         """Wait until the workers are there and see the same folders as the driver.
 
         Raises:
             RefusedError: one does not, or none comes.
         """
         deadline, why = time.monotonic() + NO_WORKER_S, "`ray status` tells what the cluster waits for"
-        while any(member.state == "starting" for member in self.members) and time.monotonic() < deadline and not stop():
+        while (
+            any(member.state == "starting" for member in self.members)
+            and time.monotonic() < deadline
+            and not should_stop()
+        ):
             for member in self.heard():
                 try:
                     self.welcome(member, self.next_word(member))
@@ -4967,7 +5023,7 @@ class RayFleet:
                     LOG.warning("%s could not start: %s", member.name, why)
                     self.dismiss(member)
         there = sum(member.state == "here" for member in self.members)
-        if not there and not stop():
+        if not there and not should_stop():
             raise RefusedError(f"no Ray worker could be started: {why}")
         LOG.info("%d of %d workers are there, each with %s", there, self.plan.count, self.plan.worker)
 
@@ -5028,7 +5084,7 @@ class RayRun:
 
     def _has_stopped(self) -> bool:
         """Pass a stop on to the workers; true when all have heeded it."""
-        if self._hooks.stop() and not self._is_stopping:
+        if self._hooks.should_stop() and not self._is_stopping:
             self._stop_deadline = time.monotonic() + STOP_S
             for member in self._with("working"):
                 member.actor.stop.remote()
@@ -5040,7 +5096,7 @@ class RayRun:
             self._fleet.hire()
         for member in self._with("here", "idle"):
             self._load(member)
-        while self._with("loading") and not self._hooks.stop():
+        while self._with("loading") and not self._hooks.should_stop():
             for member in self._fleet.heard():
                 for _ in self._hear(member, is_begun=False):
                     pass
@@ -5086,7 +5142,7 @@ class RayRun:
         for level, line in report.lines:
             LOG.log(level, "[%s] %s", member.label, line)
         if report.frames:
-            self._hooks.on_frames(report.frames)
+            self._hooks.on_encoded(report.frames)
         for result in report.results:
             self._queue.finish(member.name, result.name)
             self._deaths_in_a_row = 0
@@ -5169,6 +5225,13 @@ def ray_connection(address: str) -> Iterator[list[dict[str, float]]]:
 # Running: what is to do, what is recorded, when it ends
 # ======================================================================================================================
 
+LOST_MOUNT_FAILURES = 20  # unreadable trajectories in a row, without a success between them, that mean a lost mount
+CHUNK_OVERHEAD_BYTES = 12_000  # what an HDF5 file takes beside its datasets: headers and attributes, about
+SHOWN_NAMES = 10  # names of a list that a message shows
+MEASURE_S = 5.0  # time after the first batch in which --measure decodes and encodes
+SHOW_INTERVAL_S = 0.2  # time between two looks at the progress: counting a large cache's chunks takes milliseconds
+
+
 EXIT_COMPLETED, EXIT_SOME_FAILED, EXIT_STOPPED_BY_FAULT, EXIT_WORK_LEFT = 0, 1, 3, 5
 _WORST_FIRST = (EXIT_STOPPED_BY_FAULT, EXIT_WORK_LEFT, EXIT_SOME_FAILED, EXIT_COMPLETED)
 
@@ -5211,54 +5274,54 @@ class StopRequest:
             )
 
 
-class Standing(NamedTuple):
+class TrajectoryState(NamedTuple):
     """Where a trajectory stands at the start of a run."""
 
     trajectory: Trajectory
-    state: Literal["completed", "pending", "failed"]
+    status: Literal["completed", "pending", "failed"]
     remark: str | None = None  # why a recorded one is redone, or what is odd
     new_checksum: str | None = None  # of the kind now asked for, where the recorded one is of the other
 
 
-def assess(
+def compare_with_record(
     trajectory: Trajectory, progress: Progress, store: ChunkStore, spec: CacheSpec, options: RunOptions
-) -> Standing:
+) -> TrajectoryState:
     """Compare a trajectory with its record: data by checksum, chunk files by name and size."""
     record = progress.records.get(trajectory.name)
     if record is not None:
-        return _assess_completed(trajectory, record, progress, store, options)
+        return _compare_completed(trajectory, record, progress, store, options)
     failure = progress.failures.get(trajectory.name)
     if failure is None:
-        return Standing(trajectory, "pending")
+        return TrajectoryState(trajectory, "pending")
     try:
         checksum = open_source(trajectory, data_keys(spec)).checksum(failure["checksum_kind"])
     except (InputError, OSError):
         checksum = None
     if checksum != failure["checksum"]:
-        return Standing(trajectory, "pending", "failed before; its data changed")
-    return Standing(trajectory, "failed")
+        return TrajectoryState(trajectory, "pending", "failed before; its data changed")
+    return TrajectoryState(trajectory, "failed")
 
 
-def _assess_completed(
+def _compare_completed(
     trajectory: Trajectory, record: TrajectoryRecord, progress: Progress, store: ChunkStore, options: RunOptions
-) -> Standing:
+) -> TrajectoryState:
     keys = DataKeys.of(progress.specs[record["fingerprint"]])  # those that it was made with
     new_checksum = None
     try:
         source = open_source(trajectory, keys)
         if source.checksum(record["checksum_kind"]) != progress.checksums[trajectory.name]:
-            return Standing(trajectory, "pending", "its data changed")
+            return TrajectoryState(trajectory, "pending", "its data changed")
         if record["checksum_kind"] != options.checksum:
             new_checksum = source.checksum(options.checksum)
     except InputError as error:
-        return Standing(trajectory, "pending", f"its data changed: {error}")
+        return TrajectoryState(trajectory, "pending", f"its data changed: {error}")
     except OSError as error:
-        return Standing(trajectory, "completed", f"cannot be checked, stays as it is: {error}")
+        return TrajectoryState(trajectory, "completed", f"cannot be checked, stays as it is: {error}")
     expected = {chunk_file_name(index): size for index, size in enumerate(record["bytes"])}
     found = {file: size for file, size in store.chunk_sizes(trajectory.name).items() if is_chunk_file(file)}
     if found != expected:
-        return Standing(trajectory, "pending", _chunk_difference(expected, found))
-    return Standing(trajectory, "completed", new_checksum=new_checksum)
+        return TrajectoryState(trajectory, "pending", _chunk_difference(expected, found))
+    return TrajectoryState(trajectory, "completed", new_checksum=new_checksum)
 
 
 def _chunk_difference(expected: dict[str, int], found: dict[str, int]) -> str:
@@ -5273,11 +5336,11 @@ def _chunk_difference(expected: dict[str, int], found: dict[str, int]) -> str:
 class Work(NamedTuple):
     """What a pending trajectory will cost: frames to encode, chunk files and their bytes. Zero where it will fail."""
 
-    frames: int = 0
-    chunks: int = 0
-    rows: int = 0  # of all chunks together
+    num_frames: int = 0
+    num_chunks: int = 0
+    num_rows: int = 0  # of all chunks together; frames in an overlap count once a chunk
     pose_bytes: int = 0  # of all rows
-    bytes: int = 0
+    num_bytes: int = 0
 
 
 class Selection(NamedTuple):
@@ -5299,7 +5362,7 @@ class PreparedDataset:
         self.progress = progress
         self.store = ChunkStore(config.cache_dir)
         self.trajectories, self.missing, self.lack_poses = selection
-        self.standings: list[Standing] = []
+        self.states: list[TrajectoryState] = []
         self.pending: list[Trajectory] = []  # to do in this run, failed ones last
         self.left_out = 0  # pending too, beyond --limit
         self.work: dict[str, Work] = {}  # by name, of the pending ones
@@ -5316,18 +5379,18 @@ class PreparedDataset:
     @property
     def num_completed(self) -> int:
         """Trajectories present and selected that stood completed at the start."""
-        return sum(standing.state == "completed" for standing in self.standings)
+        return sum(state.status == "completed" for state in self.states)
 
     def choose_pending(self, limit: int | None) -> None:
         """Take up what is to do: new and changed trajectories, then failed ones that have attempts left."""
         failures, most = self.progress.failures, self.config.options.max_attempts
-        todo = [standing.trajectory for standing in self.standings if standing.state == "pending"]
-        failed = [standing.trajectory for standing in self.standings if standing.state == "failed"]
+        todo = [state.trajectory for state in self.states if state.status == "pending"]
+        failed = [state.trajectory for state in self.states if state.status == "failed"]
         todo += [trajectory for trajectory in failed if failures[trajectory.name]["attempts"] < most]
         self.pending, self.left_out = todo[:limit], len(todo[limit:]) if limit else 0
 
 
-def prepare_dataset(config: DatasetConfig, stop: StopRequest) -> PreparedDataset:
+def prepare_dataset(config: DatasetConfig, stop_request: StopRequest) -> PreparedDataset:
     """Read the record, list the trajectories, compare them. Writes nothing.
 
     Raises:
@@ -5342,30 +5405,17 @@ def prepare_dataset(config: DatasetConfig, stop: StopRequest) -> PreparedDataset
             "%s: force_rebuild: every trajectory is redone (by every run, if it is True in the config file)",
             config.name,
         )
-    selection = select_trajectories(config, stop)
+    selection = select_trajectories(config, stop_request)
     trajectories = selection.trajectories
     refuse_case_collisions(config.cache_dir, trajectories)
     dataset = PreparedDataset(config, progress, selection)
-    check = functools.partial(assess, progress=progress, store=dataset.store, spec=config.spec, options=config.options)
-    for standing in map_files(check, trajectories):
-        stop.check()
-        dataset.standings.append(standing)
+    check = functools.partial(
+        compare_with_record, progress=progress, store=dataset.store, spec=config.spec, options=config.options
+    )
+    for state in map_files(check, trajectories):
+        stop_request.check()
+        dataset.states.append(state)
     return dataset
-
-
-def map_files(function: Callable[[Item], Result], items: list[Item]) -> Iterator[Result]:
-    """`function` of each item, in order; in threads where the files that it reads make it wait, as a network's do. A
-    local disk's answer so fast that threads would only contend for the interpreter's lock, at twice the time."""
-    first, rest = items[:MEASURED_ITEMS], items[MEASURED_ITEMS:]
-    wall_s, work_s = time.perf_counter(), time.thread_time()
-    yield from [function(item) for item in first]
-    if time.perf_counter() - wall_s < 2 * (time.thread_time() - work_s):
-        yield from map(function, rest)
-        return
-    with _pool(FILE_THREADS, "files") as pool:
-        groups = in_groups(rest, MEASURED_ITEMS)
-        for results in prefetch(lambda group: [function(item) for item in group], groups, pool, 2 * FILE_THREADS):
-            yield from results
 
 
 def open_progress(config: DatasetConfig) -> Progress:
@@ -5425,11 +5475,11 @@ def settle_format(config: DatasetConfig) -> DatasetConfig:
     return dataclasses.replace(config, spec=spec, format=found.name)
 
 
-def select_trajectories(config: DatasetConfig, stop: StopRequest) -> Selection:
+def select_trajectories(config: DatasetConfig, stop_request: StopRequest) -> Selection:
     """The trajectories below data_folder that the split names; without one, all that have poses, or need none."""
     found, kind = [], FORMATS[config.format]
     for trajectory in kind.find(config.data_folder, config.spec):
-        stop.check()
+        stop_request.check()
         found.append(trajectory)
     refuse_same_names(found)
     missing, lack_poses = [], []
@@ -5444,7 +5494,7 @@ def select_trajectories(config: DatasetConfig, stop: StopRequest) -> Selection:
         which = f" that split {config.split} names" if config.split else ""
         why = "Is the disk mounted?"
         if lack_poses:
-            why = f"These have frames and no poses, for which there is chunk_by: frames: {format_names(lack_poses)}"
+            why = f"These have frames and no poses, for which there is chunk_by: frames: {human_list(lack_poses)}"
         raise RefusedError(
             f"datasets.{config.name}.data_folder: {config.data_folder}: no trajectories below it{which}; a trajectory "
             f"is {kind.trajectory}. {why}"
@@ -5495,12 +5545,12 @@ def resolve_device_and_precision(dataset: PreparedDataset, *, here: bool = False
     check_image_size(dataset.spec, dataset.shape)
 
 
-def estimate_work(dataset: PreparedDataset, stop: StopRequest) -> list[str]:
+def estimate_work(dataset: PreparedDataset, stop_request: StopRequest) -> list[str]:
     """Plan every pending trajectory, keeping only what it will cost; returns the reasons of those that will fail."""
     plan = functools.partial(plan_or_fail, spec=dataset.spec, checksum_kind="stat")
     reasons = []
     for outcome in map_files(plan, dataset.pending):
-        stop.check()
+        stop_request.check()
         if isinstance(outcome, TrajectoryResult):
             dataset.work[outcome.name] = Work()
             reasons.append(str(outcome.error))
@@ -5508,14 +5558,14 @@ def estimate_work(dataset: PreparedDataset, stop: StopRequest) -> list[str]:
             pose_bytes = outcome.num_rows * sum(values[:1].nbytes for values in outcome.poses.values())
             work = Work(outcome.num_stored_frames, len(outcome.spans), outcome.num_rows, pose_bytes)
             size = cache_bytes(dataset, dataset.spec, [work])
-            dataset.work[outcome.trajectory.name] = work._replace(bytes=size)
+            dataset.work[outcome.trajectory.name] = work._replace(num_bytes=size)
     return reasons
 
 
 def cache_bytes(dataset: PreparedDataset, spec: CacheSpec, works: Iterable[Work]) -> int:
     """What the chunk files take with the tokens of `spec`, about."""
     tokens = sum(2 * math.prod(shape) for shape in token_shapes(spec, dataset.shape).values())
-    return sum(work.rows * tokens + work.pose_bytes + work.chunks * CHUNK_OVERHEAD_BYTES for work in works)
+    return sum(work.num_rows * tokens + work.pose_bytes + work.num_chunks * CHUNK_OVERHEAD_BYTES for work in works)
 
 
 def check_disk(datasets: list[PreparedDataset]) -> None:
@@ -5529,13 +5579,13 @@ def check_disk(datasets: list[PreparedDataset]) -> None:
         if needed > free:
             folders = ", ".join(str(dataset.config.cache_dir) for dataset in group)
             raise RefusedError(
-                f"{folders}: the cache will take {format_bytes(needed)} more and {format_bytes(free)} are free. Ways "
+                f"{folders}: the cache will take {human_bytes(needed)} more and {human_bytes(free)} are free. Ways "
                 "on: free space, another cache_dir, fewer tokens (patch takes most), or --limit"
             )
 
 
 def new_bytes(dataset: PreparedDataset) -> int:
-    return sum(work.bytes for work in dataset.work.values())
+    return sum(work.num_bytes for work in dataset.work.values())
 
 
 def replaced_bytes(dataset: PreparedDataset) -> int:
@@ -5549,14 +5599,14 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def format_names(names: list[str]) -> str:
+def human_list(names: list[str]) -> str:
     """The first ten names, and how many more there are."""
     more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
     return ", ".join(names[:SHOWN_NAMES]) + more
 
 
 def confirm_changes(
-    dataset: PreparedDataset, differences: list[tuple[str, Any, Any]], stop: StopRequest, *, yes: bool
+    dataset: PreparedDataset, differences: list[tuple[str, Any, Any]], stop_request: StopRequest, *, yes: bool
 ) -> None:
     """Let the user decide on a changed configuration: what is completed stays as it is, the rest is made with it.
 
@@ -5573,7 +5623,7 @@ def confirm_changes(
             f"redoes everything, as `progress_utils.py reset --cache-dir {dataset.config.cache_dir}` does; or undo it"
         )
         LOG.warning("%s", change)
-        if not yes and not ask_to_continue(ways, stop):
+        if not yes and not ask_to_continue(ways, stop_request):
             raise RefusedError(
                 f"{dataset.name}: not continued with the changed configuration. Nothing was changed. {ways}"
             )
@@ -5581,29 +5631,22 @@ def confirm_changes(
         failure["attempts"] = 0
 
 
-def ask_to_continue(ways: str, stop: StopRequest) -> bool:
+def ask_to_continue(ways: str, stop_request: StopRequest) -> bool:
     """Ask on the terminal; a signal ends the question."""
-    stop.is_asking = True
+    stop_request.is_asking = True
     try:
         return ask("Continue with the changed configuration?", otherwise="--yes")
     except RefusedError as error:
         raise RefusedError(f"{error} {ways}") from None
     finally:
-        stop.is_asking = False
+        stop_request.is_asking = False
 
 
-def load_encoder(spec: CacheSpec, device: str) -> tuple[Encoder, str]:
-    """An encoder on its device, and the digest of its weights. Raises RefusedError where the weights cannot be had."""
-    model = build_model(spec)
-    digest = weights_digest(model)
-    return DinoEncoder(model, spec, device), digest
-
-
-def load_encoders(datasets: list[PreparedDataset], stop: StopRequest) -> None:
+def load_encoders(datasets: list[PreparedDataset], stop_request: StopRequest) -> None:
     """Give every dataset with work to do its encoder, one for all that compute the same, and know the digests."""
     loaded: dict[tuple, tuple[Encoder, str]] = {}
     for dataset in datasets:
-        stop.check()
+        stop_request.check()
         source, recorded = weights_source(dataset.spec), dataset.progress.weights
         if not dataset.pending:
             if recorded is not None and {**recorded, **source} == recorded:
@@ -5630,14 +5673,14 @@ def weights_differences(dataset: PreparedDataset) -> list[tuple[str, Any, Any]]:
 def remarks(dataset: PreparedDataset) -> list[str]:
     """What is odd about a dataset before its work begins, a line each."""
     lines = []
-    for standing in dataset.standings:
-        if standing.remark:
-            verb = "Redoing" if standing.state == "pending" else "Completed"
-            lines.append(f"{verb} {standing.trajectory.name}: {standing.remark}")
+    for state in dataset.states:
+        if state.remark:
+            verb = "Redoing" if state.status == "pending" else "Completed"
+            lines.append(f"{verb} {state.trajectory.name}: {state.remark}")
     records, failures = dataset.progress.records, dataset.progress.failures
     present = {trajectory.name for trajectory in dataset.trajectories}
     most = dataset.config.options.max_attempts
-    tried_again = {standing.trajectory.name for standing in dataset.standings if standing.state == "pending"}
+    tried_again = {state.trajectory.name for state in dataset.states if state.status == "pending"}
     given_up = [
         name for name in sorted((failures.keys() & present) - tried_again) if failures[name]["attempts"] >= most
     ]
@@ -5653,7 +5696,7 @@ def remarks(dataset: PreparedDataset) -> list[str]:
         (kept, "completed trajectories were made with another configuration, and stay"),
     ):
         if names:
-            lines.append(f"{len(names)} {what}: {format_names(names)}")
+            lines.append(f"{len(names)} {what}: {human_list(names)}")
     return lines
 
 
@@ -5705,15 +5748,15 @@ _LOST_MOUNT = "the mount seems lost. None of them is recorded as failed; mount i
 class DatasetRun:
     """One dataset's work: feeds the pipeline, records what it yields, and shows how far it is."""
 
-    def __init__(self, dataset: PreparedDataset, stop: StopRequest):
-        self._dataset, self._stop = dataset, stop
+    def __init__(self, dataset: PreparedDataset, stop_request: StopRequest):
+        self._dataset, self._stop_request = dataset, stop_request
         self._progress, self._store = dataset.progress, dataset.store
         self._options = dataset.config.options
         self._done = dataset.num_completed  # of the trajectories present and selected
-        self._unchanged_failures = {s.trajectory.name for s in dataset.standings if s.state == "failed"}
+        self._unchanged_failures = {s.trajectory.name for s in dataset.states if s.status == "failed"}
         self._held_back: list[TrajectoryResult] = []
-        self._unreadable = sum(bool(s.state == "completed" and s.remark) for s in dataset.standings)
-        self._frames_total = sum(work.frames for work in dataset.work.values())
+        self._unreadable = sum(bool(s.status == "completed" and s.remark) for s in dataset.states)
+        self._frames_total = sum(work.num_frames for work in dataset.work.values())
         self._frames_encoded = self._frames_finished = 0
         self._begin = self._last_line = self._last_shown = time.monotonic()
         self._results = 0
@@ -5721,7 +5764,7 @@ class DatasetRun:
         self._must_save = False  # a run that has nothing to do, and changes no setting, leaves the record as it is
         self._elapsed_before_s = dataset.progress.elapsed_s
         self._bar: tqdm | None = None
-        self._teller = Teller(dataset.config.cache_dir)
+        self._heartbeat = Heartbeat(dataset.config.cache_dir)
         self._unfinished = dict.fromkeys(trajectory.name for trajectory in dataset.pending)  # in the stream's order
 
     def run(self) -> int:
@@ -5740,7 +5783,7 @@ class DatasetRun:
                     self._process()
             self._end_record()
         finally:
-            self._teller.end()
+            self._heartbeat.end()
             if self._must_save:
                 self._save()
         return self._summarise()
@@ -5780,11 +5823,11 @@ class DatasetRun:
             progress.processing_config = dataset.spec.to_json()
             progress.weights = dataset.weights
         progress.checksum_kind = self._options.checksum
-        new_checksums = [standing for standing in dataset.standings if standing.new_checksum is not None]
-        for standing in new_checksums:
-            name = standing.trajectory.name
+        new_checksums = [state for state in dataset.states if state.new_checksum is not None]
+        for state in new_checksums:
+            name = state.trajectory.name
             record: TrajectoryRecord = {**progress.records[name], "checksum_kind": self._options.checksum}
-            progress.complete(name, standing.new_checksum, record)
+            progress.complete(name, state.new_checksum, record)
         self._must_save = (
             bool(dataset.pending or new_checksums or progress.rebuild_started) or before != self._settings()
         )
@@ -5805,7 +5848,7 @@ class DatasetRun:
         self._progress.specs[fingerprint] = dataset.spec.to_json()
         shapes = token_shapes(dataset.spec, dataset.shape)
         label = ChunkLabel(dataset.name, dataset.spec, fingerprint, digest, shapes)
-        hooks = Hooks(self._stop, self._on_frames, self._withdraw)
+        hooks = Hooks(self._stop_request, self._on_encoded, self._withdraw)
         for result in self._stream(label, hooks):
             self._take(result, fingerprint)
             self._show_progress(at_once=self._is_finished)
@@ -5814,8 +5857,10 @@ class DatasetRun:
         dataset, options = self._dataset, self._options
         if dataset.fleet is None:
             return cache_trajectories(dataset.pending, label, options, dataset.encoder, self._store, hooks)
-        assignments = [Assignment(trajectory, dataset.work[trajectory.name].frames) for trajectory in dataset.pending]
-        assignments.sort(key=lambda item: (item.trajectory.name in self._progress.failures, -item.frames))
+        assignments = [
+            Assignment(trajectory, dataset.work[trajectory.name].num_frames) for trajectory in dataset.pending
+        ]
+        assignments.sort(key=lambda item: (item.trajectory.name in self._progress.failures, -item.num_frames))
         job = RayJob(label, options, load_encoder, dataset.config.cache_dir, dataset.config.data_folder)
         return RayRun(dataset.fleet, assignments, job, self._store, hooks).results()
 
@@ -5824,7 +5869,7 @@ class DatasetRun:
             LOG.warning(
                 "%d trajectories could not be read and are not recorded as failed: %s",
                 len(self._held_back),
-                format_names([str(result.error) for result in self._held_back]),
+                human_list([str(result.error) for result in self._held_back]),
             )
         if self._is_finished and not self._dataset.left_out:
             self._progress.rebuild_started = None
@@ -5842,11 +5887,11 @@ class DatasetRun:
             LOG.warning("  failed (%s): %s%s", attempts, failure["reason"], gone)
         if len(failures) > SHOWN_NAMES:
             LOG.warning("  ... and %d more; `progress_utils.py show --all` lists them", len(failures) - SHOWN_NAMES)
-        if self._stop.signal_number is not None or not self._is_finished:
-            reason = "by a signal" if self._stop.signal_number is not None else "by --max-hours"
+        if self._stop_request.signal_number is not None or not self._is_finished:
+            reason = "by a signal" if self._stop_request.signal_number is not None else "by --max-hours"
             count = len(self._dataset.pending) - self._results + left
             LOG.warning("Stopped %s, %d trajectories are left; run the same command again to go on", reason, count)
-            return self._stop.exit_code
+            return self._stop_request.exit_code
         if left:
             LOG.info("%d trajectories are left for the next run (--limit)", left)
             return EXIT_WORK_LEFT
@@ -5856,7 +5901,7 @@ class DatasetRun:
         """Record one result, or hold it back while it may be the mount's fault."""
         self._results += 1
         self._unfinished.pop(result.name, None)
-        self._frames_finished += self._dataset.work[result.name].frames
+        self._frames_finished += self._dataset.work[result.name].num_frames
         if result.error is None:
             self._complete(result, fingerprint)
         elif isinstance(result.error, OSError) and self._may_be_lost_mount(result):
@@ -5939,7 +5984,7 @@ class DatasetRun:
             else:
                 self._progress.save()
 
-    def _on_frames(self, count: int) -> None:
+    def _on_encoded(self, count: int) -> None:
         self._frames_encoded += count
         self._show_progress()
 
@@ -5955,7 +6000,7 @@ class DatasetRun:
         if now - self._last_line >= self._options.progress_interval_s:
             self._last_line = now
             LOG.info("%s", state().line())
-        self._teller.tell(state)
+        self._heartbeat.beat(state)
 
     def _state(self, elapsed_s: float, frames_left: int) -> RunState:
         counts = (self._done, len(self._dataset.trajectories), self._progress.total_chunks)
@@ -5963,14 +6008,14 @@ class DatasetRun:
         return RunState(*counts, elapsed_s, frames_left, rate, next(iter(self._unfinished), None))
 
 
-def measure_rate(dataset: PreparedDataset, stop: StopRequest) -> float | None:
+def measure_rate(dataset: PreparedDataset, stop_request: StopRequest) -> float | None:
     """Frames/s of decoding and encoding what is pending, after a few seconds of it; None where no frame is encoded."""
     ticks: list[tuple[float, int]] = [(time.monotonic(), 0)]  # when so many frames were encoded
 
     def is_over() -> bool:
-        return stop() or (len(ticks) > 1 and time.monotonic() - ticks[1][0] > MEASURE_S)
+        return stop_request() or (len(ticks) > 1 and time.monotonic() - ticks[1][0] > MEASURE_S)
 
-    hooks = Hooks(stop=is_over, on_frames=lambda count: ticks.append((time.monotonic(), ticks[-1][1] + count)))
+    hooks = Hooks(should_stop=is_over, on_encoded=lambda count: ticks.append((time.monotonic(), ticks[-1][1] + count)))
     options, encoder, shapes = dataset.config.options, dataset.encoder, token_shapes(dataset.spec, dataset.shape)
     label = ChunkLabel(dataset.name, dataset.spec, "", dataset.weights["digest"], shapes)
     for _ in cache_trajectories(dataset.pending, label, options, encoder, None, hooks):
@@ -5981,17 +6026,17 @@ def measure_rate(dataset: PreparedDataset, stop: StopRequest) -> float | None:
     return (frames - before) / (end_s - begin_s) if end_s > begin_s else None
 
 
-def measure(datasets: list[PreparedDataset], stop: StopRequest) -> dict[str, float | None]:
+def measure(datasets: list[PreparedDataset], stop_request: StopRequest) -> dict[str, float | None]:
     """Frames/s by dataset, of those that have frames to encode; loads the models and writes nothing."""
-    busy = [dataset for dataset in datasets if any(work.frames for work in dataset.work.values())]
-    load_encoders(busy, stop)
+    busy = [dataset for dataset in datasets if any(work.num_frames for work in dataset.work.values())]
+    load_encoders(busy, stop_request)
     rates = {}
     for name in sorted({dataset.name for dataset in datasets} - {dataset.name for dataset in busy}):
         print(f"Nothing to measure of {name}: it has no frames to encode", file=sys.stderr, flush=True)
     for dataset in busy:
         print(f"Measuring {dataset.name} on {dataset.device} ...", file=sys.stderr, flush=True)
-        rates[dataset.name] = measure_rate(dataset, stop)
-        stop.check()
+        rates[dataset.name] = measure_rate(dataset, stop_request)
+        stop_request.check()
     return rates
 
 
@@ -6004,18 +6049,18 @@ def alternative_tokens(dataset: PreparedDataset) -> list[tuple[Token, ...]]:
 def print_cost(dataset: PreparedDataset, rates: dict[str, float | None]) -> None:
     """The space that other tokens would take, and, where it was measured, the time."""
     works = dataset.work.values()
-    frames = sum(work.frames for work in works)
+    frames = sum(work.num_frames for work in works)
     if frames:
         sizes = []
         for tokens in alternative_tokens(dataset):
             spec = dataset.spec.model_copy(update={"tokens": tokens})
             chosen = " (chosen)" if tokens == dataset.spec.tokens else ""
-            sizes.append(f"{' + '.join(tokens)} {format_bytes(cache_bytes(dataset, spec, works))}{chosen}")
+            sizes.append(f"{' + '.join(tokens)} {human_bytes(cache_bytes(dataset, spec, works))}{chosen}")
         print(f"  by tokens: {', '.join(sizes)}")
     if rate := rates.get(dataset.name):
         how = f"at {rate:.1f} frames/s, measured while decoding and encoding on {dataset.device}"
         how += " in one process, without Ray" if dataset.config.options.executor == "ray" else ""
-        print(f"  estimated time: {format_duration(frames / rate)} {how}")
+        print(f"  estimated time: {human_duration(frames / rate)} {how}")
 
 
 def print_forecast(dataset: PreparedDataset, reasons: list[str], rates: dict[str, float | None]) -> None:
@@ -6025,11 +6070,11 @@ def print_forecast(dataset: PreparedDataset, reasons: list[str], rates: dict[str
     print(f"  trajectories: {len(dataset.trajectories)}")
     print(f"  completed: {dataset.num_completed}")
     print(f"  to do now: {len(dataset.pending)}")
-    print(f"  frames to encode: {sum(item.frames for item in work)}")
-    print(f"  chunks to write: {sum(item.chunks for item in work)}")
-    print(f"  bytes they take: {taken} ({format_bytes(taken)}), replacing {format_bytes(replaced_bytes(dataset))}")
+    print(f"  frames to encode: {sum(item.num_frames for item in work)}")
+    print(f"  chunks to write: {sum(item.num_chunks for item in work)}")
+    print(f"  bytes they take: {taken} ({human_bytes(taken)}), replacing {human_bytes(replaced_bytes(dataset))}")
     print_cost(dataset, rates)
-    print(f"  free space: {format_bytes(free_bytes(dataset.config.cache_dir))}")
+    print(f"  free space: {human_bytes(free_bytes(dataset.config.cache_dir))}")
     if dataset.progress.records:
         changes = spec_differences(dataset.progress.processing_config, dataset.spec)
         recorded, source = dataset.progress.weights, weights_source(dataset.spec)["source"]
@@ -6057,7 +6102,21 @@ def begin_rebuild(dataset: PreparedDataset) -> None:
             progress.save()
 
 
-def run_datasets(datasets: list[PreparedDataset], stop: StopRequest) -> int:
+@contextlib.contextmanager
+def log_file(cache_dir: Path) -> Iterator[None]:
+    """Everything that is logged goes to the cache's log file too, with times and tracebacks."""
+    handler = logging.FileHandler(cache_dir / LOG_FILE, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    LOG.addHandler(handler)
+    try:
+        yield
+    finally:
+        LOG.removeHandler(handler)
+        with contextlib.suppress(OSError):  # a full disk: what is buffered cannot be written
+            handler.close()
+
+
+def run_datasets(datasets: list[PreparedDataset], stop_request: StopRequest) -> int:
     """Run one dataset after the other; returns the exit code of the worst outcome."""
     codes = []
     for dataset in datasets:
@@ -6065,7 +6124,7 @@ def run_datasets(datasets: list[PreparedDataset], stop: StopRequest) -> int:
             try:
                 with storage_errors(dataset.config.cache_dir):
                     logs.enter_context(log_file(dataset.config.cache_dir))
-                codes.append(DatasetRun(dataset, stop).run())
+                codes.append(DatasetRun(dataset, stop_request).run())
             except StorageError as error:  # another dataset may lie on another disk
                 LOG.error("error: %s", error, exc_info=error)
                 codes.append(error.exit_code)
@@ -6079,9 +6138,77 @@ def run_datasets(datasets: list[PreparedDataset], stop: StopRequest) -> int:
                     exc_info=error,
                 )
                 return EXIT_STOPPED_BY_FAULT
-        if stop.signal_number is not None:
-            return stop.exit_code
+        if stop_request.signal_number is not None:
+            return stop_request.exit_code
     return next(code for code in _WORST_FIRST if code in codes)
+
+
+@contextlib.contextmanager
+def locked_cache(cache_dir: Path) -> Iterator[None]:
+    """Make the cache folder and hold its lock."""
+    try:
+        make_directories_durably(cache_dir)
+    except OSError as error:
+        raise RefusedError(f"cache_dir {cache_dir}: cannot make it: {error.strerror}") from error
+    with cache_lock(cache_dir):
+        yield
+
+
+def run(arguments: argparse.Namespace, stop_request: StopRequest) -> int:
+    """Check everything that can be refused, for all datasets; then do the work. Returns the exit code."""
+    overrides = {
+        "device": arguments.device,
+        "batch_size": arguments.batch_size,
+        "force_rebuild": arguments.force_rebuild or None,
+    }
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    configs = select_datasets(load_config(arguments.config, overrides), arguments.dataset)
+    with contextlib.ExitStack() as resources:
+        for config in configs:
+            if not config.data_folder.is_dir():
+                raise RefusedError(
+                    f"datasets.{config.name}.data_folder: {config.data_folder} is not a folder; is the disk mounted?"
+                )
+            if not arguments.dry_run:
+                resources.enter_context(locked_cache(config.cache_dir))
+        with PROFILE("list"):
+            datasets = [prepare_dataset(config, stop_request) for config in configs]
+        if not arguments.dry_run:
+            for dataset in datasets:
+                changes = spec_differences(dataset.progress.processing_config, dataset.spec)
+                confirm_changes(dataset, changes, stop_request, yes=arguments.yes)
+        for dataset in datasets:
+            dataset.choose_pending(arguments.limit)
+        on_ray = [dataset for dataset in datasets if dataset.pending and dataset.config.options.executor == "ray"]
+        fleet = resources.enter_context(ray_fleet(on_ray)) if on_ray and not arguments.dry_run else None
+        stop_request.check()
+        for dataset in datasets:
+            if dataset.pending:
+                resolve_device_and_precision(dataset, here=arguments.measure)
+                weights_source(dataset.spec)  # refuses a file that is not there
+        if arguments.dry_run:
+            reasons = [estimate_work(dataset, stop_request) for dataset in datasets]
+            rates = measure(datasets, stop_request) if arguments.measure else {}
+            for dataset, why in zip(datasets, reasons):
+                print_forecast(dataset, why, rates)
+            return EXIT_COMPLETED
+        with PROFILE("list"):
+            for dataset in datasets:
+                estimate_work(dataset, stop_request)
+        check_disk(datasets)
+        with PROFILE("load"):
+            load_encoders(datasets, stop_request)
+        for dataset in datasets:
+            confirm_changes(dataset, weights_differences(dataset), stop_request, yes=arguments.yes)
+        if fleet:
+            fleet.gather(stop_request)
+        stop_request.check()
+        for dataset in datasets:
+            begin_rebuild(dataset)
+        code = run_datasets(datasets, stop_request)
+        if arguments.profile:
+            print(PROFILE.table())
+        return code
 
 
 # ======================================================================================================================
@@ -6095,20 +6222,6 @@ class ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(printable(record.getMessage()), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout)
         sys.stdout.flush()
-
-
-@contextlib.contextmanager
-def log_file(cache_dir: Path) -> Iterator[None]:
-    """Everything that is logged goes to the cache's log file too, with times and tracebacks."""
-    handler = logging.FileHandler(cache_dir / LOG_FILE, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    LOG.addHandler(handler)
-    try:
-        yield
-    finally:
-        LOG.removeHandler(handler)
-        with contextlib.suppress(OSError):  # a full disk: what is buffered cannot be written
-            handler.close()
 
 
 def set_up_process() -> None:
@@ -6176,74 +6289,6 @@ def select_datasets(configs: list[DatasetConfig], names: list[str] | None) -> li
     return [config for config in configs if not names or config.name in names]
 
 
-def run(arguments: argparse.Namespace, stop: StopRequest) -> int:
-    """Check everything that can be refused, for all datasets; then do the work. Returns the exit code."""
-    overrides = {
-        "device": arguments.device,
-        "batch_size": arguments.batch_size,
-        "force_rebuild": arguments.force_rebuild or None,
-    }
-    overrides = {key: value for key, value in overrides.items() if value is not None}
-    configs = select_datasets(load_config(arguments.config, overrides), arguments.dataset)
-    with contextlib.ExitStack() as resources:
-        for config in configs:
-            if not config.data_folder.is_dir():
-                raise RefusedError(
-                    f"datasets.{config.name}.data_folder: {config.data_folder} is not a folder; is the disk mounted?"
-                )
-            if not arguments.dry_run:
-                resources.enter_context(locked_cache(config.cache_dir))
-        with PROFILE("list"):
-            datasets = [prepare_dataset(config, stop) for config in configs]
-        if not arguments.dry_run:
-            for dataset in datasets:
-                changes = spec_differences(dataset.progress.processing_config, dataset.spec)
-                confirm_changes(dataset, changes, stop, yes=arguments.yes)
-        for dataset in datasets:
-            dataset.choose_pending(arguments.limit)
-        on_ray = [dataset for dataset in datasets if dataset.pending and dataset.config.options.executor == "ray"]
-        fleet = resources.enter_context(ray_fleet(on_ray)) if on_ray and not arguments.dry_run else None
-        stop.check()
-        for dataset in datasets:
-            if dataset.pending:
-                resolve_device_and_precision(dataset, here=arguments.measure)
-                weights_source(dataset.spec)  # refuses a file that is not there
-        if arguments.dry_run:
-            reasons = [estimate_work(dataset, stop) for dataset in datasets]
-            rates = measure(datasets, stop) if arguments.measure else {}
-            for dataset, why in zip(datasets, reasons):
-                print_forecast(dataset, why, rates)
-            return EXIT_COMPLETED
-        with PROFILE("list"):
-            for dataset in datasets:
-                estimate_work(dataset, stop)
-        check_disk(datasets)
-        with PROFILE("load"):
-            load_encoders(datasets, stop)
-        for dataset in datasets:
-            confirm_changes(dataset, weights_differences(dataset), stop, yes=arguments.yes)
-        if fleet:
-            fleet.gather(stop)
-        stop.check()
-        for dataset in datasets:
-            begin_rebuild(dataset)
-        code = run_datasets(datasets, stop)
-        if arguments.profile:
-            print(PROFILE.table())
-        return code
-
-
-@contextlib.contextmanager
-def locked_cache(cache_dir: Path) -> Iterator[None]:
-    """Make the cache folder and hold its lock."""
-    try:
-        make_directories_durably(cache_dir)
-    except OSError as error:
-        raise RefusedError(f"cache_dir {cache_dir}: cannot make it: {error.strerror}") from error
-    with cache_lock(cache_dir):
-        yield
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
@@ -6254,11 +6299,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.measure and not arguments.dry_run:
         parser.error("--measure: goes with --dry-run")
-    stop = StopRequest(arguments.max_hours)
-    stop.install()
+    stop_request = StopRequest(arguments.max_hours)
+    stop_request.install()
     set_up_process()
     try:
-        return run(arguments, stop)
+        return run(arguments, stop_request)
     except DinoCacheError as error:
         LOG.error("error: %s", error)
         return error.exit_code

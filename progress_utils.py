@@ -69,39 +69,12 @@ PROGRESS_FORMAT_VERSION = 1
 SAVE_SHARE = 0.02  # saves may take this share of a run's time before they are spaced
 READABLE_ENTRIES = 1000  # up to here progress.json is indented; json's indenting encoder is 10 times slower
 SHOWN_FAILURES = 10
-TELL_INTERVAL_S = 1.0  # between two times that a run says how far it is
+HEARTBEAT_INTERVAL_S = 1.0  # between two times that a run says how far it is
 STALE_AFTER_S = 900.0  # a run that encodes and says nothing for so long is taken for stuck
 WATCH_INTERVAL_S = 2.0
 # Errors of reading that are the mount's fault or the user's, so that a file that gives one is not called damaged.
 CANNOT_LOOK = (errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOTCONN, errno.ENXIO, errno.ETIMEDOUT)
 GC_THRESHOLDS = (100_000, 20, 100)  # a large record is a million objects, not to be looked through every 700 new ones
-
-
-def chunk_file_name(index: int) -> str:
-    """The file of a trajectory's chunk number `index`, from 0."""
-    return f"chunk_{index:05d}.h5"
-
-
-def is_chunk_file(name: str) -> bool:
-    """Whether a file's name is that of a chunk."""
-    return re.fullmatch(r"chunk_\d{5,}\.h5", name) is not None
-
-
-def printable(text: str) -> str:
-    """A text for the terminal: names come from strangers' data, control characters in them do not reach it."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
-
-
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: "<microseconds> <in so many>", or "max <...>"
-
-
-def available_cores() -> int:
-    """Cores that this process may use, by its affinity and its container's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        quota_us, period_us = map(int, CPU_QUOTA.read_text().split())
-        cores = min(cores, max(1, quota_us // period_us))
-    return cores
 
 
 # ======================================================================================================================
@@ -131,6 +104,38 @@ class CacheLockedError(DinoCacheError):
     exit_code = 4
 
 
+# ======================================================================================================================
+# Names and small helpers
+# ======================================================================================================================
+
+
+def chunk_file_name(index: int) -> str:
+    """The file of a trajectory's chunk number `index`, from 0."""
+    return f"chunk_{index:05d}.h5"
+
+
+def is_chunk_file(name: str) -> bool:
+    """Whether a file's name is that of a chunk."""
+    return re.fullmatch(r"chunk_\d{5,}\.h5", name) is not None
+
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: "<microseconds> <in so many>", or "max <...>"
+
+
+def printable(text: str) -> str:
+    """A text for the terminal: names come from strangers' data, control characters in them do not reach it."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
+
+
+def available_cores() -> int:
+    """Cores that this process may use, by its affinity and its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota_us, period_us = map(int, CPU_QUOTA.read_text().split())
+        cores = min(cores, max(1, quota_us // period_us))
+    return cores
+
+
 def chunk_folders(cache_dir: Path) -> Iterator[str]:
     """Names of trajectories that have chunk files here, recorded or not.
 
@@ -147,6 +152,22 @@ def chunk_folders(cache_dir: Path) -> Iterator[str]:
         subfolders[:] = sorted(name for name in subfolders if not (is_top and name == STAGING_FOLDER))
         if any(map(is_chunk_file, files)):
             yield Path(folder).relative_to(cache_dir).as_posix()
+
+
+def human_bytes(count: float) -> str:
+    """1234567 -> 1.2 MB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def human_duration(seconds: float) -> str:
+    """5400 -> 1.5 h."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
 
 
 # ======================================================================================================================
@@ -270,7 +291,7 @@ class RunState(NamedTuple):
         return line
 
 
-class Teller:
+class Heartbeat:
     """Tells those who watch how far a run is, beside the name of the lock's holder, once a second at most.
 
     What is told is for eyes only: it is not forced to the disk, goes with the lock, and nothing is decided by it.
@@ -278,18 +299,18 @@ class Teller:
 
     def __init__(self, cache_dir: Path):
         self._path = cache_dir / LOCK_OWNER_FILE
-        self._has_told = False
-        self._told_at = time.monotonic()  # a run that is over at once has nothing to tell
+        self._has_beaten = False
+        self._last_beat = time.monotonic()  # a run that is over at once has nothing to tell
 
-    def tell(self, state: Callable[[], RunState]) -> None:
+    def beat(self, state: Callable[[], RunState]) -> None:
         """Tell how far the run is, if it is time to."""
-        if time.monotonic() - self._told_at >= TELL_INTERVAL_S:
-            self._told_at, self._has_told = time.monotonic(), True
+        if time.monotonic() - self._last_beat >= HEARTBEAT_INTERVAL_S:
+            self._last_beat, self._has_beaten = time.monotonic(), True
             self._write({"run": state()._asdict()})
 
     def end(self) -> None:
         """Tell that the run is over, though its process may hold the lock for longer."""
-        if self._has_told:
+        if self._has_beaten:
             self._write({})
 
     def _write(self, more: dict[str, Any]) -> None:
@@ -306,14 +327,14 @@ class LockOwner(NamedTuple):
 
     name: str  # pid, host and start time, in words
     is_alive: bool  # a process of another host counts as alive, nobody here can tell
-    last_heard: float  # epoch seconds
+    last_heartbeat: float  # epoch seconds
     run: RunState | None
 
     @property
     def is_stale(self) -> bool:
         """Whether it left the name when it was killed, or seems stuck. One that encodes nothing has nothing to say: it
         reads poses, loads a model, or is at work on another of its config's datasets."""
-        is_silent = self.run is not None and time.time() - self.last_heard > STALE_AFTER_S
+        is_silent = self.run is not None and time.time() - self.last_heartbeat > STALE_AFTER_S
         return is_silent or not self.is_alive
 
 
@@ -321,7 +342,7 @@ def read_lock_owner(cache_dir: Path) -> LockOwner | None:
     """Who left its name beside the lock; None where nobody did."""
     path, is_alive = cache_dir / LOCK_OWNER_FILE, True
     try:
-        last_heard = path.stat().st_mtime
+        last_heartbeat = path.stat().st_mtime
         owner = json.loads(path.read_text(encoding="utf-8"))
         name = f"pid {owner['pid']} on {owner['host']}, since {owner['started']}"
         run = RunState(**owner["run"]) if "run" in owner else None
@@ -333,7 +354,7 @@ def read_lock_owner(cache_dir: Path) -> LockOwner | None:
         is_alive = False
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
-    return LockOwner(name, is_alive, last_heard, run)
+    return LockOwner(name, is_alive, last_heartbeat, run)
 
 
 def lock_owner(cache_dir: Path) -> str | None:
@@ -733,7 +754,7 @@ def _status_lines(progress: Progress) -> list[str]:
         f"Processing time: {progress.elapsed_s / 3600:.1f} hours",
         f"Last update: {time.ctime(progress.last_update)}",
         *_run_lines(progress.cache_dir),
-        *_state_remarks(progress),
+        *state_remarks(progress),
     ]
 
 
@@ -744,14 +765,14 @@ def _run_lines(cache_dir: Path) -> list[str]:
         return []
     if owner.is_stale:
         how = "not heard of since" if owner.is_alive else "killed; last heard of"
-        return [f"⚠️ Stale: a run ({owner.name}) was {how} {time.ctime(owner.last_heard)}"]
+        return [f"⚠️ Stale: a run ({owner.name}) was {how} {time.ctime(owner.last_heartbeat)}"]
     lines = [f"Run at work: {owner.name}"]
     if owner.run is not None:
         lines += [owner.run.line(), printable(f"Trajectory in work: {owner.run.trajectory}")]
     return lines
 
 
-def _state_remarks(progress: Progress) -> list[str]:
+def state_remarks(progress: Progress) -> list[str]:
     remarks = []
     if progress.rebuild_started is not None:
         remarks.append(f"Rebuild under way since {time.ctime(progress.rebuild_started)}: the next run goes on with it")
@@ -825,22 +846,6 @@ def _cache_row(cache_dir: Path) -> dict[str, Any]:
     }
 
 
-def format_bytes(count: float) -> str:
-    """1234567 -> 1.2 MB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def format_duration(seconds: float) -> str:
-    """5400 -> 1.5 h."""
-    if seconds >= 3600:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
-
-
 _TABLE_HEAD = ("Dataset", "Completed", "Done", "Failed", "Chunks", "Size", "State", "Last update", "Cache folder")
 _NUMBER_COLUMNS = range(1, 6)
 
@@ -860,7 +865,7 @@ def _table_line(row: dict[str, Any]) -> tuple[str, ...]:
     if "error" in row:
         return ("unreadable", *"?" * 7, row["error"])
     percent = "?" if row["percent"] is None else f"{row['percent']:.1f}%"
-    counts = (str(row["completed"]), percent, str(row["failed"]), str(row["chunks"]), format_bytes(row["bytes"]))
+    counts = (str(row["completed"]), percent, str(row["failed"]), str(row["chunks"]), human_bytes(row["bytes"]))
     return (str(row["dataset_name"]), *counts, row["state"], time.ctime(row["last_update"]), row["cache_dir"])
 
 
@@ -1389,7 +1394,7 @@ def _export_flat(progress: Progress, output: Path, token_datasets: list[str], *,
     finally:
         temporary.unlink(missing_ok=True)
     frames = sum(rows.stop - rows.start for _, episode in found for rows in episode)
-    return f"{len(found)} episodes, {frames} frames, {format_bytes(output.stat().st_size)}"
+    return f"{len(found)} episodes, {frames} frames, {human_bytes(output.stat().st_size)}"
 
 
 def _write_flat(
@@ -1428,7 +1433,7 @@ def _make_columns(
         rows |= {name: (chunk[name].shape[1:], chunk[name].dtype) for name in token_datasets}
     needed = num_frames * sum(math.prod(shape) * dtype.itemsize for shape, dtype in rows.values())
     if needed > (free := free_bytes(folder)):
-        raise RefusedError(f"{folder}: the export takes {format_bytes(needed)} and {format_bytes(free)} are free")
+        raise RefusedError(f"{folder}: the export takes {human_bytes(needed)} and {human_bytes(free)} are free")
     return {
         name: file.create_dataset(name, (num_frames, *shape), dtype, fillvalue=math.nan if dtype.kind == "f" else None)
         for name, (shape, dtype) in rows.items()
@@ -1592,7 +1597,7 @@ def report(cache_dir: Path, *, output: Path, data_folder: Path | None) -> int:
     ]
     page = _page(f"{progress.dataset_name}: dino_cache report", _problems_section(look) + "".join(sections))
     write_durably(output, page.encode(errors="replace"))
-    print(f"Wrote {output} ({format_bytes(output.stat().st_size)})")
+    print(f"Wrote {output} ({human_bytes(output.stat().st_size)})")
     return 0
 
 
@@ -1768,7 +1773,7 @@ def _summary_section(look: _Look) -> str:
         ("completed trajectories", f"{len(progress.records):,}", share),
         ("failed trajectories", f"{len(progress.failures):,}", "see below" if progress.failures else "none"),
         ("frames", f"{sum(look.num_frames.values()):,}", "each counted once"),
-        ("chunks", f"{progress.total_chunks:,}", format_bytes(size)),
+        ("chunks", f"{progress.total_chunks:,}", human_bytes(size)),
         ("pose jumps", *_jumps_tile(progress)),
         ("rate", f"{rate:.1f} frames/s" if rate else "?", "mean of the last night"),
         ("time left", _time_left(look, owner, rate), state),
@@ -1789,7 +1794,7 @@ def _jumps_tile(progress: Progress) -> tuple[str, str]:
 
 
 def _report_remarks(progress: Progress) -> list[str]:
-    remarks = _state_remarks(progress)
+    remarks = state_remarks(progress)
     if str((progress.weights or {}).get("source", "")).startswith("random"):
         remarks.append("The weights are random: the features, their similarities and their colours mean nothing")
     return remarks
@@ -1805,13 +1810,13 @@ def _night_rate(night: list[ChunkFacts]) -> float | None:
 def _time_left(look: _Look, owner: LockOwner | None, rate: float | None) -> str:
     progress, total = look.progress, look.progress.num_trajectories
     if owner is not None and not owner.is_stale and owner.run is not None and owner.run.frames_per_s > 0:
-        return format_duration(owner.run.frames_left / owner.run.frames_per_s)
+        return human_duration(owner.run.frames_left / owner.run.frames_per_s)
     left = (total or 0) - len(progress.records) - len(progress.failures)
     if total is not None and left <= 0:
         return "none"
     if not rate or total is None:
         return "?"
-    return format_duration(left * sum(look.num_frames.values()) / len(progress.records) / rate)
+    return human_duration(left * sum(look.num_frames.values()) / len(progress.records) / rate)
 
 
 def _problems_section(look: _Look) -> str:
@@ -2060,7 +2065,7 @@ def _frame_as_url(look: _Look, name: str, frame: int) -> str:
         format_name = progress.data_format if progress.data_format in FORMATS else None
         trajectory = FORMATS[format_name or detect_format(folder, data_keys(spec)).name].locate(folder, name)
         if trajectory.path.is_file() and (size := trajectory.path.stat().st_size) > REPORT_FRAME_FILE_BYTES:
-            raise RefusedError(f"Frames of {name} are not shown: {trajectory.path} has {format_bytes(size)} to search")
+            raise RefusedError(f"Frames of {name} are not shown: {trajectory.path} has {human_bytes(size)} to search")
         pixels = read_frame(trajectory, frame, spec)  # (3, H, W) uint8
     except (InputError, OSError, IndexError) as error:
         raise RefusedError(f"Frames of {name} cannot be shown ({error}); are they elsewhere? --data-folder") from error

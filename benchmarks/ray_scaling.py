@@ -80,7 +80,7 @@ def one_run(
     label = dino_cache.ChunkLabel("benchmark", SPEC, "0" * 16, "0" * 16, shapes)
     names = [f"t{index:04d}" for index in range(len(lengths))]  # as make_trajectories calls them
     found = [dino_cache.Trajectory(name, Path(f"{data_folder}/{name}")) for name in names]
-    assignments = sorted(map(dino_cache.Assignment, found, lengths), key=lambda item: -item.frames)
+    assignments = sorted(map(dino_cache.Assignment, found, lengths), key=lambda item: -item.num_frames)
     job = dino_cache.RayJob(label, dino_cache.RunOptions(**options), load_encoder, cache, data_folder or cache)
     progress = Progress(cache, "benchmark")
     progress.specs["0" * 16] = SPEC.to_json()
@@ -92,7 +92,7 @@ def one_run(
             begin = begin or (time.perf_counter(), time.process_time())
         return False
 
-    for result in dino_cache.RayRun(fleet, assignments, job, store, dino_cache.Hooks(stop=begins)).results():
+    for result in dino_cache.RayRun(fleet, assignments, job, store, dino_cache.Hooks(should_stop=begins)).results():
         if result.error is not None:
             raise result.error
         record = {"fingerprint": "0" * 16, "spans": result.spans, "bytes": result.chunk_bytes, "checksum_kind": "stat"}

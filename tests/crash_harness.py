@@ -95,7 +95,7 @@ def _be_the_child(commands: list[Command], log: Path, report: Path, die_at: int 
         torch.set_num_threads(1)
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})  # verify and rebuild then start no processes
-        progress_utils.TELL_INTERVAL_S = float("inf")  # else a slow run would make calls that a quick one does not
+        progress_utils.HEARTBEAT_INTERVAL_S = float("inf")  # else a slow run would make calls that a quick one does not
         counter = _Counter(die_at, report)
         for command in commands:
             counter.watch(command.cache_dir)

@@ -158,7 +158,7 @@ def test_frames_and_poses_belong_together_after_a_stop_and_a_resume(
     tmp_path: Path, written: dict[str, tuple[Path, list[str]]], kind: str
 ) -> None:
     (data, names), encoded = written[kind], []
-    hooks = Hooks(stop=lambda: sum(encoded) >= 56, on_frames=encoded.append)  # in the second trajectory
+    hooks = Hooks(should_stop=lambda: sum(encoded) >= 56, on_encoded=encoded.append)  # in the second trajectory
     how = {"resize": "stretch", "format": WRITERS[kind][0]}
     first = [result.name for result in stream_results(data, tmp_path / "cache", BitEncoder(), hooks=hooks, **how)]
     assert first == names[:1]
@@ -216,11 +216,11 @@ def test_a_long_video_is_decoded_once_and_little_of_it_is_held(tmp_path: Path, w
     names = write_videos(tmp_path / "data", [long])
     ahead, encoded = [], []
 
-    def on_frames(count: int) -> None:
+    def on_encoded(count: int) -> None:
         encoded.append(count)
         ahead.append(watched.frames - sum(encoded))
 
-    results = cache(tmp_path / "data", tmp_path / "cache", "video and tum", hooks=Hooks(on_frames=on_frames))
+    results = cache(tmp_path / "data", tmp_path / "cache", "video and tum", hooks=Hooks(on_encoded=on_encoded))
     assert [result.error for result in results.values()] == [None]
     assert (watched.opened, watched.closed, watched.seeks, watched.frames) == (1, 1, 0, 3000)
     assert max(ahead) < 250  # 16 groups of 8 are read ahead, and some wait for the encoder, however long the video
@@ -289,7 +289,7 @@ def test_a_video_is_closed_when_its_trajectory_fails_or_the_run_stops(
         times = "\n".join(f"{number / FPS} {number} 0 0 0 0 0 1" for number in range(70))
         (tmp_path / "data/t1.txt").write_text(times)
         assert len(data) > 0
-    hooks = Hooks(stop=lambda: stop_after is not None and sum(encoded) > stop_after, on_frames=encoded.append)
+    hooks = Hooks(should_stop=lambda: stop_after is not None and sum(encoded) > stop_after, on_encoded=encoded.append)
     bad = NonFinite(at=30) if stop_after is None else BitEncoder()
     how = {"resize": "stretch", "format": "video", "hooks": hooks}
     results = {result.name: result for result in stream_results(tmp_path / "data", tmp_path / "cache", bad, **how)}
@@ -533,7 +533,7 @@ def pid_of(readers: dino_cache.Hdf5Readers) -> int:
 
 def read_one(path: Path) -> list[bytes]:
     trajectory = Trajectory("t1", path, format="recon")
-    return [bytes(data) for data in open_source(trajectory, DataKeys()).frames([3]).read([3])]
+    return [bytes(data) for data in open_source(trajectory, DataKeys()).open_frames([3]).read([3])]
 
 
 def test_a_reading_process_that_was_killed_is_replaced(tmp_path: Path, readers: dino_cache.Hdf5Readers) -> None:

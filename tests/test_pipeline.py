@@ -97,7 +97,7 @@ def test_every_row_is_its_own_frames_however_many_batches_are_in_flight(data, tm
 
 def test_batches_are_full_across_trajectories_and_chunks_and_every_frame_is_encoded_once(data, tmp_path):
     encoder, counted = StampEncoder(), []
-    list(stream_results(data, tmp_path / "cache", encoder, hooks=Hooks(on_frames=counted.append)))
+    list(stream_results(data, tmp_path / "cache", encoder, hooks=Hooks(on_encoded=counted.append)))
     assert encoder.batch_sizes == [8] * 9 + [3]
     assert counted == encoder.batch_sizes
 
@@ -392,7 +392,9 @@ def test_stop_encodes_no_further_batch_and_publishes_no_half_trajectory(data, tm
             started.append(encoder.started)
         return calls >= call
 
-    results = list(stream_results(data, tmp_path / "cache", encoder, hooks=Hooks(stop=stop), batch_size=batch_size))
+    results = list(
+        stream_results(data, tmp_path / "cache", encoder, hooks=Hooks(should_stop=stop), batch_size=batch_size)
+    )
     assert started == [encoder.started]
     ends = dict(zip(COUNTS, np.cumsum(list(COUNTS.values()))))
     encoded = [name for name, end in ends.items() if end <= sum(encoder.batch_sizes)]
@@ -402,7 +404,7 @@ def test_stop_encodes_no_further_batch_and_publishes_no_half_trajectory(data, tm
 
 def test_stop_before_the_first_frame_does_nothing(data, tmp_path):
     encoder = StampEncoder()
-    assert list(stream_results(data, tmp_path / "cache", encoder, hooks=Hooks(stop=lambda: True))) == []
+    assert list(stream_results(data, tmp_path / "cache", encoder, hooks=Hooks(should_stop=lambda: True))) == []
     assert encoder.batch_sizes == []
     check_cache(tmp_path / "cache", [])
 

@@ -236,13 +236,13 @@ def state_of(cache_dir: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return row["state"]
 
 
-def tell(cache_dir: Path, done: int, name: str, monkeypatch: pytest.MonkeyPatch) -> progress_utils.Teller:
+def beat(cache_dir: Path, done: int, name: str, monkeypatch: pytest.MonkeyPatch) -> progress_utils.Heartbeat:
     """What a run 360 s old tells at 25 frames/s with 45,000 frames left."""
-    monkeypatch.setattr(progress_utils, "TELL_INTERVAL_S", 0.0)
+    monkeypatch.setattr(progress_utils, "HEARTBEAT_INTERVAL_S", 0.0)
     state = progress_utils.RunState(done, 8, 30, 360.0, 45000, 25.0, name)
-    teller = progress_utils.Teller(cache_dir)
-    teller.tell(lambda: state)
-    return teller
+    heartbeat = progress_utils.Heartbeat(cache_dir)
+    heartbeat.beat(lambda: state)
+    return heartbeat
 
 
 def test_list_says_running_stale_or_idle(tmp_path, capsys, monkeypatch):
@@ -253,12 +253,12 @@ def test_list_says_running_stale_or_idle(tmp_path, capsys, monkeypatch):
         text = owner.read_text()
         os.utime(owner, (0, 0))
         assert state_of(tmp_path, capsys) == "running"  # it reads poses, or is at work on another dataset
-        teller = tell(tmp_path, 2, "a", monkeypatch)
+        heartbeat = beat(tmp_path, 2, "a", monkeypatch)
         os.utime(owner, (time.time() - 890, time.time() - 890))
         assert state_of(tmp_path, capsys) == "running"
         os.utime(owner, (time.time() - 901, time.time() - 901))
         assert state_of(tmp_path, capsys) == "stale"  # it encodes, and is silent for 15 minutes
-        teller.end()
+        heartbeat.end()
         os.utime(owner, (0, 0))
         assert state_of(tmp_path, capsys) == "running"  # done with this one
     assert state_of(tmp_path, capsys) == "idle"
@@ -283,7 +283,7 @@ def test_show_says_how_far_a_run_is_and_which_trajectory_is_in_work(tmp_path, mo
         lines = run_utils("show", "--cache-dir", tmp_path).stdout.splitlines()
         (line,) = [line for line in lines if line.startswith("Run at work: ")]
         assert line.startswith(f"Run at work: pid {os.getpid()} on ")
-        tell(tmp_path, 2, "b/\x1b[31mred", monkeypatch)
+        beat(tmp_path, 2, "b/\x1b[31mred", monkeypatch)
         lines = run_utils("show", "--cache-dir", tmp_path).stdout.splitlines()
         assert lines[lines.index(line) + 1 :][:2] == [TOLD, "Trajectory in work: b/\\x1b[31mred"]
         with pytest.raises(progress_utils.CacheLockedError, match=f"pid {os.getpid()} on "), cache_lock(tmp_path):
@@ -296,11 +296,11 @@ def test_what_is_told_is_spaced(tmp_path, monkeypatch):
     told, now = [], [100.0]
     state = progress_utils.RunState(1, 2, 3, 4.0, 5, 6.0, "t")
     with cache_lock(tmp_path):
-        monkeypatch.setattr(progress_utils, "TELL_INTERVAL_S", 2.0)
+        monkeypatch.setattr(progress_utils, "HEARTBEAT_INTERVAL_S", 2.0)
         monkeypatch.setattr(progress_utils.time, "monotonic", lambda: now[0])
-        teller = progress_utils.Teller(tmp_path)
+        heartbeat = progress_utils.Heartbeat(tmp_path)
         for now[0] in (100.0, 101.5, 102.0, 103.5, 104.0, 104.5, 107.0):
-            teller.tell(lambda: told.append(now[0]) or state)
+            heartbeat.beat(lambda: told.append(now[0]) or state)
     assert told == [102.0, 104.0, 107.0]  # a run that is over at once tells nothing
 
 
@@ -312,7 +312,7 @@ def test_watch_shows_in_place_what_changes_until_ctrl_c(tmp_path, monkeypatch):
         terminal.expect_exact("Completed trajectories: 2")
         with cache_lock(tmp_path):
             terminal.expect_exact("Run at work: ")
-            tell(tmp_path, 2, "b/c", monkeypatch)
+            beat(tmp_path, 2, "b/c", monkeypatch)
             terminal.expect_exact(TOLD)
             terminal.expect_exact("Trajectory in work: b/c")
         progress = Progress.load(tmp_path)

@@ -440,7 +440,7 @@ def test_a_chunk_that_is_not_as_recorded_is_an_error_that_names_it(make_cache, d
 def test_chunks_of_a_newer_format_are_refused(make_cache, monkeypatch, tmp_path):
     cache = make_cache()
     with monkeypatch.context() as newer:
-        newer.setattr(dino_cache, "FORMAT_VERSION", 2)
+        newer.setattr(dino_cache, "CHUNK_FORMAT_VERSION", 2)
         make_trajectory(tmp_path / "data_robot" / "e", 30, stamp=5)
         make_cache()
     windows = CacheWindows(cache, 3)

@@ -289,10 +289,10 @@ def test_the_rate_is_that_of_the_last_night(lab, monkeypatch):
 def test_the_time_left_is_that_of_the_run_at_work(lab, monkeypatch):
     make_trajectory(lab.data / "a", 20, stamp=1)
     lab.run()
-    monkeypatch.setattr(progress_utils, "TELL_INTERVAL_S", 0.0)
+    monkeypatch.setattr(progress_utils, "HEARTBEAT_INTERVAL_S", 0.0)
     with cache_lock(lab.cache):
         state = progress_utils.RunState(1, 8, 3, 360.0, 180_000, 25.0, "b")
-        progress_utils.Teller(lab.cache).tell(lambda: state)
+        progress_utils.Heartbeat(lab.cache).beat(lambda: state)
         assert "2.0 h time left running" in words(lab.report())
 
 

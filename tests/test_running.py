@@ -730,7 +730,7 @@ def test_a_held_cache_is_refused_whatever_the_tracking_but_not_for_a_dry_run(rob
 
 def test_a_run_tells_how_far_it_is_while_it_works(robot, run_here, before_batch, monkeypatch):
     robot.add("t0", "t1", "t2")
-    monkeypatch.setattr(progress_utils, "TELL_INTERVAL_S", 0.0)
+    monkeypatch.setattr(progress_utils, "HEARTBEAT_INTERVAL_S", 0.0)
     monkeypatch.setattr(dino_cache, "SHOW_INTERVAL_S", 0.0)
     told = []
     before_batch(lambda batch: told.append(read_lock_owner(robot.cache).run))
@@ -867,7 +867,7 @@ def test_parts_of_a_batch_that_end_together_do_not_deceive_the_measure(ends, clo
     def cache(*arguments: Any) -> list[Any]:
         for end in ends:
             clock.now = begin + end
-            arguments[-1].on_frames(8)
+            arguments[-1].on_encoded(8)
         return []
 
     begin = clock.now
