@@ -24,6 +24,7 @@ import yaml
 import dino_cache
 import progress_utils
 from crash_harness import DIED, Call, Child, Command, Disk, Ending
+from dino_cache_extras.commands import verify
 from support import (
     cache_content,
     check_stamps,
@@ -359,7 +360,7 @@ def check_nothing_false(cache: Path, start: Path, scenario: Scenario, expected: 
 def check_recorded(cache: Path, name: str, checksum: str, expected: Undisturbed) -> None:
     """All its chunks are there and intact, of its own frames, and of the data that its checksum stands for."""
     record = read_progress(cache)["trajectory_records"][name]
-    assert progress_utils.check_trajectory(cache, (name, record, checksum), deep=True) == []
+    assert verify.check_trajectory(cache, (name, record, checksum), deep=True) == []
     assert record["spans"] == SPANS[name]
     with h5py.File(cache / name / "chunk_00000.h5") as file:
         stamp = int(file["cls_token"][0, 0])

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import progress_utils
+from dino_cache_extras.commands import export as export_command
 from support import make_trajectory, read_chunk, straight_line, tree, write_config
 
 FRAMES = 20  # 0.25 m apart; 2 m chunks that overlap by 0.5 m: frames 0-8, 6-14, 12-19
@@ -72,7 +73,7 @@ def read_as_stable_worldmodel(path: Path) -> tuple[dict[str, np.ndarray], list[s
 
 @pytest.mark.parametrize("block_bytes", [1, 100, 1 << 24])
 def test_flat_holds_each_frame_once_in_episodes_without_gaps(robot, monkeypatch, capsys, block_bytes):
-    monkeypatch.setattr(progress_utils, "EXPORT_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(export_command, "EXPORT_BLOCK_BYTES", block_bytes)
     assert robot.export("flat") == 0
     assert "3 trajectories: 5 episodes, 57 frames" in capsys.readouterr().out
     columns, rows = read_as_stable_worldmodel(robot.out)

@@ -20,8 +20,12 @@ import torch
 
 import dino_cache
 import progress_utils
+from dino_cache_extras import chunk_files
+from dino_cache_extras.commands import report as report_command
+from dino_cache_extras.commands import report_facts
+from dino_cache_extras.commands.report_facts import failure_causes
 from formats import WRITERS, BitEncoder, Rendered, write_gnm, write_recon, write_videos
-from progress_utils import cache_lock, failure_causes
+from progress_utils import cache_lock
 from support import make_trajectory, read_progress, straight_line, tree, write_config, write_frame
 
 FRAMES = 40  # 0.25 m apart, five full batches of 8
@@ -226,7 +230,7 @@ def test_frames_that_would_be_long_to_find_are_not_shown_and_the_page_says_so(la
     write_videos(lab.data, [Rendered(1, 40)])
     assert run_bits(tokens=["patch"]).code == 0
     lab.cache = tmp_path / "cache"
-    monkeypatch.setattr(progress_utils, "REPORT_FRAME_FILE_BYTES", 1000)
+    monkeypatch.setattr(report_command, "REPORT_FRAME_FILE_BYTES", 1000)
     page = lab.report()
     assert [frame for _, frame, _ in pictures(page)] == [None, None]
     assert "Frames of t1 are not shown" in words(page)
@@ -247,14 +251,15 @@ def test_frames_are_found_where_they_moved_to_and_the_page_says_if_not(lab, tmp_
 
 
 def test_a_large_cache_is_sampled_always_the_same_way_and_the_page_says_so(lab, monkeypatch):
-    monkeypatch.setattr(progress_utils, "REPORT_CHUNKS", 10)
-    monkeypatch.setattr(progress_utils, "REPORT_TRAJECTORIES", 2)
+    monkeypatch.setattr(report_facts, "REPORT_CHUNKS", 10)
+    monkeypatch.setattr(report_facts, "REPORT_TRAJECTORIES", 2)
+    monkeypatch.setattr(report_command, "REPORT_TRAJECTORIES", 2)
     for number in range(7):
         make_trajectory(lab.data / f"t{number}", 20, stamp=number)
     lab.run(tokens=["cls", "patch"])
     opened = []
-    header = dino_cache.read_chunk_header
-    monkeypatch.setattr(dino_cache, "read_chunk_header", lambda *a, **k: opened.append(a) or header(*a, **k))
+    header = chunk_files.read_chunk_header
+    monkeypatch.setattr(chunk_files, "read_chunk_header", lambda *a, **k: opened.append(a) or header(*a, **k))
     page = lab.report()
     assert len(opened) <= 10 + 2 * 3 + 4
     assert "A seeded sample of 2 of 7." in words(page)

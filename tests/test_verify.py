@@ -25,6 +25,7 @@ import pytest
 
 import progress_utils
 from dino_cache import DamagedChunkError, read_chunk_header
+from dino_cache_extras.commands import verify as verify_command
 from progress_utils import cache_lock
 from support import ROOT, cache_content, make_trajectory, read_progress, tree, wait_until, write_config
 
@@ -539,7 +540,7 @@ def test_a_chunk_that_another_program_holds_locked_is_sound(single):
 
 @pytest.mark.parametrize("still", [False, True])
 def test_what_a_run_redoes_while_verify_looks_is_no_finding(robot, monkeypatch, still):
-    look = progress_utils._check_recorded
+    look = verify_command._check_recorded
 
     def look_late(*arguments: Any) -> Any:
         shutil.rmtree(robot.data / "t1")
@@ -549,7 +550,7 @@ def test_what_a_run_redoes_while_verify_looks_is_no_finding(robot, monkeypatch, 
             (robot.cache / "t3" / "chunk_00000.h5").unlink()
         return look(*arguments)
 
-    monkeypatch.setattr(progress_utils, "_check_recorded", look_late)
+    monkeypatch.setattr(verify_command, "_check_recorded", look_late)
     outcome = robot.utils("verify", "--json")
     assert outcome.code == still
     paths = [finding["path"] for finding in json.loads(outcome.out.splitlines()[-1])["findings"]]

@@ -1,0 +1,11 @@
+"""What goes beyond the main job of dino_cache. Nothing here is imported before it is asked for by name.
+
+    formats/          datasets other than GNM folders: recon, lerobot, video    dino_cache.FORMAT_MODULES
+    ray_workers.py    executor: ray, the work on many GPUs and machines         dino_cache.EXECUTOR_MODULES
+    commands/         verify, rebuild, export, report                           progress_utils.COMMAND_MODULES
+    chunk_files.py    reading a chunk file, and checking it against its record
+    cache_index.py    a record as a table of chunks
+    windows.py        CacheWindows, to train on
+
+Imports run one way: dino_cache_extras -> dino_cache -> progress_utils -> the standard library.
+"""

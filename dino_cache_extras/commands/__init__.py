@@ -1,0 +1,1 @@
+"""Commands of progress_utils.py. Each module defines add_arguments(parser) and run(arguments) -> exit code."""

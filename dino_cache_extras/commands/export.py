@@ -1,0 +1,285 @@
+"""export: write a cache in a layout that other training code reads."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from dino_cache import POSE_SHAPES, POSE_TYPES, TOKEN_DATASETS, ChunkFile, free_bytes
+from dino_cache_extras.chunk_files import NewRows, is_cut_by_frames, pieces, recorded_chunk
+from dino_cache_extras.commands.workers import with_bar
+from progress_utils import Progress, RefusedError, add_cache_dir, fsync_path, human_bytes, load_or_refuse, write_durably
+
+FLAT_DESCRIPTION = (
+    "flat: one HDF5 file in stable-worldmodel's dialect. Every dataset but ep_len and ep_offset is a column, one row "
+    "a frame, one episode after the other. An episode is a piece of a trajectory that was stored without a gap: it "
+    "ends where a pose jump cut the trajectory. A frame that lies in two chunks appears once. Poses that no trajectory "
+    "has (chunk_by: frames) are no columns; where only some have them, the others' rows are NaN."
+)
+VINT_DESCRIPTION = (
+    "vint: a folder with one .pt file a chunk (features (L, D) float16: the CLS tokens; positions, yaws, indices) and "
+    "cache_metadata.json, as visualnav-transformer's feature cache has them. Chunks overlap as in the cache. "
+    "Refused where a trajectory has no poses."
+)
+VINT_METADATA = "cache_metadata.json"
+EXPORT_BLOCK_BYTES = 1 << 24  # read and written at a time
+LONGEST_CHUNK_ID = 200  # bytes, so that a file can have it as its name
+
+
+def export(
+    cache_dir: Path, *, layout: str, output: Path, tokens: list[str] | None, allow_mixed: bool, force: bool
+) -> int:
+    """Write what is recorded in another layout; the output appears under its name when it is complete.
+
+    Raises:
+        RefusedError: the cache is empty, mixed without `allow_mixed`, or a chunk file is not as recorded; or the output
+            exists without `force`, or is something that no export made.
+    """
+    progress = load_or_refuse(cache_dir)
+    _refuse_unexportable(progress, allow_mixed)
+    output = Path(os.path.abspath(output))
+    if output.is_relative_to(os.path.abspath(cache_dir)):
+        raise RefusedError(f"-o {output}: lies inside the cache; an export belongs beside it")
+    if not output.parent.is_dir():
+        raise RefusedError(f"-o {output}: there is no folder {output.parent}")
+    if layout == "flat":
+        done = _export_flat(progress, output, _exported_datasets(progress, tokens), force=force)
+    else:
+        if tokens not in (None, ["cls"]):
+            raise RefusedError("--tokens: the vint layout holds one vector a frame, the CLS token")
+        done = _export_vint(progress, output, _exported_datasets(progress, ["cls"])[0], force=force)
+    print(f"Exported {len(progress.records)} trajectories: {done} -> {output}")
+    return 0
+
+
+def _refuse_unexportable(progress: Progress, allow_mixed: bool) -> None:
+    if not progress.records:
+        raise RefusedError(f"{progress.cache_dir}: no trajectory is completed, there is nothing to export")
+    if len(progress.fingerprints) > 1 and not allow_mixed:
+        raise RefusedError(
+            f"{progress.cache_dir}: is mixed: made with {len(progress.fingerprints)} different configurations (`show` "
+            "says which). Give --allow-mixed to export it all the same, or redo it with --force-rebuild"
+        )
+
+
+def _exported_datasets(progress: Progress, tokens: list[str] | None) -> list[str]:
+    """Names of the token datasets to export: those asked for, else those that every chunk has."""
+
+    specs = [progress.specs[fingerprint] for fingerprint in progress.fingerprints]
+    common = [token for token in TOKEN_DATASETS if all(token in spec.get("tokens", ()) for spec in specs)]
+    for token in tokens or common:
+        if token not in common:
+            raise RefusedError(
+                f"{progress.cache_dir}: has no {token} tokens, or not in all chunks; it has {', '.join(common)}"
+            )
+    return [TOKEN_DATASETS[token] for token in TOKEN_DATASETS if token in (tokens or common)]
+
+
+def _export_flat(progress: Progress, output: Path, token_datasets: list[str], *, force: bool) -> str:
+    """Write the flat file; returns what it holds, in words."""
+
+    if output.is_dir() or (output.exists() and not force):
+        raise RefusedError(f"-o {output}: exists; --force replaces a file")
+    found = [(name, episode) for name in progress.records for episode in pieces(progress, name)]
+    temporary = output.with_name(output.name + ".partial")
+    try:
+        temporary.unlink(missing_ok=True)
+        with ChunkFile(temporary, "x+") as raw:
+            _write_flat(progress, raw, found, token_datasets, output.parent)
+            raw.check()
+            os.fsync(raw.fileno())
+        os.replace(temporary, output)
+        fsync_path(output.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+    frames = sum(rows.stop - rows.start for _, episode in found for rows in episode)
+    return f"{len(found)} episodes, {frames} frames, {human_bytes(output.stat().st_size)}"
+
+
+def _write_flat(
+    progress: Progress, raw: Any, found: list[tuple[str, list[NewRows]]], token_datasets: list[str], folder: Path
+) -> None:
+    """Fill an empty file with the episodes found, block by block."""
+
+    lengths = [sum(rows.stop - rows.start for rows in episode) for _, episode in found]
+    parts = [(name, rows) for name, episode in found for rows in episode]
+    with h5py.File(raw, "w", libver="v110") as file:  # attributes may exceed 64 kB then
+        columns = _make_columns(progress, file, token_datasets, sum(lengths), folder)
+        _write_episodes(progress, file, [name for name, _ in found], lengths)
+        position, told = 0, set()
+        for name, rows in with_bar(parts, "Exporting"):
+            with recorded_chunk(progress, name, rows.index, deep=True) as chunk:
+                told |= _copy_rows(chunk, rows, columns, position)
+            raw.check()
+            position += rows.stop - rows.start
+        for name in columns.keys() - told:
+            del file[name]  # nothing was written to it, so that it takes no space
+
+
+def _make_columns(
+    progress: Progress, file: Any, token_datasets: list[str], num_frames: int, folder: Path
+) -> dict[str, Any]:
+    """An empty column for each dataset that a chunk can have; RefusedError where the disk cannot hold them."""
+
+    rows = {name: (shape, np.dtype(POSE_TYPES[name])) for name, shape in POSE_SHAPES.items()}
+    if all(map(is_cut_by_frames, progress.specs.values())):
+        del rows["travelled_distance"]
+    with recorded_chunk(progress, next(iter(progress.records)), 0, deep=False) as chunk:
+        rows |= {name: (chunk[name].shape[1:], chunk[name].dtype) for name in token_datasets}
+    needed = num_frames * sum(math.prod(shape) * dtype.itemsize for shape, dtype in rows.values())
+    if needed > (free := free_bytes(folder)):
+        raise RefusedError(f"{folder}: the export takes {human_bytes(needed)} and {human_bytes(free)} are free")
+    return {
+        name: file.create_dataset(name, (num_frames, *shape), dtype, fillvalue=math.nan if dtype.kind == "f" else None)
+        for name, (shape, dtype) in rows.items()
+    }
+
+
+def _write_episodes(progress: Progress, file: Any, names: list[str], lengths: list[int]) -> None:
+    """Where each episode begins and ends, as datasets and as columns; where it is from, as attributes."""
+
+    lengths = np.array(lengths, np.int64)
+    file["ep_len"] = lengths
+    file["ep_offset"] = offsets = np.cumsum(lengths) - lengths
+    file["ep_idx"] = np.repeat(np.arange(len(lengths)), lengths)
+    file["step_idx"] = np.arange(lengths.sum()) - np.repeat(offsets, lengths)
+    file.attrs["ep_trajectory"] = np.array(names, h5py.string_dtype())
+    file.attrs["dataset_name"] = str(progress.dataset_name)
+    file.attrs["specs"] = json.dumps(progress.specs)
+    file.attrs["weights"] = json.dumps(progress.weights)
+
+
+def _copy_rows(chunk: Any, rows: NewRows, columns: dict[str, Any], position: int) -> set[str]:
+    """Copy a chunk's rows into the columns from `position` on; returns the columns that it has."""
+    there = {name: column for name, column in columns.items() if name in chunk}
+    for name, column in there.items():
+        dataset = chunk[name]
+        if dataset.shape[1:] != column.shape[1:]:
+            raise RefusedError(
+                f"{chunk.filename}: {name} has rows of shape {dataset.shape[1:]}, those before have "
+                f"{column.shape[1:]}: one column cannot hold both. Choose other --tokens, or redo the cache"
+            )
+        block = max(1, EXPORT_BLOCK_BYTES // max(1, math.prod(column.shape[1:]) * column.dtype.itemsize))
+        for start in range(rows.start, rows.stop, block):
+            stop = min(start + block, rows.stop)
+            target = position + start - rows.start
+            column[target : target + stop - start] = dataset[start:stop]
+    return set(there)
+
+
+def _export_vint(progress: Progress, output: Path, token_dataset: str, *, force: bool) -> str:
+    """Write the folder of .pt files; returns what it holds, in words."""
+    _refuse_foreign_folder(output, force)
+    temporary = output.with_name(output.name + ".partial")
+    _refuse_foreign_folder(temporary, True)
+    shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
+    temporary.mkdir()
+    try:
+        chunk_ids, width = _write_vint_chunks(progress, temporary, token_dataset)
+        spec = progress.processing_config
+        settings = {key: None if is_cut_by_frames(spec) else spec.get(key) for key in _VINT_SETTINGS}
+        metadata = {"name": progress.dataset_name, **settings, "feature_dim": width, "cache_path": output.name}
+        write_durably(temporary / VINT_METADATA, json.dumps({**metadata, "chunks": chunk_ids}, indent=2).encode())
+        shutil.rmtree(output, ignore_errors=True)
+        os.rename(temporary, output)
+        fsync_path(output.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return f"{len(chunk_ids)} chunks, features of width {width}"
+
+
+_VINT_SETTINGS = ("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m")
+
+
+def _refuse_foreign_folder(folder: Path, force: bool) -> None:
+    """Raise RefusedError unless the place is free, or an earlier export that may be replaced."""
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir() or folder.is_symlink():
+        raise RefusedError(f"-o {folder}: is not a folder")
+    names = os.listdir(folder)
+    foreign = [name for name in names if not name.startswith(VINT_METADATA) and not name.endswith(".pt")]
+    if foreign:
+        raise RefusedError(f"-o {folder}: holds {min(foreign)}, which no export made; give another folder")
+    if names and not force:
+        raise RefusedError(f"-o {folder}: exists; --force replaces an earlier export")
+
+
+def _write_vint_chunks(progress: Progress, folder: Path, token_dataset: str) -> tuple[list[str], int]:
+    """Write a .pt file for each chunk; returns the chunks' ids and the width of their features."""
+    import torch
+
+    flat_names, chunk_ids, widths = _flat_names(progress.records), [], set()
+    chunks = [(name, index) for name, record in progress.records.items() for index in range(len(record["spans"]))]
+    for name, index in with_bar(chunks, "Exporting"):
+        with recorded_chunk(progress, name, index, deep=True) as chunk:
+            if not {"position", "yaw"} <= set(chunk):
+                raise RefusedError(
+                    f"{chunk.filename}: has no position or no yaw (chunk_by: frames), and the vint layout holds both; "
+                    "--to flat does without"
+                )
+            content = {
+                "features": torch.from_numpy(chunk[token_dataset][...]),  # (L, D) float16
+                "positions": chunk["position"][...].tolist(),  # L times [x, y] [m]
+                "yaws": chunk["yaw"][...].tolist(),  # L numbers [rad]
+                "indices": chunk["frame_index"][...].tolist(),  # L rows of the source's poses
+            }
+        widths.add(content["features"].shape[1])
+        if len(widths) > 1:
+            raise RefusedError(f"{progress.cache_dir}: its features are of widths {sorted(widths)}; redo the cache")
+        chunk_ids.append(f"{flat_names[name]}_{progress.records[name]['spans'][index][0]:05d}")
+        data = io.BytesIO()
+        torch.save(content, data)  # into memory: for a full disk it has an error of its own
+        (folder / f"{chunk_ids[-1]}.pt").write_bytes(data.getbuffer())
+        fsync_path(folder / f"{chunk_ids[-1]}.pt")
+    return chunk_ids, widths.pop()
+
+
+def _flat_names(names: Iterable[str]) -> dict[str, str]:
+    """Trajectory name -> one that can be a file's: without `/`, not too long, and that no other one has."""
+    flat: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in names:
+        candidate = name.replace("/", "__")
+        if candidate.casefold() in taken or len(candidate.encode()) > LONGEST_CHUNK_ID:
+            short = candidate.encode()[: LONGEST_CHUNK_ID - 10].decode(errors="ignore")
+            candidate = f"{short}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        taken.add(candidate.casefold())
+        flat[name] = candidate
+    return flat
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.description += f" {FLAT_DESCRIPTION} {VINT_DESCRIPTION}"
+    add_cache_dir(parser)
+    parser.add_argument("--to", choices=("flat", "vint"), required=True, dest="layout", help="the layout")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="PATH", help="the file or folder")
+    parser.add_argument(
+        "--tokens", nargs="+", choices=("cls", "patch", "register"), help="which of them (default: all that there are)"
+    )
+    parser.add_argument("--allow-mixed", action="store_true", help="also of several configurations")
+    parser.add_argument("--force", action="store_true", help="replace an earlier export")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns its exit code."""
+    return export(
+        arguments.cache_dir,
+        layout=arguments.layout,
+        output=arguments.output,
+        tokens=arguments.tokens,
+        allow_mixed=arguments.allow_mixed,
+        force=arguments.force,
+    )

@@ -1,0 +1,248 @@
+"""What a report reads from a cache."""
+
+from __future__ import annotations
+
+import bisect
+import calendar
+import itertools
+import math
+import random
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dino_cache_extras.chunk_files import NewRows, pieces, recorded_chunk
+from progress_utils import Failure, Progress, RefusedError
+
+REPORT_SEED = 0
+REPORT_CHUNKS = 300  # looked into for time and distance
+REPORT_TRAJECTORIES = 12  # shown with their map and similarity
+REPORT_CHUNKS_OF_ONE = 100  # of one trajectory, from its beginning
+REPORT_POINTS = 400  # of one trajectory's similarity
+REPORT_PICTURES = 6  # frames shown with their patch tokens
+NIGHT_GAP_S = 1800.0  # so long without a chunk: another night
+FROZEN_FRAMES = 5  # in a row with equal features, though the robot moves
+SHUFFLED_LEAST = 20  # frames; fewer say nothing
+SHUFFLED_RATIO = 0.75  # of how far neighbours are apart to how far any two frames are
+
+
+class ChunkFacts(NamedTuple):
+    """What a report needs of a sampled chunk."""
+
+    num_frames: int
+    distance_m: float | None  # None where chunks were cut by number of frames
+    created_at: float  # epoch seconds
+    new_frames: int  # of it and of the chunks since the one sampled before, in the order of completion
+    versions: str
+
+
+class TrajectoryLook(NamedTuple):
+    """What a report shows of a sampled trajectory: n frames of those looked into."""
+
+    name: str
+    paths: list[Any]  # per chunk (L, 2) [m]; none where there are no positions
+    jumps: list[int]  # numbers of the chunks before which the pose jumps
+    jump_frames: list[int]
+    frame_index: Any  # (n,)
+    to_first: Any  # (n,) cosine similarity with the first frame
+    to_next: Any  # (n,) with the frame after it
+    chunks_seen: int
+    num_chunks: int  # in all
+    remarks: list[str]
+
+
+class CacheSample:
+    """The record, and what was read of a sample of its chunk files. A file that is not as recorded is left out."""
+
+    def __init__(self, progress: Progress, data_folder: Path | None):
+        self.progress, self.data_folder = progress, data_folder
+        self.random = random.Random(REPORT_SEED)
+        self.problems: dict[str, None] = {}
+        self.num_frames = {
+            name: sum(rows.stop - rows.start for episode in pieces(progress, name) for rows in episode)
+            for name in progress.records
+        }
+        self.facts = self._sampled_facts()
+        self.night = self._last_night()
+        names = list(progress.records)
+        chosen = names if len(names) <= REPORT_TRAJECTORIES else self.random.sample(names, REPORT_TRAJECTORIES)
+        looks = [self._tried(_look_at_trajectory, progress, name) for name in sorted(chosen)]
+        self.trajectories = [look for look in looks if look is not None]
+
+    def _tried(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except RefusedError as error:
+            self.problems[str(error)] = None
+            return None
+
+    def _sampled_facts(self, after: float = 0.0) -> list[ChunkFacts]:
+        """Facts of evenly spaced chunks of trajectories completed since `after` [epoch s], about; in order of time."""
+        progress = self.progress
+        rows = [(name, new) for name in progress.records for episode in pieces(progress, name) for new in episode]
+        if after:
+            rows = rows[self._first_chunk_after(rows, after) :]
+        step = max(1, math.ceil(len(rows) / REPORT_CHUNKS))
+        facts = []
+        for last in range(step - 1, len(rows), step):
+            name, new = rows[last]
+            count = sum(part.stop - part.start for _, part in rows[last - step + 1 : last + 1])
+            facts.append(self._tried(_chunk_facts, self.progress, name, new.index, count))
+        return sorted((fact for fact in facts if fact is not None), key=lambda fact: fact.created_at)
+
+    def _first_chunk_after(self, rows: list[tuple[str, NewRows]], after: float) -> int:
+        """Where, in the order of completion, chunks are younger; by bisection, a redone one may be out of order."""
+
+        def is_older(row: tuple[str, NewRows]) -> bool:
+            fact = self._tried(_chunk_facts, self.progress, row[0], row[1].index, 0)
+            return fact is not None and fact.created_at < after
+
+        return bisect.bisect_left(rows, True, key=lambda row: not is_older(row))
+
+    def _last_night(self) -> list[ChunkFacts]:
+        """Facts of chunks since the last long gap."""
+        times = [fact.created_at for fact in self.facts]
+        gaps = [later - earlier for earlier, later in zip(times, times[1:])]
+        long = max(NIGHT_GAP_S, 20 * sorted(gaps)[len(gaps) // 2]) if gaps else NIGHT_GAP_S
+        begins = [time_ for time_, gap in zip(times[1:], gaps) if gap > long]
+        if not begins:
+            return self.facts
+        return [fact for fact in self._sampled_facts(begins[-1]) if fact.created_at >= begins[-1]]
+
+
+def _chunk_facts(progress: Progress, name: str, index: int, new_frames: int) -> ChunkFacts:
+    with recorded_chunk(progress, name, index, deep=False) as chunk:
+        travelled = chunk.get("travelled_distance")
+        created_at = calendar.timegm(time.strptime(chunk.attrs["created_at"], "%Y-%m-%dT%H:%M:%SZ"))
+        distance_m = None if travelled is None else float(travelled[-1] - travelled[0])
+        return ChunkFacts(len(chunk["frame_index"]), distance_m, created_at, new_frames, chunk.attrs["versions"])
+
+
+def _look_at_trajectory(progress: Progress, name: str) -> TrajectoryLook:
+    """Read positions and, of evenly spaced frames, features of a trajectory's first chunks."""
+
+    record = progress.records[name]
+    found = pieces(progress, name)
+    parts = [rows for piece in found for rows in piece][:REPORT_CHUNKS_OF_ONE]
+    jumps = [piece[0].index for piece in found[1:] if piece[0].index < len(parts)]
+    paths, rows, pairs, steps, jump_frames = [], [], [], [], []
+    for new in parts:
+        with recorded_chunk(progress, name, new.index, deep=False) as chunk:
+            index = chunk["frame_index"][...]
+            if "position" in chunk:
+                paths.append(chunk["position"][...])
+            if new.index in jumps:
+                jump_frames.append(int(index[0]))
+            wanted = np.arange(max(0, new.start - 1), len(index) - 1, max(1, len(parts) * len(index) // REPORT_POINTS))
+            pairs += [_feature_pair(chunk, row) for row in wanted]
+            rows += index[np.stack([wanted, wanted + 1], axis=1)].tolist()
+            if paths:
+                steps += np.linalg.norm(paths[-1][wanted + 1] - paths[-1][wanted], axis=1).tolist()
+    pairs = np.stack(pairs) if pairs else np.zeros((0, 2, 1), np.float32)
+    unit = pairs / np.maximum(np.linalg.norm(pairs, axis=2, keepdims=True), 1e-12)  # (n, 2, D)
+    to_next = (unit[:, 0] * unit[:, 1]).sum(1)
+    rows = np.array(rows, int).reshape(-1, 2)
+    remarks = _camera_remarks(unit[:, 0], to_next, np.array(steps) if paths else np.zeros(len(rows)), rows)
+    to_first = unit[:, 0] @ unit[0, 0] if len(rows) else to_next
+    counts = (len(parts), len(record["spans"]), remarks)
+    return TrajectoryLook(name, paths, jumps, jump_frames, rows[:, 0], to_first, to_next, *counts)
+
+
+def _feature_pair(chunk: Any, row: int) -> Any:
+    """(2, D): a frame's vector and the next one's: the CLS token, else the mean of the tokens that there are."""
+    name = next(name for name in ("cls_token", "patch_tokens", "register_tokens") if name in chunk)
+    tokens = chunk[name][row : row + 2].astype("float32")
+    return tokens.reshape(2, -1, tokens.shape[-1]).mean(1)
+
+
+def _camera_remarks(unit: Any, to_next: Any, steps_m: Any, rows: Any) -> list[str]:
+    """What looks wrong about a camera, of n frames that were looked into.
+
+    `unit` (n, D) are unit vectors; `to_next` (n,) similarities with, `steps_m` (n,) steps to the frame after it; `rows`
+    (n, 2) the numbers of both.
+    """
+
+    remarks = []
+    frozen = (to_next > 1 - 1e-6) & (steps_m > 1e-3)
+    for is_frozen, group in itertools.groupby(range(len(frozen)), frozen.__getitem__):
+        numbers = list(group)
+        if is_frozen and len(numbers) + 1 >= FROZEN_FRAMES:
+            first, last = rows[numbers[0], 0], rows[numbers[-1], 1]
+            remarks.append(f"frozen camera? frames {first} to {last} are alike though the robot moves")
+    if len(unit) >= SHUFFLED_LEAST:
+        apart = np.sqrt(np.maximum(0, 1 - unit @ unit.T))[~np.eye(len(unit), dtype=bool)].mean()
+        next_apart = np.sqrt(np.maximum(0, 1 - to_next)).mean()
+        if next_apart > SHUFFLED_RATIO * apart and apart > 1e-3:
+            remarks.append("frames out of order? neighbours are hardly more alike than any two frames")
+    return remarks
+
+
+def night_rate(night: list[ChunkFacts]) -> float | None:
+    """Frames/s, over the time from the first chunk to the last."""
+    if len(night) < 2 or night[-1].created_at <= night[0].created_at:
+        return None
+    return sum(fact.new_frames for fact in night[1:]) / (night[-1].created_at - night[0].created_at)
+
+
+def failure_causes(failures: dict[str, Failure]) -> dict[str, list[tuple[str, Failure]]]:
+    """Failures by cause, the most frequent first: reasons that differ in names and numbers alone are one cause."""
+    causes: dict[str, list[tuple[str, Failure]]] = {}
+    for name, failure in failures.items():
+        causes.setdefault(_cause(name, failure), []).append((name, failure))
+    return dict(sorted(causes.items(), key=lambda item: -len(item[1])))
+
+
+def _cause(name: str, failure: Failure) -> str:
+    reason = failure["reason"].removeprefix(name)
+    reason = re.sub(r"^/[^:]*?(\.\w+)?: ", lambda match: f"*{match[1] or ''}: ", reason).removeprefix(": ")
+    reason = reason.replace(name, "...")
+    return re.sub(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", "#", reason)
+
+
+def frames_to_picture(look: CacheSample) -> list[tuple[str, int, int]]:
+    """(trajectory, chunk, row) of some frames: a third and two thirds into sampled trajectories with patch tokens."""
+    specs, records = look.progress.specs, look.progress.records
+    names = [
+        shown.name
+        for shown in look.trajectories
+        if "patch" in specs[records[shown.name]["fingerprint"]].get("tokens", ())
+    ]
+    names = sorted(look.random.sample(names, min(len(names), REPORT_PICTURES // 2)))
+    frames = []
+    for name, share in itertools.product(names, (1 / 3, 2 / 3)):
+        parts = [rows for episode in pieces(look.progress, name) for rows in episode]
+        row = int(share * look.num_frames[name])
+        for part in parts:
+            if row < part.stop - part.start:
+                frames.append((name, part.index, part.start + row))
+                break
+            row -= part.stop - part.start
+    return frames
+
+
+def read_patches(progress: Progress, name: str, index: int, row: int) -> tuple[str, int, Any]:
+    """Trajectory, frame's row in the source, patch tokens (h, w, D) float32."""
+    with recorded_chunk(progress, name, index, deep=False) as chunk:
+        return name, int(chunk["frame_index"][row]), chunk["patch_tokens"][row].astype("float32")
+
+
+def colours_of_patches(patches: list[Any]) -> list[Any]:
+    """(h, w, 3) uint8 for each (h, w, D): the first three principal components of the patches that have its width."""
+
+    colours: dict[int, Any] = {}
+    for width in {grid.shape[-1] for grid in patches}:
+        members = [number for number, grid in enumerate(patches) if grid.shape[-1] == width]
+        rows = np.concatenate([patches[number].reshape(-1, width) for number in members])  # (N, D)
+        centred = rows - rows.mean(0)
+        _, axes = np.linalg.eigh(centred.T @ centred)  # ascending
+        components = centred @ axes[:, :-4:-1]  # (N, 3)
+        low, high = np.percentile(components, (1, 99), axis=0)
+        rgb = (255 * np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1)).astype(np.uint8)
+        borders = np.cumsum([math.prod(patches[number].shape[:2]) for number in members])[:-1]
+        for number, part in zip(members, np.split(rgb, borders)):
+            colours[number] = part.reshape(*patches[number].shape[:2], 3)
+    return [colours[number] for number in range(len(patches))]

@@ -1,0 +1,195 @@
+"""verify: check the chunk files against the record."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from dino_cache_extras.chunk_files import check_recorded
+from dino_cache_extras.commands.workers import on_all_cores
+from progress_utils import (
+    CANNOT_LOOK,
+    STAGING_FOLDER,
+    TEMPORARY_FILES,
+    DamagedChunkError,
+    Progress,
+    RefusedError,
+    TrajectoryRecord,
+    add_cache_dir,
+    ask,
+    cache_lock,
+    chunk_file_name,
+    chunk_folders,
+    is_chunk_file,
+    load_or_refuse,
+    lock_owner,
+    printable,
+)
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong with a cache."""
+
+    kind: str  # missing | damaged | unrecorded | leftover
+    trajectory: str | None
+    path: str  # relative to the cache folder
+    reason: str
+
+
+def verify(cache_dir: Path, *, deep: bool, as_json: bool, repair: bool, yes: bool) -> int:
+    """Check every recorded trajectory's chunk files; exit code 0 sound, 1 problems found (also when repaired)."""
+    load_or_refuse(cache_dir)
+    with cache_lock(cache_dir) if repair else contextlib.nullcontext():
+        progress = load_or_refuse(cache_dir)
+        findings = _check_recorded(progress, deep)
+        if findings and not repair:
+            findings = _still_true(progress, findings)
+        if repair or lock_owner(cache_dir) is None:  # else a run is at work, and these are what it has in flight
+            findings += [*_find_unrecorded(progress), *_find_leftovers(cache_dir)]
+        mixed = len(progress.fingerprints) > 1
+        if not as_json:
+            _print_findings(progress, findings, deep=deep, repair=repair)
+        repaired = repair and _repair(progress, findings, yes=yes)
+        if as_json:
+            report = {"cache_dir": str(cache_dir), "deep": deep, "sound": not findings, "mixed": mixed}
+            report |= {"repaired": repaired, "findings": [finding._asdict() for finding in findings]}
+            print(json.dumps(report, ensure_ascii=False))
+    return 1 if findings else 0
+
+
+def _check_recorded(progress: Progress, deep: bool) -> list[Finding]:
+    check = functools.partial(check_trajectory, progress.cache_dir, deep=deep)
+    tasks = [(name, record, progress.checksums[name]) for name, record in progress.records.items()]
+    return [finding for findings in on_all_cores(check, tasks, "Verifying") for finding in findings]
+
+
+def _still_true(progress: Progress, findings: list[Finding]) -> list[Finding]:
+    """Findings on trajectories that are recorded as before; a run may have redone others since the record was read."""
+    now = load_or_refuse(progress.cache_dir)
+    same = {
+        name
+        for name, record in progress.records.items()
+        if now.records.get(name) == record and now.checksums[name] == progress.checksums[name]
+    }
+    return [finding for finding in findings if finding.trajectory in same]
+
+
+def check_trajectory(cache_dir: Path, task: tuple[str, TrajectoryRecord, str], *, deep: bool) -> list[Finding]:
+    """Compare one trajectory's chunk files with its record. Runs in a worker process."""
+    name, record, checksum = task
+    findings = []
+    expected = {chunk_file_name(index): index for index in range(len(record["spans"]))}
+    for file, index in expected.items():
+        path = f"{name}/{file}"
+        try:
+            check_recorded(cache_dir / path, name, record, checksum, index, deep=deep)
+        except (FileNotFoundError, NotADirectoryError):
+            findings.append(Finding("missing", name, path, "recorded, but not there"))
+        except (DamagedChunkError, OSError) as problem:
+            findings.append(Finding("damaged", name, path, damage_of(cache_dir / path, problem)))
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for file in sorted(set(filter(is_chunk_file, os.listdir(cache_dir / name))) - expected.keys()):
+            findings.append(Finding("damaged", name, f"{name}/{file}", "a chunk that the record does not know"))
+    return findings
+
+
+def damage_of(path: Path, problem: Exception) -> str:
+    """What is wrong with a chunk file. Raises RefusedError where that cannot be told."""
+    if isinstance(problem, OSError) and problem.errno in CANNOT_LOOK:
+        raise RefusedError(f"{path}: cannot look: {problem.strerror}. Nothing was changed") from problem
+    return str(problem)
+
+
+def _find_unrecorded(progress: Progress) -> list[Finding]:
+    return [
+        Finding("unrecorded", name, name, "chunk files that are not in the record")
+        for name in chunk_folders(progress.cache_dir)
+        if name not in progress.records
+    ]
+
+
+def _find_leftovers(cache_dir: Path) -> list[Finding]:
+    staging = cache_dir / STAGING_FOLDER
+    paths = [cache_dir / name for name in TEMPORARY_FILES if os.path.lexists(cache_dir / name)]
+    if staging.is_symlink():
+        paths.append(staging)  # what it points to is not ours
+    elif staging.is_dir():
+        paths += sorted(staging.iterdir())
+    return [
+        Finding("leftover", None, path.relative_to(cache_dir).as_posix(), "left by an interrupted run")
+        for path in paths
+    ]
+
+
+def _print_findings(progress: Progress, findings: list[Finding], *, deep: bool, repair: bool) -> None:
+    how = "every byte read" if deep else "names, sizes, shapes and attributes; --deep reads every byte"
+    print(
+        f"Verified {progress.cache_dir}: {len(progress.records)} trajectories, {progress.total_chunks} chunks ({how})"
+    )
+    holder = lock_owner(progress.cache_dir)
+    if holder and not repair:
+        print(f"Note: a run is at work ({holder}); unrecorded and leftover files are not looked for")
+    if len(progress.fingerprints) > 1:
+        print(f"Note: mixed cache: made with {len(progress.fingerprints)} different configurations")
+    for finding in findings:
+        print(printable(f"  {finding.kind}: {finding.path}: {finding.reason}"))
+    if not findings:
+        print("Sound")
+    elif any(finding.kind == "unrecorded" for finding in findings):
+        print(
+            "Unrecorded chunks are redone by the next run if their data is there; where the record was lost, `rebuild`"
+        )
+        print("takes those that are intact into a new one")
+
+
+def _repair(progress: Progress, findings: list[Finding], *, yes: bool) -> bool:
+    """Forget damaged trajectories, then remove leftovers; the next run does the rest. Says whether it did."""
+    damaged = sorted({finding.trajectory for finding in findings if finding.kind in ("missing", "damaged")})
+    leftovers = [progress.cache_dir / finding.path for finding in findings if finding.kind == "leftover"]
+    if not damaged and not leftovers:
+        return False
+    question = (
+        f"Forget {len(damaged)} trajectories, so that the next run redoes them, and remove {len(leftovers)} leftovers?"
+    )
+    if not yes and not ask(question, otherwise="--yes"):
+        return False
+    for name in damaged:
+        progress.forget(name)
+    if damaged:
+        progress.save()
+    for path in leftovers:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    print(f"Forgot {len(damaged)} trajectories, removed {len(leftovers)} leftovers", file=sys.stderr)
+    if damaged:
+        print("The next run of dino_cache.py redoes what was forgotten", file=sys.stderr)
+    return True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add_cache_dir(parser)
+    parser.add_argument("--deep", action="store_true", help="read every byte and check the digests")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument("--repair", action="store_true", help="forget damaged trajectories, remove leftovers")
+    parser.add_argument("--yes", action="store_true", help="do not ask before repairing")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns its exit code."""
+    return verify(
+        arguments.cache_dir,
+        deep=arguments.deep,
+        as_json=arguments.json,
+        repair=arguments.repair,
+        yes=arguments.yes,
+    )
