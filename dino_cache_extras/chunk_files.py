@@ -3,14 +3,160 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import json
+import stat
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import h5py
+import numpy as np
 
-from dino_cache import read_chunk_header
-from progress_utils import DamagedChunkError, Progress, RefusedError, TrajectoryRecord, chunk_file_name
+from dino_cache import (
+    CHUNK_FORMAT,
+    CHUNK_FORMAT_VERSION,
+    POSE_SHAPES,
+    POSE_TYPES,
+    READ_BLOCK_BYTES,
+    SEAL_BYTES,
+    TOKEN_DATASETS,
+    attributes_digest,
+    bytes_digest,
+    metadata_digest,
+)
+from progress_utils import CANNOT_LOOK, DamagedChunkError, Progress, RefusedError, TrajectoryRecord, chunk_file_name
+
+
+class StoredDataset(NamedTuple):
+    """Where a dataset's bytes lie in a chunk file, and what they are."""
+
+    offset: int
+    size: int  # [bytes]
+    dtype: str
+    digest: str
+    shape: tuple[int, ...]
+
+
+class ChunkHeader(NamedTuple):
+    """What a chunk file says of itself; and its size [bytes]."""
+
+    attributes: dict[str, Any]
+    num_bytes: int
+    datasets: dict[str, StoredDataset]
+
+
+def read_chunk_header(path: Path, *, deep: bool) -> ChunkHeader:
+    """Check a chunk file against its own attributes and digests; with `deep`, every byte of its datasets too.
+
+    Raises:
+        DamagedChunkError: anything is not as it was written.
+        OSError: the file cannot be read.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise DamagedChunkError("is not a regular file")
+    with open(path, "rb") as file:
+        check_metadata(file)  # first: damaged metadata can crash HDF5, or keep it in a loop
+    with hdf5_errors(), h5py.File(path, locking=False) as file:  # a chunk never changes, whoever else has it open
+        attributes, stored = plain_attributes(file.attrs), dict(file.items())
+        _check_attributes(attributes, {name: str(dataset.attrs.get("digest")) for name, dataset in stored.items()})
+        shapes = _dataset_shapes(attributes, stored)
+        datasets = {name: check_dataset(stored[name], name, shape) for name, shape in shapes}
+    if deep:
+        for name, dataset in datasets.items():
+            _check_bytes(path, name, dataset)
+    return ChunkHeader(attributes, status.st_size, datasets)
+
+
+@contextlib.contextmanager
+def hdf5_errors() -> Iterator[None]:
+    """Turn what h5py raises of bad bytes into DamagedChunkError."""
+    try:
+        yield
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise DamagedChunkError(f"cannot be read as HDF5: {error}") from error
+
+
+def check_metadata(file: BinaryIO) -> None:
+    """Compare all bytes that are not a dataset's with the seal, HDF5 unasked."""
+    try:
+        seal = json.loads(file.read(SEAL_BYTES))
+        intact = seal["digest"] == metadata_digest(file, seal["data"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno in CANNOT_LOOK:
+            raise
+        raise DamagedChunkError(f"has no seal: {error}") from error
+    if not intact:
+        raise DamagedChunkError("its structure or attributes do not match their digest")
+
+
+def plain_attributes(attributes: h5py.AttributeManager, keys: Iterable[str] | None = None) -> dict[str, Any]:
+    values = {key: attributes[key] for key in (attributes if keys is None else keys)}
+    return {key: value if isinstance(value, str) else value.item() for key, value in values.items()}
+
+
+def _check_attributes(attributes: dict[str, Any], dataset_digests: dict[str, str]) -> None:
+    stored = attributes.pop("attributes_digest", None)
+    check_chunk_format(attributes)
+    if stored != attributes_digest(attributes, dataset_digests):
+        raise DamagedChunkError("its attributes do not match their digest")
+
+
+def check_chunk_format(attributes: Mapping[str, Any]) -> None:
+    if attributes.get("format") != CHUNK_FORMAT:
+        raise DamagedChunkError(f"format is {attributes.get('format')!r}, not {CHUNK_FORMAT!r}")
+    version = attributes.get("format_version")
+    if version != CHUNK_FORMAT_VERSION:
+        raise DamagedChunkError(
+            f"format_version is {version!r}, known is {CHUNK_FORMAT_VERSION}; if a newer dino_cache made it, update "
+            "this one"
+        )
+
+
+def _dataset_shapes(
+    attributes: dict[str, Any], present: Container[str]
+) -> Iterator[tuple[str, tuple[int | None, ...]]]:
+    """(dataset name, shape) that a chunk's attributes promise; None where only the model knows. A chunk cut by number
+    of frames has the poses that its source had, and those are covered by the digest if they are present."""
+    length = attributes["stop"] - attributes["start"]
+    spec = json.loads(attributes["spec"])
+    by_distance = spec.get("chunk_by", "distance") == "distance"
+    for name, shape in POSE_SHAPES.items():
+        if by_distance or name == "frame_index" or name in present:
+            yield name, (length, *shape)
+    token_dimensions = {"cls": 1, "patch": 3, "register": 2}
+    for token in spec["tokens"]:
+        yield TOKEN_DATASETS[token], (length, *[None] * token_dimensions[token])
+
+
+def check_dataset(dataset: h5py.Dataset, name: str, shape: tuple[int | None, ...]) -> StoredDataset:
+    """Check a dataset's type and shape, and that it lies in one piece."""
+    expected_type = POSE_TYPES.get(name, "<f2")
+    fits = len(shape) == dataset.ndim and all(want in (None, got) for want, got in zip(shape, dataset.shape))
+    offset = dataset.id.get_offset()
+    if dataset.dtype.str != expected_type or not fits or offset is None:
+        raise DamagedChunkError(
+            f"{name} is {dataset.shape} {dataset.dtype.str}, expected {shape} {expected_type} in one piece"
+        )
+    return StoredDataset(offset, dataset.nbytes, expected_type, dataset.attrs["digest"], dataset.shape)
+
+
+def _check_bytes(path: Path, name: str, dataset: StoredDataset) -> None:
+    """Read a dataset's bytes past HDF5, block by block: they must match the digest and be finite."""
+    running, finite, size = bytes_digest(), True, dataset.size
+    with open(path, "rb") as file:
+        file.seek(dataset.offset)
+        while size > 0:
+            block = file.read(min(size, READ_BLOCK_BYTES))
+            if not block:
+                raise DamagedChunkError(f"{name} ends early")
+            running.update(block)
+            finite &= dataset.dtype.startswith("<i") or bool(np.isfinite(np.frombuffer(block, dataset.dtype)).all())
+            size -= len(block)
+    if running.hexdigest() != dataset.digest:
+        raise DamagedChunkError(f"the bytes of {name} do not match their digest")
+    if not finite:
+        raise DamagedChunkError(f"{name} is not finite")
 
 
 def check_recorded(path: Path, name: str, record: TrajectoryRecord, checksum: str, index: int, *, deep: bool) -> None:

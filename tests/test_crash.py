@@ -24,6 +24,7 @@ import yaml
 import dino_cache
 import progress_utils
 from crash_harness import DIED, Call, Child, Command, Disk, Ending
+from dino_cache_extras.chunk_files import read_chunk_header
 from dino_cache_extras.commands import verify
 from support import (
     cache_content,
@@ -351,7 +352,7 @@ def check_nothing_false(cache: Path, start: Path, scenario: Scenario, expected: 
             check_recorded(cache, name, recorded[name], expected)
         else:
             files = list((cache / name).iterdir())
-            headers = [dino_cache.read_chunk_header(path, deep=True).attributes for path in files]
+            headers = [read_chunk_header(path, deep=True).attributes for path in files]
             assert [(header["trajectory"], header["num_chunks"]) for header in headers] == [(name, len(files))] * len(
                 files
             )

@@ -42,6 +42,7 @@ from dino_cache import (
     open_source,
     plan_frame_chunks,
 )
+from dino_cache_extras.commands import report
 from formats import (
     AV1_ENCODER,
     FPS,
@@ -251,7 +252,7 @@ def test_a_single_frame_late_in_a_video_costs_a_seek(tmp_path: Path, watched: ty
     spec = CacheSpec(image_size=(28, 42), resize="stretch")
     for number in (299, 100):
         trajectory = FORMATS["video"].locate(tmp_path / "data", name)
-        pixels = dino_cache.read_frame(trajectory, number, spec)
+        pixels = report.read_frame(trajectory, number, spec)
         assert BitEncoder().stamps(pixels[None]).tolist() == [[5, number // 256, number % 256]]
     assert (watched.opened, watched.closed, watched.seeks) == (2, 2, 2)
     assert watched.frames <= 2 * (12 + 4)  # a key frame every 12 frames, and those shown before it but decoded after

@@ -15,7 +15,8 @@ import pytest
 
 import dino_cache
 from conftest import Outcome
-from dino_cache import CacheSpec, attributes_digest, metadata_digest, read_chunk_header
+from dino_cache import CacheSpec, attributes_digest, metadata_digest
+from dino_cache_extras.chunk_files import read_chunk_header
 from formats import BitEncoder
 from support import tree
 

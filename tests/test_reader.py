@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 import dino_cache
-from dino_cache import CacheWindows, DamagedChunkError, RefusedError, StorageError
-from progress_utils import Progress, cache_lock
+from dino_cache import CacheWindows, StorageError
+from dino_cache_extras.windows import plan_windows
+from progress_utils import DamagedChunkError, Progress, RefusedError, cache_lock
 from support import (
     ROOT,
     make_trajectory,
@@ -103,7 +104,7 @@ def test_windows_are_the_earliest_that_fit_a_chunk_each_once(steps, length, stri
         if holders and (not expected or frame >= expected[-1][1] + stride):
             expected.append((holders[0], frame))
     found = []
-    for number, (first, count) in enumerate(dino_cache.plan_windows(["t"] * len(spans), spans, length, stride)):
+    for number, (first, count) in enumerate(plan_windows(["t"] * len(spans), spans, length, stride)):
         found += [(number, first + k * stride) for k in range(count)]
     assert found == expected
 
@@ -226,7 +227,7 @@ def test_a_copy_for_another_process_takes_no_open_file_along_and_reads_the_same(
 
 
 def test_few_chunk_files_are_open_at_a_time(make_cache, monkeypatch):
-    monkeypatch.setattr(dino_cache, "MAX_OPEN_CHUNKS", 2)
+    monkeypatch.setattr("dino_cache_extras.windows.MAX_OPEN_CHUNKS", 2)
     cache = make_cache()
     windows = CacheWindows(cache, 3)
     assert sum(1 for _ in cache.rglob("chunk_*.h5")) > 4
@@ -510,7 +511,7 @@ def test_a_checksum_recorded_anew_of_another_kind_is_no_difference(make_cache):
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], list[Path]]:
     """Every record's index is kept, as a large one's; returns the index files of a cache."""
-    monkeypatch.setattr(dino_cache, "MIN_INDEXED_BYTES", 0)
+    monkeypatch.setattr("dino_cache_extras.cache_index.MIN_INDEXED_BYTES", 0)
     return lambda cache: sorted(cache.glob(".index-*"))
 
 

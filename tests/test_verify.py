@@ -24,9 +24,9 @@ import numpy as np
 import pytest
 
 import progress_utils
-from dino_cache import DamagedChunkError, read_chunk_header
+from dino_cache_extras.chunk_files import read_chunk_header
 from dino_cache_extras.commands import verify as verify_command
-from progress_utils import cache_lock
+from progress_utils import DamagedChunkError, cache_lock
 from support import ROOT, cache_content, make_trajectory, read_progress, tree, wait_until, write_config
 
 # 20 frames 0.25 m apart in chunks of 2 m that overlap by 0.5 m: [0, 9), [6, 15), [12, 20) of every trajectory
@@ -354,7 +354,8 @@ def test_deep_finds_what_is_not_finite_though_its_digests_match(single, name, va
 
 
 def test_deep_reads_datasets_larger_than_one_block(single, monkeypatch):
-    monkeypatch.setattr("dino_cache.READ_BLOCK_BYTES", 16)
+    for module in ("dino_cache", "dino_cache_extras.chunk_files"):
+        monkeypatch.setattr(f"{module}.READ_BLOCK_BYTES", 16)
     assert single.verify("--deep") == {}
     with h5py.File(single.cache / CHUNK) as file:
         last = file["patch_tokens"].id.get_offset() + file["patch_tokens"].nbytes - 1
@@ -497,7 +498,7 @@ def test_what_cannot_be_looked_at_is_not_called_damaged(single, monkeypatch, com
 
     before = single.files()
     with monkeypatch.context() as patch:
-        patch.setattr("dino_cache.open", fail, raising=False)
+        patch.setattr("dino_cache_extras.chunk_files.open", fail, raising=False)
         outcome = single.utils(*command)
     assert outcome.code == 2
     assert "t1/chunk_0000" in outcome.err
@@ -509,7 +510,7 @@ def test_a_bad_block_is_damage(single, monkeypatch):
     def fail(path: Any, *_: Any) -> Any:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
-    monkeypatch.setattr("dino_cache.open", fail, raising=False)
+    monkeypatch.setattr("dino_cache_extras.chunk_files.open", fail, raising=False)
     assert single.verify().keys() == set(ALL_OF_T1)
 
 

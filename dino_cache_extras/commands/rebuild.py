@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dino_cache import CacheSpec, read_chunk_header, weights_source
+from dino_cache import CacheSpec, weights_source
+from dino_cache_extras.chunk_files import read_chunk_header
 from dino_cache_extras.commands.verify import Finding, damage_of
 from dino_cache_extras.commands.workers import on_all_cores
 from progress_utils import (

@@ -12,12 +12,12 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
 
-from dino_cache import FORMATS, CacheSpec, InputError, data_keys, detect_format, read_frame
+from dino_cache import FORMATS, CacheSpec, FrameDecoder, InputError, Trajectory, data_keys, detect_format, open_source
 from dino_cache_extras.chunk_files import is_cut_by_frames, pieces
 from dino_cache_extras.commands.report_facts import (
     REPORT_POINTS,
@@ -46,6 +46,10 @@ from progress_utils import (
     state_remarks,
     write_durably,
 )
+
+if TYPE_CHECKING:
+    import torch
+
 
 REPORT_FRAME_FILE_BYTES = 2 << 30  # of a trajectory's own file: a video's frame times are read from all of it
 REPORT_REMARKS = 4  # on one trajectory
@@ -315,6 +319,20 @@ def _frame_as_url(look: CacheSample, name: str, frame: int) -> str:
     except (InputError, OSError, IndexError) as error:
         raise RefusedError(f"Frames of {name} cannot be shown ({error}); are they elsewhere? --data-folder") from error
     return _image_as_url(pixels.permute(1, 2, 0).numpy(), "JPEG")
+
+
+def read_frame(trajectory: Trajectory, number: int, spec: CacheSpec) -> torch.Tensor:
+    """One frame, by its number in the source, as the encoder gets it: (3, H, W) uint8. A video is read with one seek.
+
+    Raises:
+        InputError, OSError: it cannot be had.
+    """
+    frames = open_source(trajectory, data_keys(spec)).open_frames([number])
+    try:
+        (image,) = frames.read([number])
+    finally:
+        frames.close()
+    return (FrameDecoder(spec) if image.ndim == 1 else FrameDecoder(spec).fit)(image, frames.name(number))
 
 
 def _image_as_url(rgb: Any, kind: str) -> str:
