@@ -10,21 +10,20 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dino_cache import StorageError, bytes_digest, with_defaults
-from dino_cache_extras.chunk_files import ChunkHeader, check_chunk_format, read_chunk_header
+from dino_cache_extras.chunk_files import ChunkHeader, RecordedChunk, check_recorded
 from progress_utils import (
     PROGRESS_FILE,
     DamagedChunkError,
     Progress,
     RefusedError,
-    chunk_file_name,
     lock_owner,
     read_or_refuse,
 )
@@ -118,37 +117,6 @@ def _keep_index(file: Path, index: CacheIndex) -> None:
                 path.unlink(missing_ok=True)
 
 
-RECORDED_ATTRIBUTES = ("trajectory", "chunk_index", "start", "stop", "fingerprint")
-CHECKED_ATTRIBUTES = ("format", "format_version", "checksum_kind", "trajectory_checksum", *RECORDED_ATTRIBUTES)
-
-
-class RecordedChunk(NamedTuple):
-    """A chunk file, as the record has it."""
-
-    cache_dir: Path
-    trajectory: str
-    chunk_index: int
-    start: int
-    stop: int
-    num_bytes: int
-    fingerprint: str
-    checksum: str  # of the trajectory, <kind>:<digits>
-
-    @property
-    def path(self) -> str:
-        return f"{self.cache_dir}/{self.trajectory}/{chunk_file_name(self.chunk_index)}"  # Path takes 10 us
-
-    def check(self, attributes: Mapping[str, Any]) -> None:
-        """Raise DamagedChunkError unless these are the root attributes of the file that was recorded."""
-        check_chunk_format(attributes)
-        for key in RECORDED_ATTRIBUTES:
-            if attributes[key] != getattr(self, key):
-                raise DamagedChunkError(f"its {key} is {attributes[key]!r}, recorded is {getattr(self, key)!r}")
-        kind, _, digits = self.checksum.partition(":")
-        if kind == attributes["checksum_kind"] and digits != attributes["trajectory_checksum"]:
-            raise DamagedChunkError("it was made from other data than recorded")
-
-
 def reading_error(chunk: RecordedChunk, error: Exception) -> Exception:
     """What to tell the user where a chunk could not be read: file, reason, remedy."""
     if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR):
@@ -167,9 +135,7 @@ def recorded_header(chunk: RecordedChunk) -> ChunkHeader:
         DamagedChunkError, StorageError: as `CacheWindows` when it reads.
     """
     try:
-        header = read_chunk_header(Path(chunk.path), deep=False)
-        chunk.check(header.attributes)
-        return header
+        return check_recorded(chunk, deep=False)
     except (DamagedChunkError, OSError) as error:
         raise reading_error(chunk, error) from error
 
@@ -190,11 +156,19 @@ class ChunkTable:
         return len(self._chunks)
 
     def __getitem__(self, number: int) -> RecordedChunk:
-        place, fingerprint, *rest = self._chunks[number].tolist()
+        place, fingerprint, chunk_index, start, stop, num_bytes = self._chunks[number].tolist()
         cache = self.cache[number]
         index = self._indexes[cache]
-        identity = index.fingerprints[fingerprint], index.checksums[place]
-        return RecordedChunk(self._cache_dirs[cache], index.names[place], *rest, *identity)
+        return RecordedChunk(
+            cache_dir=self._cache_dirs[cache],
+            trajectory=index.names[place],
+            chunk_index=chunk_index,
+            start=start,
+            stop=stop,
+            num_bytes=num_bytes,
+            fingerprint=index.fingerprints[fingerprint],
+            checksum=index.checksums[place],
+        )
 
     def one_of_each_configuration(self) -> list[RecordedChunk]:
         """A chunk of each fingerprint in each cache, in order."""

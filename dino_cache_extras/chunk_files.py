@@ -159,25 +159,69 @@ def _check_bytes(path: Path, name: str, dataset: StoredDataset) -> None:
         raise DamagedChunkError(f"{name} is not finite")
 
 
-def check_recorded(path: Path, name: str, record: TrajectoryRecord, checksum: str, index: int, *, deep: bool) -> None:
+RECORDED_ATTRIBUTES = ("trajectory", "chunk_index", "start", "stop", "fingerprint")
+CHECKED_ATTRIBUTES = ("format", "format_version", "checksum_kind", "trajectory_checksum", *RECORDED_ATTRIBUTES)
 
-    header = read_chunk_header(path, deep=deep)
-    start, stop = record["spans"][index]
-    expected = {
-        "trajectory": name,
-        "chunk_index": index,
-        "num_chunks": len(record["spans"]),
-        "start": start,
-        "stop": stop,
-        "fingerprint": record["fingerprint"],
-    }
-    if header.attributes["checksum_kind"] == record["checksum_kind"]:  # else it was recorded anew with another kind
-        expected["trajectory_checksum"] = checksum
-    for key, value in expected.items():
-        if header.attributes[key] != value:
-            raise DamagedChunkError(f"its {key} is {header.attributes[key]!r}, recorded is {value!r}")
-    if header.num_bytes != record["bytes"][index]:
-        raise DamagedChunkError(f"it has {header.num_bytes} bytes, recorded are {record['bytes'][index]}")
+
+class RecordedChunk(NamedTuple):
+    """A chunk file, as the record has it."""
+
+    cache_dir: Path
+    trajectory: str
+    chunk_index: int
+    start: int
+    stop: int
+    num_bytes: int
+    fingerprint: str
+    checksum: str  # of the trajectory, <kind>:<digits>
+    num_chunks: int | None = None  # of the trajectory; None where it is not known
+
+    @property
+    def path(self) -> str:
+        return f"{self.cache_dir}/{self.trajectory}/{chunk_file_name(self.chunk_index)}"  # Path takes 10 us
+
+    def check(self, attributes: Mapping[str, Any]) -> None:
+        """Raise DamagedChunkError unless these are the root attributes of the file that was recorded."""
+        check_chunk_format(attributes)
+        for key in RECORDED_ATTRIBUTES if self.num_chunks is None else (*RECORDED_ATTRIBUTES, "num_chunks"):
+            if attributes[key] != getattr(self, key):
+                raise DamagedChunkError(f"its {key} is {attributes[key]!r}, recorded is {getattr(self, key)!r}")
+        kind, _, digits = self.checksum.partition(":")
+        if kind == attributes["checksum_kind"] and digits != attributes["trajectory_checksum"]:
+            recorded = f"its trajectory_checksum is {attributes['trajectory_checksum']!r}, recorded is {digits!r}"
+            raise DamagedChunkError(f"{recorded}: it was made from other data")
+
+
+def recorded_chunks(cache_dir: Path, name: str, record: TrajectoryRecord, checksum: str) -> list[RecordedChunk]:
+    """The chunk files of a trajectory, as its record has them."""
+    return [
+        RecordedChunk(
+            cache_dir=cache_dir,
+            trajectory=name,
+            chunk_index=index,
+            start=start,
+            stop=stop,
+            num_bytes=num_bytes,
+            fingerprint=record["fingerprint"],
+            checksum=f"{record['checksum_kind']}:{checksum}",
+            num_chunks=len(record["spans"]),
+        )
+        for index, ((start, stop), num_bytes) in enumerate(zip(record["spans"], record["bytes"]))
+    ]
+
+
+def check_recorded(chunk: RecordedChunk, *, deep: bool) -> ChunkHeader:
+    """The header of a chunk file that is the one recorded; with `deep`, every byte of it was checked.
+
+    Raises:
+        DamagedChunkError: it is damaged, or another one.
+        OSError: it cannot be read.
+    """
+    header = read_chunk_header(Path(chunk.path), deep=deep)
+    chunk.check(header.attributes)
+    if header.num_bytes != chunk.num_bytes:
+        raise DamagedChunkError(f"it has {header.num_bytes} bytes, recorded are {chunk.num_bytes}")
+    return header
 
 
 @contextlib.contextmanager
@@ -187,15 +231,14 @@ def recorded_chunk(progress: Progress, name: str, index: int, *, deep: bool) -> 
     Raises:
         RefusedError: it is missing or damaged, or a run replaced it since the record was read.
     """
-
-    path = progress.cache_dir / name / chunk_file_name(index)
+    chunk = recorded_chunks(progress.cache_dir, name, progress.records[name], progress.checksums[name])[index]
     try:
-        check_recorded(path, name, progress.records[name], progress.checksums[name], index, deep=deep)
-        file = h5py.File(path, locking=False)
+        check_recorded(chunk, deep=deep)
+        file = h5py.File(chunk.path, locking=False)
     except (DamagedChunkError, OSError) as error:
         raise RefusedError(
-            f"{path}: {error}. If a run has just replaced it, give the command again; else `progress_utils.py verify "
-            f"--cache-dir {progress.cache_dir} --deep --repair` and a run mend it"
+            f"{chunk.path}: {error}. If a run has just replaced it, give the command again; else `progress_utils.py "
+            f"verify --cache-dir {progress.cache_dir} --deep --repair` and a run mend it"
         ) from error
     with file:
         yield file

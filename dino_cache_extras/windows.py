@@ -15,15 +15,21 @@ import numpy as np
 
 from dino_cache import POSE_SHAPES, POSE_TYPES, TOKEN_DATASETS, Token, bytes_digest
 from dino_cache_extras.cache_index import (
-    CHECKED_ATTRIBUTES,
     ChunkTable,
-    RecordedChunk,
     open_table,
     reading_error,
     recorded_header,
     refuse_mixed,
 )
-from dino_cache_extras.chunk_files import ChunkHeader, check_dataset, check_metadata, hdf5_errors, plain_attributes
+from dino_cache_extras.chunk_files import (
+    CHECKED_ATTRIBUTES,
+    ChunkHeader,
+    RecordedChunk,
+    check_dataset,
+    check_metadata,
+    hdf5_errors,
+    plain_attributes,
+)
 from progress_utils import DamagedChunkError, RefusedError
 
 if TYPE_CHECKING:

@@ -75,7 +75,6 @@ def _refuse_unexportable(progress: Progress, allow_mixed: bool) -> None:
 
 def _exported_datasets(progress: Progress, tokens: list[str] | None) -> list[str]:
     """Names of the token datasets to export: those asked for, else those that every chunk has."""
-
     specs = [progress.specs[fingerprint] for fingerprint in progress.fingerprints]
     common = [token for token in TOKEN_DATASETS if all(token in spec.get("tokens", ()) for spec in specs)]
     for token in tokens or common:
@@ -88,7 +87,6 @@ def _exported_datasets(progress: Progress, tokens: list[str] | None) -> list[str
 
 def _export_flat(progress: Progress, output: Path, token_datasets: list[str], *, force: bool) -> str:
     """Write the flat file; returns what it holds, in words."""
-
     if output.is_dir() or (output.exists() and not force):
         raise RefusedError(f"-o {output}: exists; --force replaces a file")
     found = [(name, episode) for name in progress.records for episode in pieces(progress, name)]
@@ -111,7 +109,6 @@ def _write_flat(
     progress: Progress, raw: Any, found: list[tuple[str, list[NewRows]]], token_datasets: list[str], folder: Path
 ) -> None:
     """Fill an empty file with the episodes found, block by block."""
-
     lengths = [sum(rows.stop - rows.start for rows in episode) for _, episode in found]
     parts = [(name, rows) for name, episode in found for rows in episode]
     with h5py.File(raw, "w", libver="v110") as file:  # attributes may exceed 64 kB then
@@ -131,7 +128,6 @@ def _make_columns(
     progress: Progress, file: Any, token_datasets: list[str], num_frames: int, folder: Path
 ) -> dict[str, Any]:
     """An empty column for each dataset that a chunk can have; RefusedError where the disk cannot hold them."""
-
     rows = {name: (shape, np.dtype(POSE_TYPES[name])) for name, shape in POSE_SHAPES.items()}
     if all(map(is_cut_by_frames, progress.specs.values())):
         del rows["travelled_distance"]
@@ -148,7 +144,6 @@ def _make_columns(
 
 def _write_episodes(progress: Progress, file: Any, names: list[str], lengths: list[int]) -> None:
     """Where each episode begins and ends, as datasets and as columns; where it is from, as attributes."""
-
     lengths = np.array(lengths, np.int64)
     file["ep_len"] = lengths
     file["ep_offset"] = offsets = np.cumsum(lengths) - lengths

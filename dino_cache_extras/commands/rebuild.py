@@ -105,7 +105,6 @@ class FoundTrajectory(NamedTuple):
 
 def read_trajectory(cache_dir: Path, name: str) -> FoundTrajectory | Finding:
     """Read every byte of one trajectory's chunks. Runs in a worker process."""
-
     files = list(filter(is_chunk_file, os.listdir(cache_dir / name)))
     expected = [chunk_file_name(index) for index in range(len(files))]
     if set(files) != set(expected):
@@ -136,7 +135,6 @@ def read_trajectory(cache_dir: Path, name: str) -> FoundTrajectory | Finding:
 
 def _progress_from(cache_dir: Path, found: list[FoundTrajectory]) -> Progress:
     """A record of the trajectories found; the configuration in force is that of the most recent chunk."""
-
     latest = max(found, key=lambda trajectory: trajectory.attributes["created_at"]).attributes
     progress = Progress(cache_dir, latest["dataset_name"])
     first = min(trajectory.first_created_at for trajectory in found)

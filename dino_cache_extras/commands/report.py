@@ -305,7 +305,6 @@ def _pictures_section(look: CacheSample) -> str:
 
 def _frame_as_url(look: CacheSample, name: str, frame: int) -> str:
     """A frame, cut and scaled as the encoder saw it. RefusedError where it cannot be had."""
-
     progress, folder = look.progress, look.data_folder
     spec = CacheSpec.model_validate(progress.specs[progress.records[name]["fingerprint"]])
     if folder is None:

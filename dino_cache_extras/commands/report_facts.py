@@ -124,7 +124,6 @@ def _chunk_facts(progress: Progress, name: str, index: int, new_frames: int) -> 
 
 def _look_at_trajectory(progress: Progress, name: str) -> TrajectoryLook:
     """Read positions and, of evenly spaced frames, features of a trajectory's first chunks."""
-
     record = progress.records[name]
     found = pieces(progress, name)
     parts = [rows for piece in found for rows in piece][:REPORT_CHUNKS_OF_ONE]
@@ -165,7 +164,6 @@ def _camera_remarks(unit: Any, to_next: Any, steps_m: Any, rows: Any) -> list[st
     `unit` (n, D) are unit vectors; `to_next` (n,) similarities with, `steps_m` (n,) steps to the frame after it; `rows`
     (n, 2) the numbers of both.
     """
-
     remarks = []
     frozen = (to_next > 1 - 1e-6) & (steps_m > 1e-3)
     for is_frozen, group in itertools.groupby(range(len(frozen)), frozen.__getitem__):
@@ -232,7 +230,6 @@ def read_patches(progress: Progress, name: str, index: int, row: int) -> tuple[s
 
 def colours_of_patches(patches: list[Any]) -> list[Any]:
     """(h, w, 3) uint8 for each (h, w, D): the first three principal components of the patches that have its width."""
-
     colours: dict[int, Any] = {}
     for width in {grid.shape[-1] for grid in patches}:
         members = [number for number, grid in enumerate(patches) if grid.shape[-1] == width]

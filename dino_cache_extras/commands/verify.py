@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from dino_cache_extras.chunk_files import check_recorded
+from dino_cache_extras.chunk_files import check_recorded, recorded_chunks
 from dino_cache_extras.commands.workers import on_all_cores
 from progress_utils import (
     CANNOT_LOOK,
@@ -84,18 +84,18 @@ def _still_true(progress: Progress, findings: list[Finding]) -> list[Finding]:
 def check_trajectory(cache_dir: Path, task: tuple[str, TrajectoryRecord, str], *, deep: bool) -> list[Finding]:
     """Compare one trajectory's chunk files with its record. Runs in a worker process."""
     name, record, checksum = task
-    findings = []
-    expected = {chunk_file_name(index): index for index in range(len(record["spans"]))}
-    for file, index in expected.items():
-        path = f"{name}/{file}"
+    findings, chunks = [], recorded_chunks(cache_dir, name, record, checksum)
+    for chunk in chunks:
+        path = f"{name}/{chunk_file_name(chunk.chunk_index)}"
         try:
-            check_recorded(cache_dir / path, name, record, checksum, index, deep=deep)
+            check_recorded(chunk, deep=deep)
         except (FileNotFoundError, NotADirectoryError):
             findings.append(Finding("missing", name, path, "recorded, but not there"))
         except (DamagedChunkError, OSError) as problem:
             findings.append(Finding("damaged", name, path, damage_of(cache_dir / path, problem)))
+    expected = {chunk_file_name(chunk.chunk_index) for chunk in chunks}
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        for file in sorted(set(filter(is_chunk_file, os.listdir(cache_dir / name))) - expected.keys()):
+        for file in sorted(set(filter(is_chunk_file, os.listdir(cache_dir / name))) - expected):
             findings.append(Finding("damaged", name, f"{name}/{file}", "a chunk that the record does not know"))
     return findings
 

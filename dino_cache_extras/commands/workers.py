@@ -19,13 +19,11 @@ from progress_utils import RefusedError, available_cores
 
 def with_bar(tasks: list[Any], title: str, unit: str = " chunks") -> Iterable[Any]:
     """The tasks, with a progress bar on a terminal."""
-
     return tqdm(tasks, desc=title, unit=unit, disable=not sys.stderr.isatty())
 
 
 def on_all_cores(function: Callable[[Any], Any], tasks: list[Any], title: str) -> list[Any]:
     """`function` of each task, in order, in worker processes, with a progress bar on a terminal."""
-
     bar = functools.partial(tqdm, total=len(tasks), desc=title, unit=" trajectories", disable=not sys.stderr.isatty())
     workers = min(available_cores(), len(tasks))
     if workers <= 1:
@@ -39,6 +37,5 @@ def on_all_cores(function: Callable[[Any], Any], tasks: list[Any], title: str) -
 
 def _end_with_parent() -> None:
     """Of a worker process: it would otherwise wait for work for ever when its parent is killed."""
-
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
