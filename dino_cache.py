@@ -41,7 +41,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import ctypes
 import dataclasses
 import difflib
@@ -56,8 +55,6 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing
-import multiprocessing.connection
 import os
 import pickle
 import pickletools
@@ -69,8 +66,6 @@ import shutil
 import signal
 import socket
 import stat
-import string
-import subprocess
 import sys
 import tempfile
 import threading
@@ -78,11 +73,10 @@ import time
 import traceback
 import unicodedata
 import zipfile
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple, Protocol, TypeVar
 
@@ -116,15 +110,14 @@ from progress_utils import (
     human_bytes,
     human_duration,
     is_chunk_file,
+    is_there,
     make_directories_durably,
     open_door,
     printable,
 )
 
 if TYPE_CHECKING:
-    import av
     import PIL.Image
-    import pyarrow
     import torch
 
 # ======================================================================================================================
@@ -153,13 +146,18 @@ MAX_POSITION_M = 1e8  # no place on Earth is farther from any map's origin; one 
 MAX_FRAME_PIXELS = 80_000_000  # a frame that claims more pixels is refused undecoded
 LOST_MOUNT_ERRNOS = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENXIO)
 
+FORMAT_MODULES = {  # format -> the module that reads it; gnm is read here
+    "recon": "dino_cache_extras.formats.recon",
+    "lerobot": "dino_cache_extras.formats.lerobot",
+    "video": "dino_cache_extras.formats.video",
+}
+
 Token = Literal["cls", "patch", "register"]
 ModelType = Literal[
     "small", "small_reg", "base", "base_reg", "large", "large_reg", "giant", "giant_reg",
     "dinov3_small", "dinov3_small_plus", "dinov3_base", "dinov3_large", "dinov3_huge_plus", "dinov3_7b",
 ]  # fmt: skip
 ChecksumKind = Literal["stat", "content"]
-FormatName = Literal["gnm", "recon", "lerobot", "video"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -261,6 +259,13 @@ PositiveInt = Annotated[int, Field(strict=True, ge=1)]
 StrictBool = Annotated[bool, Field(strict=True)]
 ChannelValues = tuple[float, float, float]
 DataKey = Annotated[str, Field(min_length=1)]
+
+
+def one_of(name: str, known: Sequence[str]) -> str:
+    """The name, where it is one of those known; ValueError where it is not."""
+    if name not in known:
+        raise ValueError(f"should be one of {', '.join(known)}")
+    return name
 
 
 class CacheSpec(BaseModel):
@@ -389,7 +394,12 @@ class DatasetPaths(BaseModel):
     data_folder: Annotated[str, Field(min_length=1)]
     cache_dir: Annotated[str, Field(min_length=1)] | None = None
     split: Annotated[str, Field(min_length=1)] | None = None
-    format: FormatName | Literal["auto"] = "auto"
+    format: str = "auto"
+
+    @field_validator("format")
+    @classmethod
+    def _format_is_known(cls, name: str) -> str:
+        return one_of(name, ("auto", "gnm", *FORMAT_MODULES))
 
 
 @dataclass(frozen=True)
@@ -402,7 +412,7 @@ class DatasetConfig:
     split: Path | None
     spec: CacheSpec
     options: RunOptions
-    format: FormatName | Literal["auto"] = "auto"
+    format: str = "auto"
     own_keys: frozenset[str] = frozenset()  # given under the dataset, not at the top
 
 
@@ -542,7 +552,7 @@ def spec_differences(recorded: dict[str, Any], spec: CacheSpec) -> list[tuple[st
 
 
 # ======================================================================================================================
-# Trajectories: poses, and a way to get at frames; what comes after these sections knows nothing of formats
+# Trajectories: poses, and a way to get at frames; what comes after the section on formats knows none
 # ======================================================================================================================
 
 POSE_FILES = ("traj_data.pkl", "traj_data.json", "traj_data.npz")  # the first one found is read
@@ -559,7 +569,7 @@ class Trajectory(NamedTuple):
     name: str  # in gnm and video its path relative to data_folder, with `/`
     path: Path  # gnm: its folder; recon, video: its file; lerobot: the dataset's folder
     lacks_poses: bool = False  # frames and no pose file: not a trajectory, and worth a remark
-    format: FormatName = "gnm"
+    format: str = "gnm"
     episode: int = 0  # lerobot: its number
 
 
@@ -1049,7 +1059,7 @@ def checked_position(where: str, poses: dict[str, Any], key: str) -> np.ndarray:
     if position.ndim != 2 or position.shape[1] < 2:
         raise InputError(f"{where}: {key} is {position.shape}, expected (T, 2)")
     position = np.ascontiguousarray(position[:, :2])
-    _check_values(where, key, position, MAX_POSITION_M)
+    check_values(where, key, position, MAX_POSITION_M)
     return position
 
 
@@ -1059,11 +1069,11 @@ def checked_numbers(where: str, poses: dict[str, Any], key: str, count: int) -> 
     if values.shape not in ((count,), (count, 1)):
         raise InputError(f"{where}: {key} is {values.shape}, expected ({count},), one for each frame")
     values = values.reshape(-1)
-    _check_values(where, key, values, math.inf)
+    check_values(where, key, values, math.inf)
     return values
 
 
-def _check_values(where: str, key: str, values: np.ndarray, most: float) -> None:
+def check_values(where: str, key: str, values: np.ndarray, most: float) -> None:
     """Raise InputError, naming the first, where a value is not finite or its size exceeds `most`."""
     bad = np.argwhere(~(np.isfinite(values) & (np.abs(values) <= most)))
     if len(bad):
@@ -1162,1050 +1172,58 @@ class FolderSource:
 
 
 # ======================================================================================================================
-# RECON: an HDF5 file a trajectory, JPEG bytes inside, read in a process of its own
-# ======================================================================================================================
-
-HDF5_PROCESSES = 4  # processes that read others' HDF5 files, at most
-HDF5_TIMEOUT_S = 30  # time in which such a process must answer
-HDF5_MEMORY_BYTES = 4 << 30  # memory that such a process may take
-RECON_KEYS = ("images/rgb_left", "jackal/position", "jackal/yaw")
-RECON_SUFFIX = ".hdf5"
-
-
-def find_recon(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
-    """The .hdf5 files in `data_folder`, sorted; a trajectory's name is its file's, up to the first dot.
-
-    Raises:
-        RefusedError: `data_folder` cannot be listed.
-    """
-    try:
-        file_names = sorted(os.listdir(data_folder))
-    except OSError as error:
-        raise RefusedError(f"data_folder {data_folder}: cannot list it: {error.strerror}") from error
-    for file_name in file_names:
-        if file_name.endswith(RECON_SUFFIX) and not file_name.startswith("."):
-            yield Trajectory(recordable_name(file_name.partition(".")[0]), data_folder / file_name, format="recon")
-
-
-def locate_recon(data_folder: Path, name: str) -> Trajectory:
-    """The file of that name; InputError where there is none."""
-    for trajectory in find_recon(data_folder, CacheSpec()):
-        if trajectory.name == name:
-            return trajectory
-    raise InputError(f"{data_folder} has no {name}*{RECON_SUFFIX}")
-
-
-class ReconSource:
-    """recon: image bytes and poses, row by row, in one HDF5 file."""
-
-    def __init__(self, trajectory: Trajectory, keys: DataKeys):
-        self._trajectory = trajectory
-        self._where = f"{trajectory.name} ({recordable_name(trajectory.path.name)})"
-        given = (keys.image_key, keys.position_key, keys.yaw_key)
-        self._keys = [key or default for key, default in zip(given, RECON_KEYS)]
-        self._size = os.stat(trajectory.path).st_size
-
-    @functools.cached_property
-    def _content(self) -> tuple[int, dict[str, np.ndarray]]:
-        """The number of images, and the poses by key."""
-        return self._ask(None)
-
-    def _ask(self, rows: list[int] | None) -> Any:
-        return HDF5_READERS.read(self._where, (os.fspath(self._trajectory.path), self._keys, rows))
-
-    def checksum(self, kind: ChecksumKind) -> str:
-        """Over the poses and the file's size (`stat`), or over the file's bytes (`content`)."""
-        digest = hashlib.sha256(f"{kind} {self._keys} {self._size}".encode())
-        if kind == "content":
-            with open(open_regular(self._trajectory.path), "rb") as file:
-                digest = hashlib.file_digest(file, lambda: digest)
-        else:
-            for values in self._content[1].values():
-                digest.update(np.ascontiguousarray(values))
-        return digest.hexdigest()[:16]
-
-    def poses(self, *, required: bool) -> Poses:
-        count, poses = self._content
-        _, position_key, yaw_key = self._keys
-        position = checked_position(self._where, poses, position_key)
-        yaw = checked_numbers(self._where, poses, yaw_key, len(position))
-        if count != len(position):
-            raise InputError(f"{self._where}: {count} images in {self._keys[0]} but {len(position)} poses")
-        return Poses(np.arange(count, dtype=np.int64), position, yaw)
-
-    def open_frames(self, numbers: Sequence[int]) -> FrameReader:
-        return self
-
-    def name(self, number: int) -> str:
-        return f"{self._where} {self._keys[0]}[{number}]"
-
-    def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        with PROFILE("read"):
-            images = self._ask(list(numbers))
-        yield from (np.frombuffer(bytearray(data), np.uint8) for data in images)
-
-    def close(self) -> None:
-        """Nothing stays open."""
-
-
-class Hdf5Process:
-    """A process that reads files for this one: damaged HDF5 metadata can crash the library, or keep it in a loop. It
-    imports numpy and h5py, not torch, and ends when this process does."""
-
-    def __init__(self) -> None:
-        self._connection, theirs = multiprocessing.Pipe()
-        here = os.fspath(Path(__file__).resolve().parent)
-        code = f"import sys; sys.path.insert(0, {here!r}); import dino_cache; dino_cache.serve_hdf5({theirs.fileno()})"
-        command = [sys.executable, "-c", code]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()], start_new_session=True,
-        )  # fmt: skip
-        theirs.close()
-
-    def ask(self, request: tuple) -> tuple[str, Any]:
-        """Its answer. Raises TimeoutError where it takes too long, EOFError or ConnectionError where it died."""
-        self._connection.send(request)
-        if not self._connection.poll(HDF5_TIMEOUT_S):
-            raise TimeoutError(errno.EIO, f"HDF5 gave no answer in {HDF5_TIMEOUT_S} s")
-        return self._connection.recv()
-
-    def end(self) -> int:
-        """Kill it; its exit status, negative where a signal ended it."""
-        self._connection.close()
-        try:
-            return self._process.wait(0.2)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
-
-
-class Hdf5Readers:
-    """At most so many Hdf5Process, each started when it is first needed and replaced when it dies."""
-
-    def __init__(self, count: int):
-        self._idle: queue.LifoQueue[Hdf5Process | None] = queue.LifoQueue()
-        for _ in range(count):
-            self._idle.put(None)
-
-    def read(self, where: str, request: tuple) -> Any:
-        """What `read_recon` returns for the request; `where` is for messages.
-
-        Raises:
-            InputError: the file is damaged, lacks a key, or crashes HDF5 twice.
-            OSError: it cannot be opened or read, or HDF5 does not come to an end with it.
-        """
-        process = self._idle.get()
-        try:
-            for is_last in (False, True):
-                process = process or Hdf5Process()
-                try:
-                    kind, value = process.ask(request)
-                    break
-                except TimeoutError:
-                    process.end()
-                    process = None
-                    raise
-                except (EOFError, ConnectionError) as error:
-                    status, process = process.end(), None
-                    if is_last:
-                        raise InputError(f"{where}: HDF5 crashed on it (exit status {status})") from error
-        finally:
-            self._idle.put(process)
-        if kind == "error":
-            raise OSError(*value)
-        if kind == "fault":
-            raise InputError(f"{where}: {value}")
-        return value
-
-
-HDF5_READERS = Hdf5Readers(HDF5_PROCESSES)
-
-
-def serve_hdf5(descriptor: int) -> None:
-    """Answer the requests that come from the process at the other end, until it goes away. Runs in a Hdf5Process."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # of the whole group: the run ends itself, and this with it
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_DATA, (HDF5_MEMORY_BYTES, HDF5_MEMORY_BYTES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    connection = multiprocessing.connection.Connection(descriptor)
-    while True:
-        try:
-            request = connection.recv()
-        except EOFError:
-            return
-        connection.send(_answer(request))
-
-
-def _answer(request: tuple) -> tuple[str, Any]:
-    """("value", what read_recon returns), ("error", an OSError's arguments) or ("fault", what is wrong with a file)."""
-    try:
-        return "value", read_recon(*request)
-    except Exception as error:  # of damaged bytes, h5py makes all sorts
-        reason = " ".join(str(error).split()) or type(error).__name__
-        code, number = getattr(error, "errno", None), re.search(r"errno = (\d+)", reason)
-        if code is None and number and int(number[1]) in LOST_MOUNT_ERRNOS:
-            code = int(number[1])  # of a read, h5py puts the system's error only into its text
-        return ("error", (code, f"{request[0]}: {reason}")) if code else ("fault", f"cannot read it: {reason}")
-
-
-def read_recon(path: str, keys: list[str], rows: list[int] | None) -> Any:
-    """Without rows, the number of images and the poses by key; else those images' bytes. Runs in a Hdf5Process.
-
-    Raises:
-        InputError, OSError, or whatever h5py makes of damaged bytes.
-    """
-    os.close(open_regular(path))
-    with h5py.File(path, "r", locking=False) as file:
-        images, *poses = (_recon_dataset(file, key) for key in keys)
-        if rows is not None:
-            return [_image_bytes(value) for value in images[rows]]
-        if any(values.size > MAX_POSE_NUMBERS for values in poses):
-            raise InputError(f"{keys[1:]} hold more than {MAX_POSE_NUMBERS} numbers")
-        return len(images), {key: values[...] for key, values in zip(keys[1:], poses)}
-
-
-def _recon_dataset(file: h5py.File, key: str) -> h5py.Dataset:
-    dataset = file.get(key)
-    if not isinstance(dataset, h5py.Dataset) or dataset.ndim == 0:
-        names: list[str] = []
-        file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-        raise InputError(f"has no {key}; its keys are {', '.join(names)[:500]}")
-    if dataset.file.filename != file.filename or dataset.external or dataset.is_virtual:
-        raise InputError(f"{key} lies in another file; what a file refers to is not read")
-    return dataset
-
-
-def _image_bytes(value: Any) -> bytes:
-    """The bytes of one image, of fixed length, of variable length, or a padded row of numbers."""
-    if isinstance(value, bytes):
-        return value
-    array = np.asarray(value)
-    if array.dtype.kind != "V" and array.dtype not in (np.uint8, np.int8):
-        raise InputError(f"its images are {array.dtype} values, expected bytes")
-    return array.tobytes()
-
-
-# ======================================================================================================================
-# Videos: frames by their times, decoded once and in order
-# ======================================================================================================================
-
-VIDEO_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"  # FFmpeg's names of the containers that are opened
-VIDEO_THREADS = 4  # threads of one video's decoder, at most
-VIDEO_TOLERANCE = 0.25  # a frame's time may differ from its pose's by this part of the time between two frames
-SEEK_BEYOND_S = 2.0  # a first frame later than this is sought; before it, decoding from the start is as quick
-
-
-def optional_module(name: str) -> Any:
-    """A module that only some formats need. Raises RefusedError, with the command that installs it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise RefusedError(
-            f"this format needs {name}, which cannot be imported ({error}): pip install -r requirements-lerobot.txt"
-        ) from error
-
-
-class FileCache:
-    """What was made of the last few files; anew where a file's size or time of change is another."""
-
-    def __init__(self, make: Callable[..., Any], count: int):
-        self._make, self._count = make, count
-        self._values: OrderedDict[tuple, Any] = OrderedDict()
-        self._lock = threading.Lock()  # also while it is made: it is what the next thread wants too
-
-    def __call__(self, path: Path, *arguments: Hashable) -> Any:
-        status = os.stat(path)
-        key = (path, status.st_size, status.st_mtime_ns, *arguments)
-        with self._lock:
-            if key not in self._values:
-                self._values[key] = self._make(path, *arguments)
-            self._values.move_to_end(key)
-            if len(self._values) > self._count:
-                self._values.popitem(last=False)
-            return self._values[key]
-
-
-@contextlib.contextmanager
-def _video_errors(where: str) -> Iterator[None]:
-    """FFmpeg's errors as those of a trajectory, or of the mount."""
-    av = optional_module("av")
-    try:
-        yield
-    except av.FFmpegError as error:
-        if error.errno in LOST_MOUNT_ERRNOS:
-            raise OSError(error.errno, f"{where}: {error.strerror}") from error
-        raise InputError(f"{where}: cannot read the video: {error.strerror}") from error
-
-
-def open_video(path: Path, where: str) -> tuple[av.container.InputContainer, av.VideoStream]:
-    """A video file and its first video stream. What the file refers to (playlists, other files) is not opened.
-
-    Raises:
-        InputError, OSError: it is no video, or cannot be read.
-    """
-    os.close(open_regular(path))
-    options = {"protocol_whitelist": "file", "format_whitelist": VIDEO_CONTAINERS}
-    with _video_errors(where):
-        container = optional_module("av").open(os.fspath(path), options=options)
-    if not container.streams.video:
-        container.close()
-        raise InputError(f"{where}: has no video stream")
-    return container, container.streams.video[0]
-
-
-def _packets(path: Path, where: str) -> Iterator[tuple[av.Packet, Fraction]]:
-    """Packets of shown frames, in the order of the file, undecoded; and the unit of their times [s]."""
-    container, stream = open_video(path, where)
-    with _video_errors(where), container:
-        for packet in container.demux(stream):
-            if packet.size and packet.pts is not None and not packet.is_discard:
-                yield packet, stream.time_base
-
-
-def _read_frame_times(path: Path) -> np.ndarray:
-    times = sorted(float(packet.pts * time_base) for packet, time_base in _packets(path, recordable_name(path.name)))
-    return np.array(times)
-
-
-def _read_packet_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    container, stream = open_video(path, recordable_name(path.name))
-    with container:
-        entries = [(entry.timestamp, entry.size) for entry in stream.index_entries]
-        times = np.array([(time - entries[0][0]) * float(stream.time_base) for time, _ in entries])
-        return times, np.array([size for _, size in entries], dtype=np.int64)
-
-
-frame_times = FileCache(_read_frame_times, 64)  # (n,) [s] of a video's frames, ascending, without decoding them
-packet_index = FileCache(_read_packet_index, 8)  # (n,) times [s] from 0 in the order of decoding, and (n,) sizes
-
-
-class VideoFrames:
-    """Frames of one video, found by their times: one pass over the file, one seek at most.
-
-    Whichever thread comes first decodes on to the frame that it wants, and leaves those on the way to the others. No
-    thread waits for another's turn, so none waits in vain. Raw frames are held by at most as many threads as there are
-    cores, and given away as they are converted.
-    """
-
-    def __init__(self, path: Path, name: str, numbers: Sequence[int], times: Sequence[float], tolerance_s: float):
-        self._path, self._name, self._tolerance_s = path, name, tolerance_s
-        self._times = dict(zip(numbers, times))
-        self._waiting = deque(numbers)
-        self._decoded: dict[int, av.VideoFrame] = {}
-        self._container: av.container.InputContainer | None = None
-        self._shown_s = 0.0  # of the last frame decoded
-        self._error: Exception | None = None  # the first, which then is that of all frames: one thread meets another's
-        self._lock = threading.Lock()
-
-    def name(self, number: int) -> str:
-        return f"{self._name}: frame {number} ({recordable_name(self._path.name)} at {self._times[number]:.3f} s)"
-
-    def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        with self._lock, _VIDEO_DECODERS, PROFILE("decode"):
-            try:
-                with _video_errors(self.name(numbers[0])):
-                    frames = deque([self._take(number) for number in numbers])
-            except (InputError, OSError) as error:
-                self._error = self._error or error
-                raise
-        while frames:
-            with PROFILE("decode"), _video_errors(self._name):
-                image = _rgb(frames.popleft())
-            yield image
-
-    def _take(self, number: int) -> av.VideoFrame:
-        while number not in self._decoded:
-            if self._error or not self._waiting:
-                raise self._error or InputError(f"{self.name(number)}: the video was closed")
-            following = self._waiting[0]
-            self._decoded[following] = self._decode_to(following)
-            self._waiting.popleft()
-        if not self._waiting:
-            self._close_container()
-        return self._decoded.pop(number)
-
-    def _decode_to(self, number: int) -> av.VideoFrame:
-        """Decode on to the frame that is shown at the time of this one."""
-        if self._container is None:
-            self._open(self._times[number])
-        wanted = self._times[number]
-        for frame in self._stream:
-            self._shown_s = shown = -math.inf if frame.time is None else frame.time
-            if shown >= wanted - self._tolerance_s:
-                break
-        else:
-            raise InputError(f"{self.name(number)}: there is no such frame, the video ends at {self._shown_s:.3f} s")
-        if shown > wanted + self._tolerance_s:
-            raise InputError(f"{self.name(number)}: there is no frame within {self._tolerance_s:.3g} s of it")
-        return frame
-
-    def _open(self, first_s: float) -> None:
-        self._container, stream = open_video(self._path, self._name)
-        stream.thread_type = "AUTO"
-        stream.codec_context.thread_count = min(VIDEO_THREADS, available_cores())
-        stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # more are refused undecoded
-        if first_s > SEEK_BEYOND_S:
-            self._container.seek(round(first_s / stream.time_base), stream=stream)
-        self._stream = self._container.decode(stream)
-
-    def close(self) -> None:
-        """Nothing more is read: the file is closed, what was decoded is dropped."""
-        with self._lock:
-            self._waiting.clear()
-            self._decoded.clear()
-            self._close_container()
-
-    def _close_container(self) -> None:
-        if self._container is not None:
-            self._stream.close()
-            self._container.close()
-            self._container = None
-
-
-_VIDEO_DECODERS = threading.BoundedSemaphore(available_cores())
-
-
-def _rgb(frame: av.VideoFrame) -> np.ndarray:
-    """(h, w, 3) uint8, turned as the video says."""
-    image = frame.to_ndarray(format="rgb24")
-    quarter_turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
-
-
-# ======================================================================================================================
-# LeRobot: episodes in parquet files, frames in videos or in the parquet files
-# ======================================================================================================================
-
-ROWS_KEPT = 256  # images of a parquet file that were passed over and wait for the threads that want them
-LEROBOT_VERSIONS = ("v2.0", "v2.1", "v3.0")
-LEROBOT_INFO = "meta/info.json"
-IMAGE_GUESSES = ("observation.images.front",)
-POSITION_GUESSES = ("observation.filtered_position", "position")
-YAW_GUESSES = ("observation.filtered_heading", "yaw")
-
-
-class LeRobotKeys(NamedTuple):
-    """The features that are read; None where a dataset has no base pose."""
-
-    image: str
-    position: str | None
-    yaw: str | None
-
-
-class Episode(NamedTuple):
-    """Where an episode's rows are: all of those with its number in one parquet file."""
-
-    index: int
-    length: int
-    place: dict[
-        str, Any
-    ]  # what the templates of info.json are filled with; in v3.0 also where its videos begin and end
-
-
-class LeRobotDataset:
-    """What a dataset's meta folder says, v2.0 to v3.0.
-
-    Raises:
-        RefusedError: it is unreadable, of an unknown version, or contradicts itself.
-    """
-
-    def __init__(self, root: Path):
-        self.root, self._info_file = root, root / LEROBOT_INFO
-        self._info = self._read_info()
-        self.version: str = self._get("codebase_version", str)
-        if self.version not in LEROBOT_VERSIONS:
-            raise self._refusal(f"codebase_version {self.version!r}; known are {', '.join(LEROBOT_VERSIONS)}")
-        self.fps: float = self._get("fps", (int, float))
-        self.features: dict[str, dict[str, Any]] = self._get("features", dict)
-        if not 0 < self.fps < math.inf or not all(isinstance(value, dict) for value in self.features.values()):
-            raise self._refusal("fps is not a rate, or features are not described")
-        self._info["video_path"] = self._info.get("video_path") or ""  # null where there are no videos
-        self._templates = {kind: self._get(f"{kind}_path", str) for kind in ("data", "video")}
-        for template in self._templates.values():
-            self._check_template(template)
-        self._episodes = self._read_parquet_meta() if self.version == "v3.0" else self._read_jsonl()
-        for number, (length, _) in self._episodes.items():
-            if type(number) is not int or type(length) is not int or number < 0:
-                raise self._refusal(f"episode {number!r} of {length!r} frames is among its episodes")
-
-    @property
-    def episode_numbers(self) -> list[int]:
-        return sorted(self._episodes)
-
-    def _refusal(self, what: str) -> RefusedError:
-        return RefusedError(f"{self._info_file}: {what}")
-
-    def _read_info(self) -> dict[str, Any]:
-        try:
-            info = json.loads(read_file(self._info_file).tobytes())
-        except (OSError, ValueError, RecursionError, InputError) as error:
-            raise self._refusal(f"cannot be read: {error}") from error
-        if not isinstance(info, dict):
-            raise self._refusal("is not a description of a dataset")
-        return info
-
-    def _get(self, key: str, kind: type | tuple[type, ...]) -> Any:
-        value = self._info.get(key)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise self._refusal(f"{key} is {reprlib.repr(value)}")
-        return value
-
-    def _check_template(self, template: str) -> None:
-        fields = ("episode_chunk", "episode_index", "video_key", "chunk_index", "file_index")
-        try:
-            parts = list(string.Formatter().parse(template))
-        except ValueError as error:
-            raise self._refusal(f"template {template!r}: {error}") from error
-        for _, name, width, conversion in parts:
-            if name is not None and (name not in fields or conversion or not re.fullmatch(r"\d{0,2}d?", width)):
-                raise self._refusal(f"template {template!r}: {name} is not known")
-
-    def _read_jsonl(self) -> dict[int, tuple]:
-        path, chunk_size = self.root / "meta/episodes.jsonl", self._get("chunks_size", int)
-        episodes = {}
-        try:
-            for line in read_file(path).tobytes().splitlines():
-                if line.strip():
-                    entry = json.loads(line)
-                    index, length = entry["episode_index"], entry["length"]
-                    episodes[index] = (length, {"episode_chunk": index // chunk_size})
-        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError, InputError) as error:
-            raise RefusedError(f"{path}: cannot be read: {error!r}") from error
-        return episodes
-
-    def _read_parquet_meta(self) -> dict[int, tuple]:
-        columns = {"episode_index": "index", "length": "length"}
-        columns |= {f"data/{name}": f"data {name}" for name in ("chunk_index", "file_index")}
-        for key, feature in self.features.items():
-            if feature.get("dtype") == "video":
-                names = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
-                columns |= {f"videos/{key}/{name}": f"{key} {name}" for name in names}
-        files = sorted((self.root / "meta/episodes").glob("*/*.parquet"))
-        if not files:
-            raise self._refusal("there are no meta/episodes/*/*.parquet beside it")
-        episodes = {}
-        for path in files:
-            try:
-                rows = parquet_columns(path, tuple(columns)).rename_columns(list(columns.values())).to_pylist()
-            except (InputError, OSError) as error:
-                raise RefusedError(f"{error}") from error
-            episodes |= {row.pop("index"): (row.pop("length"), row) for row in rows}
-        return episodes
-
-    def episode(self, number: int) -> Episode:
-        if number not in self._episodes:
-            raise InputError(f"{episode_name(number)}: is not among the episodes that {self._info_file} belongs to")
-        return Episode(number, *self._episodes[number])
-
-    def data_file(self, episode: Episode) -> Path:
-        """The parquet file with an episode's rows."""
-        return self._fill("data", episode, "data")
-
-    def video_file(self, episode: Episode, key: str) -> Path:
-        """The video with an episode's frames."""
-        return self._fill("video", episode, key)
-
-    def video_span(self, episode: Episode, key: str) -> tuple[float, float]:
-        """Where in its video an episode begins and ends [s]."""
-        if self.version != "v3.0":
-            return 0.0, math.inf
-        span = [episode.place[f"{key} {end}"] for end in ("from_timestamp", "to_timestamp")]
-        if not all(isinstance(end, float) and math.isfinite(end) for end in span):
-            raise InputError(f"{episode_name(episode.index)}: it lies from {span[0]} to {span[1]} s in its video")
-        return span[0], span[1]
-
-    def _fill(self, kind: str, episode: Episode, group: str) -> Path:
-        values = {name: episode.place.get(f"{group} {name}") for name in ("chunk_index", "file_index")}
-        values |= {"episode_chunk": episode.place.get("episode_chunk"), "video_key": group}
-        name = episode_name(episode.index)
-        try:
-            path = Path(self._templates[kind].format(**values, episode_index=episode.index))
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{name}: {kind}_path {self._templates[kind]!r} cannot be filled: {error}") from error
-        if path.is_absolute() or ".." in path.parts:
-            raise InputError(f"{name}: {kind}_path leads out of the dataset: {path}")
-        return self.root / path
-
-    def resolve_keys(self, given: DataKeys, *, poses_required: bool) -> LeRobotKeys:
-        """The features to read: those given, else those guessed.
-
-        Raises:
-            InputError: there is none, or it is not clear which; the message lists the keys that there are.
-        """
-        images = [key for key, feature in self.features.items() if feature.get("dtype") in ("image", "video")]
-        image = given.image_key or (images[0] if len(images) == 1 else _first_of(IMAGE_GUESSES, images))
-        if image not in images:
-            raise InputError(f"image_key: {image}: {self.root} has the image keys {', '.join(images) or '(none)'}")
-        others = [key for key in self.features if key not in images]
-        position = given.position_key or _first_of(POSITION_GUESSES, others)
-        yaw = given.yaw_key or _first_of(YAW_GUESSES, others)
-        for setting, key in (("position_key", position), ("yaw_key", yaw)):
-            if key is None and poses_required:
-                raise InputError(
-                    f"{setting}: {self.root} has none that is known. Set position_key and yaw_key to two of "
-                    f"{', '.join(others)}; where none of them is the pose of the base, set chunk_by: frames"
-                )
-            if key is not None and key not in others:
-                raise InputError(f"{setting}: {key}: {self.root} has the keys {', '.join(others)}")
-        return LeRobotKeys(image, position, yaw)
-
-
-def _first_of(guesses: Iterable[str], present: Container[str]) -> str | None:
-    return next((guess for guess in guesses if guess in present), None)
-
-
-def episode_name(number: int) -> str:
-    """The name of an episode as a trajectory."""
-    return f"episode_{number:06d}"
-
-
-_LEROBOT_DATASETS: dict[Path, LeRobotDataset] = {}  # as they were when their trajectories were listed
-
-
-def lerobot_dataset(root: Path) -> LeRobotDataset:
-    """A dataset's meta data, read once a process; `find_lerobot` reads them anew."""
-    if root not in _LEROBOT_DATASETS:
-        _LEROBOT_DATASETS[root] = LeRobotDataset(root)
-    return _LEROBOT_DATASETS[root]
-
-
-def find_lerobot(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
-    """The episodes of a dataset.
-
-    Raises:
-        RefusedError: its meta data are unreadable, or no key fits.
-    """
-    optional_module("av")
-    _LEROBOT_DATASETS.pop(data_folder, None)
-    dataset = lerobot_dataset(data_folder)
-    try:
-        keys = dataset.resolve_keys(data_keys(spec), poses_required=spec.chunk_by == "distance")
-    except InputError as error:
-        raise RefusedError(str(error)) from error
-    poses = f"poses from {keys.position} and {keys.yaw}" if keys.position or keys.yaw else "no poses"
-    LOG.info("%s: LeRobot %s, frames from %s, %s", data_folder, dataset.version, keys.image, poses)
-    for number in dataset.episode_numbers:
-        yield Trajectory(episode_name(number), data_folder, format="lerobot", episode=number)
-
-
-def locate_lerobot(data_folder: Path, name: str) -> Trajectory:
-    """The episode of that name; InputError where it is not an episode's."""
-    number = re.fullmatch(r"episode_(\d{6,18})", name)
-    if not number:
-        raise InputError(f"{name} is not the name of an episode")
-    return Trajectory(name, data_folder, format="lerobot", episode=int(number[1]))
-
-
-@contextlib.contextmanager
-def _parquet_errors(path: Path) -> Iterator[None]:
-    """pyarrow's errors as those of a trajectory; real ones of the system pass."""
-    pyarrow = optional_module("pyarrow")
-    try:
-        yield
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        reason = " ".join(str(error).split())[:300]
-        if "footer" in reason:
-            reason += " (a recording that was never finalised has none)"
-        raise InputError(f"{path}: not a whole parquet file: {reason}") from error
-
-
-def _read_columns(path: Path, columns: tuple[str, ...]) -> pyarrow.Table:
-    parquet = optional_module("pyarrow.parquet")
-    os.close(open_regular(path))
-    with _parquet_errors(path), parquet.ParquetFile(path, pre_buffer=False) as file:
-        if file.metadata.num_rows > MAX_POSE_NUMBERS:
-            raise InputError(f"{path}: {file.metadata.num_rows} rows are too many")
-        present = file.schema_arrow.names
-        if missing := [name for name in columns if name not in present]:
-            raise InputError(f"{path}: has no column {', '.join(missing)}; its columns are {', '.join(present)[:500]}")
-        return file.read(columns=list(columns), use_threads=False).combine_chunks()
-
-
-parquet_columns = FileCache(_read_columns, 8)  # (path, columns) -> a table of them; many episodes share a file
-
-
-class LeRobotSource:
-    """lerobot: the rows of one episode, and its frames."""
-
-    def __init__(self, trajectory: Trajectory, keys: DataKeys):
-        self._name, self._dataset = trajectory.name, lerobot_dataset(trajectory.path)
-        self._episode = self._dataset.episode(trajectory.episode)
-        self._keys = self._dataset.resolve_keys(keys, poses_required=False)
-        self._is_video = self._dataset.features[self._keys.image]["dtype"] == "video"
-        self._data_file = self._dataset.data_file(self._episode)
-
-    @functools.cached_property
-    def _rows(self) -> tuple[int, pyarrow.Table]:
-        """The first row of the episode in its file, and its rows."""
-        wanted = {"episode_index", "frame_index", *filter(None, self._keys[1:])}
-        wanted |= {"timestamp"} if self._is_video else set()
-        table = parquet_columns(self._data_file, tuple(sorted(wanted)))
-        rows = np.flatnonzero(table["episode_index"].to_numpy() == self._episode.index)
-        count, length = len(rows), self._episode.length
-        if count != length or count == 0 or rows[-1] - rows[0] != count - 1:
-            raise InputError(f"{self._name}: {self._data_file} has {count} rows of it in one piece, expected {length}")
-        table = table.slice(rows[0], count)
-        if not np.array_equal(table["frame_index"].to_numpy(), np.arange(count)):
-            raise InputError(f"{self._name}: {self._data_file}: its frame_index is not 0 to {count - 1}")
-        return int(rows[0]), table
-
-    def _column(self, key: str) -> dict[str, Any]:
-        return {key: self._rows[1][key].to_pylist()}
-
-    def poses(self, *, required: bool) -> Poses:
-        where, (_, position_key, yaw_key) = f"{self._name} ({self._data_file})", self._keys
-        numbers = np.arange(self._episode.length, dtype=np.int64)
-        position = checked_position(where, self._column(position_key), position_key) if position_key else None
-        yaw = checked_numbers(where, self._column(yaw_key), yaw_key, len(numbers)) if yaw_key else None
-        if required and (position is None or yaw is None):
-            raise InputError(f"{self._name}: has no position and yaw; set position_key and yaw_key")
-        return Poses(numbers, position, yaw)
-
-    def _times(self) -> np.ndarray:
-        """(T,) [s] in the video of each row."""
-        start_s, stop_s = self._dataset.video_span(self._episode, self._keys.image)
-        times = start_s + checked_numbers(self._name, self._column("timestamp"), "timestamp", self._episode.length)
-        if (np.diff(times) <= 0).any():
-            raise InputError(f"{self._name}: its timestamps do not rise, at row {int(np.argmin(np.diff(times))) + 1}")
-        if times[-1] > stop_s - 0.5 / self._dataset.fps:
-            raise InputError(
-                f"{self._name}: its last row is at {times[-1]:.3f} s of {self._video_file.name}, in which it ends at "
-                f"{stop_s:.3f} s: fewer frames than poses"
-            )
-        return times
-
-    @property
-    def _video_file(self) -> Path:
-        return self._dataset.video_file(self._episode, self._keys.image)
-
-    def open_frames(self, numbers: Sequence[int]) -> FrameReader:
-        if not self._is_video:
-            return ParquetFrames(self._data_file, self._keys.image, self._name, self._rows[0])
-        times = self._times()[list(numbers)].tolist()
-        return VideoFrames(self._video_file, self._name, numbers, times, VIDEO_TOLERANCE / self._dataset.fps)
-
-    def checksum(self, kind: ChecksumKind) -> str:
-        """Over the rows read, and the sizes (`stat`) or bytes (`content`) of the frames as they are stored: what is
-        appended to a file that episodes share is not theirs."""
-        digest = hashlib.sha256(f"{kind} {self._keys} {self._episode}".encode())
-        first, table = self._rows
-        for column in table.itercolumns():
-            digest.update(repr(column.to_pylist()).encode())
-        if not self._is_video:
-            _add_images(digest, self._data_file, self._keys.image, first, len(table), kind)
-        elif kind == "stat":
-            times, sizes = packet_index(self._video_file)
-            digest.update(sizes[self._is_inside(times)])
-        else:
-            first_dts = None
-            for packet, time_base in _packets(self._video_file, self._name):
-                first_dts = packet.dts if first_dts is None else first_dts
-                if self._is_inside(np.array([(packet.dts - first_dts) * float(time_base)]))[0]:
-                    digest.update(bytes(packet))
-        return digest.hexdigest()[:16]
-
-    def _is_inside(self, times: np.ndarray) -> np.ndarray:
-        """Whether packets at these times, in the order of decoding, are the episode's."""
-        start_s, stop_s = self._dataset.video_span(self._episode, self._keys.image)
-        early_s = 0.5 / self._dataset.fps
-        return (times >= start_s - early_s) & (times < stop_s - early_s)
-
-
-def _add_images(digest: hashlib._Hash, path: Path, key: str, first: int, count: int, kind: ChecksumKind) -> None:
-    """Add the sizes of the row groups that hold these rows (`stat`), or the rows' images (`content`)."""
-    with _parquet_errors(path), optional_module("pyarrow.parquet").ParquetFile(path, pre_buffer=False) as file:
-        groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
-        starts = np.cumsum([0, *(group.num_rows for group in groups)])
-        held = [i for i in range(len(groups)) if starts[i] < first + count and starts[i + 1] > first]
-        if kind == "stat":
-            digest.update(repr([(groups[index].num_rows, groups[index].total_byte_size) for index in held]).encode())
-            return
-        row = int(starts[held[0]])
-        for batch in file.iter_batches(READ_TOGETHER, held, [key], use_threads=False):
-            inside = batch.slice(max(0, first - row), max(0, first + count - max(row, first)))
-            digest.update(repr(inside.column(0).to_pylist()).encode())
-            row += len(batch)
-
-
-class ParquetFrames:
-    """Image bytes in a column of a parquet file, {bytes, path} a row."""
-
-    def __init__(self, path: Path, key: str, name: str, first_row: int):
-        self._path, self._key, self._name, self._first_row = path, key, name, first_row
-
-    def name(self, number: int) -> str:
-        return f"{self._name}: frame {number} ({recordable_name(self._path.name)})"
-
-    def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        for number in numbers:
-            with PROFILE("read"):
-                image = parquet_rows(self._path, self._key).get(self._first_row + number)
-            data = image.get("bytes") if isinstance(image, dict) else image
-            if not isinstance(data, bytes) or not data:
-                raise InputError(f"{self.name(number)}: {self._key} holds no image bytes there")
-            yield np.frombuffer(bytearray(data), np.uint8)
-
-    def close(self) -> None:
-        """The file is shared with other episodes."""
-
-
-class ParquetRows:
-    """A column read row by row, each once and roughly in order: many episodes share a file, and it is gone through
-    once. Rows passed over are kept for a while, for threads that come later."""
-
-    def __init__(self, path: Path, key: str):
-        self._path, self._key = path, key
-        with _parquet_errors(path):
-            self._file = optional_module("pyarrow.parquet").ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
-        if key not in self._file.schema_arrow.names:
-            raise InputError(f"{path}: has no column {key}")
-        metadata = self._file.metadata
-        counts = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-        self._group_starts = np.concatenate([[0], np.cumsum(counts)]).astype(int)
-        self._kept: OrderedDict[int, Any] = OrderedDict()
-        self._next_row, self._batches = sys.maxsize, iter(())  # nothing is read yet
-        self._lock = threading.Lock()
-
-    def get(self, row: int) -> Any:
-        """One row's value."""
-        with self._lock, _parquet_errors(self._path):
-            if row not in self._kept:
-                group = int(np.searchsorted(self._group_starts, row, side="right")) - 1
-                if row < self._next_row or self._group_starts[group] > self._next_row:
-                    self._start_at(group)
-                while row not in self._kept:
-                    self._read_batch()
-            return self._kept.pop(row)
-
-    def _start_at(self, group: int) -> None:
-        groups = list(range(group, len(self._group_starts) - 1))
-        self._next_row = int(self._group_starts[group])
-        self._batches = self._file.iter_batches(READ_TOGETHER, groups, [self._key], use_threads=False)
-
-    def _read_batch(self) -> None:
-        batch = next(self._batches, None)
-        if batch is None:
-            raise InputError(f"{self._path}: ends before its last row")
-        for value in batch.column(0).to_pylist():
-            self._kept[self._next_row] = value
-            self._next_row += 1
-        while len(self._kept) > ROWS_KEPT:
-            self._kept.popitem(last=False)
-
-
-parquet_rows = FileCache(ParquetRows, 4)
-
-
-# ======================================================================================================================
-# Video files with poses beside them, as phones and drones give them
-# ======================================================================================================================
-
-MIN_QUATERNION_NORM = 1e-12  # a quaternion shorter than this tells no direction
-VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
-POSE_SUFFIXES = (".csv", ".txt")
-VIDEO_STEM = "video"  # of a folder's only video, whose poses are poses.csv or .txt, or video.csv or .txt
-POSE_STEM = "poses"
-POSE_COLUMNS = {  # names in a CSV file's first line
-    "timestamp": ("timestamp", "time", "t"),
-    "x": ("x", "tx"),
-    "y": ("y", "ty"),
-    "yaw": ("yaw", "heading"),
-    "qx": ("qx",), "qy": ("qy",), "qz": ("qz",), "qw": ("qw",),
-}  # fmt: skip
-TUM_COLUMNS = ("timestamp", "x", "y", "z", "qx", "qy", "qz", "qw")
-
-
-def video_files(folder: FolderFiles) -> Iterator[tuple[str, str, str | None]]:
-    """(trajectory, video file, pose file or None) of a folder's videos."""
-    for file in folder.files:
-        stem, suffix = os.path.splitext(file)
-        if suffix.lower() in VIDEO_SUFFIXES and not file.startswith("."):
-            is_whole_folder = stem == VIDEO_STEM and folder.name != ""
-            stems = (POSE_STEM, stem) if is_whole_folder else (stem,)
-            names = (beside + ending for beside in stems for ending in POSE_SUFFIXES)
-            name = folder.name.rstrip("/") if is_whole_folder else folder.name + stem
-            yield name, file, _first_of(names, folder.files)
-
-
-def find_videos(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
-    """Videos below `data_folder`, sorted by folder; those without poses beside them are marked so. A folder that cannot
-    be listed is yielded as a trajectory, so that it fails with that reason."""
-    optional_module("av")
-    unlistable: list[FolderFiles] = []
-    for folder in walk_folders(data_folder, unlistable=unlistable):
-        for name, file, pose_file in video_files(folder):
-            yield Trajectory(recordable_name(name), folder.path / file, pose_file is None, format="video")
-    for folder in unlistable:
-        if folder.name:
-            yield Trajectory(recordable_name(folder.name.rstrip("/")), folder.path / VIDEO_STEM, format="video")
-
-
-def locate_video(data_folder: Path, name: str) -> Trajectory:
-    """The video of that name, a file's or its folder's; InputError where there is none."""
-    path = data_folder / name
-    for folder, prefix in ((path, f"{name}/"), (path.parent, name[: -len(path.name)])):
-        if folder.is_dir():
-            for found, file, pose_file in video_files(FolderFiles(prefix, folder, sorted(os.listdir(folder)))):
-                if found == name:
-                    return Trajectory(name, folder / file, pose_file is None, format="video")
-    raise InputError(f"{data_folder} has no video {name}")
-
-
-class VideoSource:
-    """video: one file, its poses in a table beside it, with times of the video's clock."""
-
-    def __init__(self, trajectory: Trajectory, keys: DataKeys):
-        self._name, self._path = trajectory.name, trajectory.path
-        folder = FolderFiles("/", self._path.parent, sorted(os.listdir(self._path.parent)))
-        pose_files = {file: pose_file for _, file, pose_file in video_files(folder)}
-        pose_file = pose_files.get(self._path.name)
-        self._pose_path = self._path.parent / pose_file if pose_file else None
-
-    def checksum(self, kind: ChecksumKind) -> str:
-        """Over the pose file's bytes and the video's size (`stat`) or bytes (`content`)."""
-        digest = hashlib.sha256(f"{kind} {self._path.suffix} {os.stat(self._path).st_size}".encode())
-        if self._pose_path is not None:
-            digest.update(self._pose_path.suffix.encode())
-            digest.update(read_file(self._pose_path))
-        if kind == "content":
-            with open(open_regular(self._path), "rb") as file:
-                digest = hashlib.file_digest(file, lambda: digest)
-        return digest.hexdigest()[:16]
-
-    def poses(self, *, required: bool) -> Poses:
-        """Of the frames between the first and the last pose, interpolated: position on a line, yaw the shorter way."""
-        times = frame_times(self._path)
-        if len(times) == 0:
-            raise InputError(f"{self._name}: {self._path.name} holds no frames")
-        if self._pose_path is None and required:
-            raise InputError(f"{self._name}: no poses beside {self._path.name}; expected a .csv or .txt file")
-        if self._pose_path is None:
-            return Poses(np.arange(len(times), dtype=np.int64), None, None)
-        table = read_pose_table(self._pose_path, self._name)
-        at, margin = table["timestamp"], 1e-6
-        numbers = np.flatnonzero((times >= at[0] - margin) & (times <= at[-1] + margin))
-        if len(numbers) == 0:
-            raise InputError(
-                f"{self._name}: no frame lies between the first pose ({at[0]:.3f} s) and the last ({at[-1]:.3f} s); "
-                f"the video's frames are at {times[0]:.3f} to {times[-1]:.3f} s. Pose times are the video's: its first "
-                "frame is at about 0 s"
-            )
-        position = np.stack([np.interp(times[numbers], at, table[axis]) for axis in ("x", "y")], axis=1)
-        yaw = np.interp(times[numbers], at, np.unwrap(table["yaw"]))
-        return Poses(numbers.astype(np.int64), position, np.arctan2(np.sin(yaw), np.cos(yaw)))
-
-    def open_frames(self, numbers: Sequence[int]) -> FrameReader:
-        times = frame_times(self._path)
-        shortest_s = np.diff(times).min(initial=1.0)
-        return VideoFrames(self._path, self._name, numbers, times[list(numbers)].tolist(), shortest_s * VIDEO_TOLERANCE)
-
-
-def read_pose_table(path: Path, name: str) -> dict[str, np.ndarray]:
-    """Poses in a .csv file with names in its first line, or in TUM's form (timestamp tx ty tz qx qy qz qw, no names).
-
-    Returns:
-        timestamp, x, y and yaw, (T,) float64 each, times rising.
-
-    Raises:
-        InputError: it is no such table, a column is missing, or a value is not finite.
-    """
-    is_beside = path.with_suffix("").as_posix().endswith(f"/{name}")  # else in the trajectory's own folder
-    where = name + path.suffix if is_beside else f"{name}/{recordable_name(path.name)}"
-    try:
-        lines = read_file(path).tobytes().decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not a text file: {error}") from error
-    rows = [line for line in lines if line.strip() and not line.startswith("#")]
-    if path.suffix == ".csv":
-        header, *records = list(csv.reader(rows)) or [[]]
-        names = [
-            next((key for key, known in POSE_COLUMNS.items() if cell.strip().lower() in known), "") for cell in header
-        ]
-    else:
-        names, records = list(TUM_COLUMNS), [re.split(r"[\s,]+", row.strip()) for row in rows]
-    columns = _pose_columns(where, names, records)
-    if "yaw" not in columns:
-        qx, qy, qz, qw = (columns[key] for key in ("qx", "qy", "qz", "qw"))
-        if (norms := qx**2 + qy**2 + qz**2 + qw**2).min() < MIN_QUATERNION_NORM:
-            raise InputError(f"{where}: pose {int(norms.argmin())} has the quaternion 0")
-        columns["yaw"] = np.arctan2(2 * (qw * qz + qx * qy), qw**2 + qx**2 - qy**2 - qz**2)
-    if (steps := np.diff(columns["timestamp"])).min(initial=1) <= 0:
-        raise InputError(f"{where}: its timestamps do not rise, at pose {int(steps.argmin()) + 1}")
-    return columns
-
-
-def _pose_columns(where: str, names: list[str], records: list[list[str]]) -> dict[str, np.ndarray]:
-    quaternion = {"qx", "qy", "qz", "qw"}
-    needed = {"timestamp", "x", "y"} | ({"yaw"} if "yaw" in names else quaternion)
-    if missing := needed - set(names):
-        raise InputError(
-            f"{where}: has no column {', '.join(sorted(missing))}; expected a first line with timestamp, x, y and yaw "
-            "or qx, qy, qz, qw; a .txt file in TUM's form: timestamp tx ty tz qx qy qz qw"
-        )
-    if not records:
-        raise InputError(f"{where}: holds no poses")
-    columns = {}
-    for key in sorted(needed):
-        try:
-            columns[key] = np.array([float(record[names.index(key)]) for record in records])
-        except (ValueError, IndexError) as error:
-            raise InputError(f"{where}: {key}: {error}") from error
-        most = MAX_POSITION_M if key in ("x", "y") else math.inf
-        _check_values(where, key, columns[key], most)
-    return columns
-
-
-# ======================================================================================================================
 # Formats: which one a folder holds, and what there is to each
 # ======================================================================================================================
 
 FOLDERS_LOOKED_INTO = 8  # folders that are looked at even where the first one shows a format: there may be another one
+KEY_SETTINGS = ("image_key", "position_key", "yaw_key")
 
 
 class Format(NamedTuple):
-    """What the program has to know of a format."""
+    """What the program has to know of a format. A format's module ends with FORMAT = Format(...)."""
 
     find: Callable[[Path, CacheSpec], Iterator[Trajectory]]
-    locate: Callable[[Path, str], Trajectory]  # one of a known name, which may be there no more, without a search
+    locate: Callable[[Path, str], Trajectory]  # one of a known name, without a search; InputError where there is none
     open: Callable[[Trajectory, DataKeys], Source]
-    settings: tuple[str, ...]  # of those that not every format has
+    settings: tuple[str, ...]  # those of DataKeys that apply
     trajectory: str  # what is one, for messages
+    signs: Callable[[FolderFiles, bool], Iterable[str]]  # files that show this format; is it data_folder itself?
+    hints: Callable[[FolderFiles, DataKeys], Iterable[str]] = lambda folder, keys: ()  # where nothing else shows one
 
 
-KEY_SETTINGS = ("image_key", "position_key", "yaw_key")
+def _gnm_signs(folder: FolderFiles, is_top: bool) -> list[str]:
+    return [file for file in POSE_FILES if file in folder.files][:1]
 
-FORMATS: dict[FormatName, Format] = {
-    "gnm": Format(
-        lambda data_folder, spec: find_trajectories(data_folder, spec.frame_pattern),
-        lambda data_folder, name: Trajectory(name, data_folder / name),
-        FolderSource,
-        ("frame_pattern",),
-        f"a folder with one of {', '.join(POSE_FILES)} and its frames",
-    ),
-    "recon": Format(
-        find_recon, locate_recon, ReconSource, KEY_SETTINGS, f"a *{RECON_SUFFIX} file in the folder itself"
-    ),
-    "lerobot": Format(
-        find_lerobot, locate_lerobot, LeRobotSource, KEY_SETTINGS, f"an episode of a dataset with {LEROBOT_INFO}"
-    ),
-    "video": Format(
-        find_videos,
-        locate_video,
-        VideoSource,
-        (),
-        "<name>.mp4 with <name>.csv or .txt, or a folder with video.mp4 and poses.csv or .txt",
-    ),
-}
+
+def _gnm_hints(folder: FolderFiles, keys: DataKeys) -> Iterator[str]:
+    return filter(re.compile(keys.frame_pattern).fullmatch, folder.files)
+
+
+GNM = Format(
+    find=lambda data_folder, spec: find_trajectories(data_folder, spec.frame_pattern),
+    locate=lambda data_folder, name: Trajectory(name, data_folder / name),
+    open=FolderSource,
+    settings=("frame_pattern",),
+    trajectory=f"a folder with one of {', '.join(POSE_FILES)} and its frames",
+    signs=_gnm_signs,
+    hints=_gnm_hints,
+)
+
+
+def format_names() -> list[str]:
+    """Formats that can be read here: gnm, and those of FORMAT_MODULES whose module is there."""
+    return ["gnm", *(name for name, module in FORMAT_MODULES.items() if is_there(module))]
+
+
+def format_named(name: str) -> Format:
+    """A format. Raises RefusedError where its module is not there."""
+    return GNM if name == "gnm" else open_door(FORMAT_MODULES[name]).FORMAT
 
 
 class FoundFormat(NamedTuple):
     """What a folder is taken for, and by which sign."""
 
-    name: FormatName
+    name: str
     sign: str
 
 
@@ -2215,45 +1233,27 @@ def detect_format(data_folder: Path, keys: DataKeys) -> FoundFormat:
     Raises:
         RefusedError: nothing tells, or it could be two formats.
     """
-    signs: dict[FormatName, str] = {}
-    pattern = re.compile(keys.frame_pattern)
-    frames_alone = None  # frames without poses tell only where nothing else does
+    formats = {name: format_named(name) for name in format_names()}
+    signs: dict[str, str] = {}
+    hint = None  # frames without poses tell only where nothing else does
     for count, folder in enumerate(walk_folders(data_folder), 1):
-        for name, sign in _signs(folder, pattern, is_top=count == 1):
-            signs.setdefault(name, recordable_name(folder.name + sign))
-        frames_alone = frames_alone or _frames_alone(folder, pattern)
+        for name, kind in formats.items():
+            if sign := next(iter(kind.signs(folder, count == 1)), None):
+                signs.setdefault(name, recordable_name(folder.name + sign))
+            if hint is None and (file := next(iter(kind.hints(folder, keys)), None)):
+                hint = FoundFormat(name, recordable_name(folder.name + file))
         if signs and count >= FOLDERS_LOOKED_INTO:
             break
-    if not signs and frames_alone:
-        return frames_alone
+    if not signs and hint:
+        return hint
     if len(signs) == 1:
         return FoundFormat(*next(iter(signs.items())))
     if signs:
         what = " and ".join(f"{name} ({sign})" for name, sign in signs.items())
         raise RefusedError(f"{data_folder}: looks like {what}; set format: under the dataset, or separate them")
-    kinds = "; ".join(f"{name}: {kind.trajectory}" for name, kind in FORMATS.items())
-    raise RefusedError(f"{data_folder}: no trajectories below it; looked for {kinds}. Is the disk mounted?")
-
-
-def _frames_alone(folder: FolderFiles, frame_pattern: re.Pattern[str]) -> FoundFormat | None:
-    """What frames without poses are taken for."""
-    if frame := next(filter(frame_pattern.fullmatch, folder.files), None):
-        return FoundFormat("gnm", recordable_name(folder.name + frame))
-    if video := next((file for _, file, _ in video_files(folder)), None):
-        return FoundFormat("video", recordable_name(folder.name + video))
-    return None
-
-
-def _signs(folder: FolderFiles, frame_pattern: re.Pattern[str], *, is_top: bool) -> Iterator[tuple[FormatName, str]]:
-    if pose_file := _first_pose_file(folder.files):
-        yield "gnm", pose_file
-    if is_top and (files := [file for file in folder.files if file.endswith(RECON_SUFFIX)]):
-        yield "recon", files[0]
-    if is_top and (folder.path / LEROBOT_INFO).is_file():
-        yield "lerobot", LEROBOT_INFO
-    for _, file, pose_file in video_files(folder):
-        if pose_file is not None:
-            yield "video", f"{file} and {pose_file}"
+    kinds = "; ".join(f"{name}: {kind.trajectory}" for name, kind in formats.items())
+    absent = "" if len(formats) > len(FORMAT_MODULES) else "; other formats need the folder dino_cache_extras"
+    raise RefusedError(f"{data_folder}: no trajectories below it; looked for {kinds}{absent}. Is the disk mounted?")
 
 
 def open_source(trajectory: Trajectory, keys: DataKeys) -> Source:
@@ -2262,7 +1262,7 @@ def open_source(trajectory: Trajectory, keys: DataKeys) -> Source:
     Raises:
         InputError, OSError: they cannot be had.
     """
-    return FORMATS[trajectory.format].open(trajectory, keys)
+    return format_named(trajectory.format).open(trajectory, keys)
 
 
 # ======================================================================================================================
@@ -4657,7 +3657,7 @@ def settle_format(config: DatasetConfig) -> DatasetConfig:
     if config.format == "auto":
         found = detect_format(config.data_folder, data_keys(spec))
     LOG.info("%s: format %s (%s)", config.name, found.name, found.sign)
-    idle = dict.fromkeys(set(DataKeys._fields) - set(FORMATS[found.name].settings), f"format: {found.name}")
+    idle = dict.fromkeys(set(DataKeys._fields) - set(format_named(found.name).settings), f"format: {found.name}")
     other = FRAME_SETTINGS if spec.chunk_by == "distance" else DISTANCE_SETTINGS
     idle |= dict.fromkeys(other, f"chunk_by: {spec.chunk_by}")
     for key in sorted(idle.keys() & config.own_keys):
@@ -4670,7 +3670,7 @@ def settle_format(config: DatasetConfig) -> DatasetConfig:
 
 def select_trajectories(config: DatasetConfig, stop_request: StopRequest) -> Selection:
     """The trajectories below data_folder that the split names; without one, all that have poses, or need none."""
-    found, kind = [], FORMATS[config.format]
+    found, kind = [], format_named(config.format)
     for trajectory in kind.find(config.data_folder, config.spec):
         stop_request.check()
         found.append(trajectory)

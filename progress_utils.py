@@ -37,6 +37,7 @@ import contextlib
 import errno
 import gc
 import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -211,6 +212,14 @@ def open_door(module: str) -> ModuleType:
         raise RefusedError(
             f"this needs {module}, which is not there: copy the folder {folder} of the clone to {Path(__file__).parent}"
         ) from error
+
+
+def is_there(module: str) -> bool:
+    """Whether a module can be found; it is not imported, only the folders above it are."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def end_without_library(error: ImportError) -> NoReturn:

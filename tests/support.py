@@ -26,18 +26,17 @@ import yaml
 from PIL import Image
 
 from dino_cache import (
-    FORMATS,
     CacheSpec,
     ChunkLabel,
     ChunkStore,
     EncodedRows,
     Encoder,
-    FormatName,
     Hooks,
     ModelShape,
     RunOptions,
     TrajectoryResult,
     cache_trajectories,
+    format_named,
     token_shapes,
 )
 
@@ -197,7 +196,7 @@ def stream_results(
     hooks: Hooks | None = None,
     batch_size: int = 8,
     shape: ModelShape = STAMP_SHAPE,
-    format: FormatName = "gnm",
+    format: str = "gnm",
     skip: Container[str] = (),
     **settings: Any,
 ) -> Iterator[TrajectoryResult]:
@@ -218,7 +217,7 @@ def stream_results(
     store = ChunkStore(cache_dir)
     cache_dir.mkdir(exist_ok=True)
     store.empty_staging()
-    trajectories = [found for found in FORMATS[format].find(data_folder, spec) if found.name not in skip]
+    trajectories = [found for found in format_named(format).find(data_folder, spec) if found.name not in skip]
     return cache_trajectories(trajectories, label, options, encoder, store, hooks or Hooks())
 
 

@@ -28,7 +28,6 @@ import dino_cache
 import progress_utils
 from conftest import Outcome
 from dino_cache import (
-    FORMATS,
     CacheSpec,
     DataKeys,
     DinoEncoder,
@@ -39,10 +38,12 @@ from dino_cache import (
     Trajectory,
     TrajectoryResult,
     build_model,
+    format_named,
     open_source,
     plan_frame_chunks,
 )
 from dino_cache_extras.commands import report
+from dino_cache_extras.formats import lerobot, recon, video, video_frames
 from formats import (
     AV1_ENCODER,
     FPS,
@@ -118,12 +119,12 @@ def test_a_format_gives_the_chunks_that_gnm_folders_give(
 def test_a_trajectory_is_a_small_value_that_another_process_can_open(
     written: dict[str, tuple[Path, list[str]]], kind: str
 ) -> None:
-    found = list(FORMATS[WRITERS[kind][0]].find(written[kind][0], CacheSpec()))
+    found = list(format_named(WRITERS[kind][0]).find(written[kind][0], CacheSpec()))
     data = pickle.dumps(found)
     assert len(data) < 1000 * len(found)
     copies = pickle.loads(data)
     assert copies == found
-    dino_cache._LEROBOT_DATASETS.clear()  # as in a process that has not listed them
+    lerobot._LEROBOT_DATASETS.clear()  # as in a process that has not listed them
     poses = open_source(copies[1], DataKeys()).poses(required=True)
     np.testing.assert_array_equal(poses.position, TRAJECTORIES[1].position)
 
@@ -200,7 +201,7 @@ class Watched:
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
     """Counts what VideoFrames does with its containers."""
-    real = dino_cache.open_video
+    real = video_frames.open_video
     Watched.opened = Watched.closed = Watched.seeks = Watched.frames = 0
 
     def open_video(path: Path, where: str) -> tuple[Any, Any]:
@@ -208,7 +209,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
         is_for_frames = sys._getframe(1).f_code.co_name == "_open"
         return (Watched(container) if is_for_frames else container), stream
 
-    monkeypatch.setattr(dino_cache, "open_video", open_video)
+    monkeypatch.setattr(video_frames, "open_video", open_video)
     return Watched
 
 
@@ -251,7 +252,7 @@ def test_a_single_frame_late_in_a_video_costs_a_seek(tmp_path: Path, watched: ty
     (name,) = write_videos(tmp_path / "data", [Rendered(5, 300)])
     spec = CacheSpec(image_size=(28, 42), resize="stretch")
     for number in (299, 100):
-        trajectory = FORMATS["video"].locate(tmp_path / "data", name)
+        trajectory = format_named("video").locate(tmp_path / "data", name)
         pixels = report.read_frame(trajectory, number, spec)
         assert BitEncoder().stamps(pixels[None]).tolist() == [[5, number // 256, number % 256]]
     assert (watched.opened, watched.closed, watched.seeks) == (2, 2, 2)
@@ -260,22 +261,22 @@ def test_a_single_frame_late_in_a_video_costs_a_seek(tmp_path: Path, watched: ty
 
 @pytest.mark.parametrize("kind", ["gnm", *OTHERS])
 def test_a_trajectory_is_located_as_it_was_found(written: dict[str, tuple[Path, list[str]]], kind: str) -> None:
-    (data, names), kind = written[kind], FORMATS[WRITERS[kind][0]]
+    (data, names), kind = written[kind], format_named(WRITERS[kind][0])
     assert [kind.locate(data, name) for name in names] == list(kind.find(data, CacheSpec()))
 
 
 def test_a_video_below_other_folders_is_located_as_it_was_found(tmp_path: Path) -> None:
     for folder, how in (("a/b", "csv"), ("a", "tum"), ("a/t1", "tum")):
         write_videos(tmp_path / folder, [Rendered(1, 2)], how)
-    found = list(FORMATS["video"].find(tmp_path, CacheSpec()))
+    found = list(format_named("video").find(tmp_path, CacheSpec()))
     assert [trajectory.name for trajectory in found] == ["a/t1", "a/b/t1", "a/t1/t1"]
-    assert [FORMATS["video"].locate(tmp_path, trajectory.name) for trajectory in found] == found
+    assert [format_named("video").locate(tmp_path, trajectory.name) for trajectory in found] == found
 
 
 @pytest.mark.parametrize("format_name", ["recon", "lerobot", "video"])
 def test_a_trajectory_that_is_not_there_is_not_located(tmp_path: Path, format_name: str) -> None:
     with pytest.raises(InputError, match="t1"):
-        FORMATS[format_name].locate(tmp_path, "t1")
+        format_named(format_name).locate(tmp_path, "t1")
 
 
 @pytest.mark.parametrize("stop_after", [None, 20])
@@ -320,7 +321,7 @@ class NonFinite(BitEncoder):
 def test_the_reason_is_that_of_the_frame_at_fault_whichever_thread_meets_it(tmp_path: Path) -> None:
     write_mp4(tmp_path / "t.mp4", Rendered(1, 20).frames)
     times = [number / FPS if number < 9 else number / FPS + 0.05 for number in range(19)]
-    frames = dino_cache.VideoFrames(tmp_path / "t.mp4", "t", range(19), times, 0.025)
+    frames = video_frames.VideoFrames(tmp_path / "t.mp4", "t", range(19), times, 0.025)
     for numbers in ([16, 17], [8, 9], [0, 1]):  # the last group comes first
         with pytest.raises(InputError, match=r"frame 9 .*no frame within"):
             list(frames.read(numbers))
@@ -329,7 +330,7 @@ def test_the_reason_is_that_of_the_frame_at_fault_whichever_thread_meets_it(tmp_
 
 def test_a_video_of_more_pixels_than_are_decoded_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_videos(tmp_path / "data", [Rendered(1, 20)])
-    monkeypatch.setattr(dino_cache, "MAX_FRAME_PIXELS", 64 * 48 - 1)
+    monkeypatch.setattr(video_frames, "MAX_FRAME_PIXELS", 64 * 48 - 1)
     results = cache(tmp_path / "data", tmp_path / "cache", "video and tum")
     assert "cannot read the video" in str(results["t1"].error)
 
@@ -338,7 +339,7 @@ def test_a_video_of_more_pixels_than_are_decoded_is_refused(tmp_path: Path, monk
 def test_a_late_first_frame_is_found_also_where_key_frames_are_decoded_early(tmp_path: Path, first: int) -> None:
     """Key frame 24 is decoded before frames 22 and 23 are shown: a seek by the time of decoding misses them."""
     write_mp4(tmp_path / "t.mp4", Rendered(1, 40).frames)
-    frames = dino_cache.VideoFrames(tmp_path / "t.mp4", "t", [first], [first / FPS], 0.025)
+    frames = video_frames.VideoFrames(tmp_path / "t.mp4", "t", [first], [first / FPS], 0.025)
     (image,) = frames.read([first])
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     assert BitEncoder().stamps(pixels).tolist() == [[1, 0, first]]
@@ -516,17 +517,17 @@ def test_an_episode_does_not_take_the_frames_of_the_next_one_in_its_file(tmp_pat
 
 
 @pytest.fixture
-def readers(monkeypatch: pytest.MonkeyPatch) -> Iterator[dino_cache.Hdf5Readers]:
+def readers(monkeypatch: pytest.MonkeyPatch) -> Iterator[recon.Hdf5Readers]:
     """One process of this test's own."""
-    readers = dino_cache.Hdf5Readers(1)
-    monkeypatch.setattr(dino_cache, "HDF5_READERS", readers)
+    readers = recon.Hdf5Readers(1)
+    monkeypatch.setattr(recon, "HDF5_READERS", readers)
     yield readers
     process = readers._idle.get()
     if process is not None:
         process.end()
 
 
-def pid_of(readers: dino_cache.Hdf5Readers) -> int:
+def pid_of(readers: recon.Hdf5Readers) -> int:
     process = readers._idle.get()
     readers._idle.put(process)
     return process._process.pid
@@ -537,7 +538,7 @@ def read_one(path: Path) -> list[bytes]:
     return [bytes(data) for data in open_source(trajectory, DataKeys()).open_frames([3]).read([3])]
 
 
-def test_a_reading_process_that_was_killed_is_replaced(tmp_path: Path, readers: dino_cache.Hdf5Readers) -> None:
+def test_a_reading_process_that_was_killed_is_replaced(tmp_path: Path, readers: recon.Hdf5Readers) -> None:
     write_recon(tmp_path, [FIRST])
     expected = [FIRST.jpegs[3]]
     assert read_one(tmp_path / "t1.r01.hdf5") == expected
@@ -546,29 +547,29 @@ def test_a_reading_process_that_was_killed_is_replaced(tmp_path: Path, readers: 
 
 
 def test_a_file_that_crashes_hdf5_twice_is_at_fault(
-    tmp_path: Path, readers: dino_cache.Hdf5Readers, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, readers: recon.Hdf5Readers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_recon(tmp_path, [FIRST])
 
-    def crash(self: dino_cache.Hdf5Process, request: tuple) -> Any:
+    def crash(self: recon.Hdf5Process, request: tuple) -> Any:
         os.kill(self._process.pid, signal.SIGSEGV)
         return self._connection.recv()
 
-    monkeypatch.setattr(dino_cache.Hdf5Process, "ask", crash)
+    monkeypatch.setattr(recon.Hdf5Process, "ask", crash)
     with pytest.raises(InputError, match=r"t1.r01.hdf5.*crashed.*-11"):
         read_one(tmp_path / "t1.r01.hdf5")
 
 
 def test_a_file_that_hdf5_does_not_finish_with_is_given_up(
-    tmp_path: Path, readers: dino_cache.Hdf5Readers, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, readers: recon.Hdf5Readers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_recon(tmp_path, [FIRST])
     assert len(read_one(tmp_path / "t1.r01.hdf5")) == 1
     os.kill(pid_of(readers), signal.SIGSTOP)
-    monkeypatch.setattr(dino_cache, "HDF5_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(recon, "HDF5_TIMEOUT_S", 0.3)
     with no_hang(), pytest.raises(OSError, match="no answer"):
         read_one(tmp_path / "t1.r01.hdf5")
-    monkeypatch.setattr(dino_cache, "HDF5_TIMEOUT_S", 60)
+    monkeypatch.setattr(recon, "HDF5_TIMEOUT_S", 60)
     assert len(read_one(tmp_path / "t1.r01.hdf5")) == 1
 
 
@@ -576,10 +577,11 @@ def test_a_reading_process_ends_with_the_run(tmp_path: Path) -> None:
     write_recon(tmp_path / "data", [FIRST])
     code = (
         "import sys, pathlib, dino_cache, os\n"
+        "from dino_cache_extras.formats import recon\n"
         "keys = dino_cache.DataKeys()\n"
         "source = dino_cache.open_source(dino_cache.Trajectory('t', pathlib.Path(sys.argv[1]), format='recon'), keys)\n"
         "source.poses(required=True)\n"
-        "print(dino_cache.HDF5_READERS._idle.get()._process.pid, flush=True)\n"
+        "print(recon.HDF5_READERS._idle.get()._process.pid, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "data/t1.r01.hdf5")]
@@ -842,7 +844,7 @@ def test_changed_data_are_done_again(
 
 
 def checksums(data: Path, kind: str, checksum: str) -> list[str]:
-    trajectories = FORMATS[WRITERS[kind][0]].find(data, CacheSpec())
+    trajectories = format_named(WRITERS[kind][0]).find(data, CacheSpec())
     return [open_source(trajectory, DataKeys()).checksum(checksum) for trajectory in trajectories]
 
 
@@ -866,7 +868,7 @@ def test_csv_and_tum_hold_the_same_poses(rows: list[tuple[int, float, float, flo
             for t, (_, x, y, yaw) in zip(times.tolist(), rows)
         ]
         tum.write_text("\n".join(["# timestamp tx ty tz qx qy qz qw", "", *lines]))
-        by_name, by_place = (dino_cache.read_pose_table(path, "t") for path in (table, tum))
+        by_name, by_place = (video.read_pose_table(path, "t") for path in (table, tum))
     for key, column in zip(("timestamp", "x", "y", "yaw"), (times, *zip(*(row[1:] for row in rows)))):
         np.testing.assert_array_equal(by_name[key], column)
         np.testing.assert_allclose(by_place[key], column, rtol=0, atol=1e-9)
@@ -879,7 +881,7 @@ def test_any_bytes_for_poses_are_read_or_refused(data: bytes, suffix: str) -> No
         path = Path(folder) / f"a{suffix}"
         path.write_bytes(data)
         try:
-            table = dino_cache.read_pose_table(path, "t")
+            table = video.read_pose_table(path, "t")
         except InputError as error:
             assert str(error).startswith(f"t/a{suffix}: ")
         else:

@@ -115,7 +115,7 @@ def test_digests_of_the_same_content_are_what_they_were() -> None:
 
 @pytest.mark.parametrize(("kind", "checksum"), [("stat", "6f2cb1f2ed882eac"), ("content", "b2b2f7cfdbde6f30")])
 def test_a_checksum_of_gnm_data_is_what_it_was(kind: str, checksum: str) -> None:
-    trajectory = dino_cache.FORMATS["gnm"].locate(PINNED / "gnm/data", "t3")
+    trajectory = dino_cache.format_named("gnm").locate(PINNED / "gnm/data", "t3")
     assert dino_cache.open_source(trajectory, dino_cache.data_keys(CacheSpec())).checksum(kind) == checksum
 
 

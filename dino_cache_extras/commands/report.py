@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL.Image
 
-from dino_cache import FORMATS, CacheSpec, FrameDecoder, InputError, Trajectory, data_keys, detect_format, open_source
+from dino_cache import (
+    CacheSpec,
+    FrameDecoder,
+    InputError,
+    Trajectory,
+    data_keys,
+    detect_format,
+    format_named,
+    format_names,
+    open_source,
+)
 from dino_cache_extras.chunk_files import is_cut_by_frames, pieces
 from dino_cache_extras.commands.report_facts import (
     REPORT_POINTS,
@@ -310,8 +320,8 @@ def _frame_as_url(look: CacheSample, name: str, frame: int) -> str:
     if folder is None:
         raise RefusedError("Frames are not shown: give --data-folder, the record does not say where they are")
     try:
-        format_name = progress.data_format if progress.data_format in FORMATS else None
-        trajectory = FORMATS[format_name or detect_format(folder, data_keys(spec)).name].locate(folder, name)
+        format_name = progress.data_format if progress.data_format in format_names() else None
+        trajectory = format_named(format_name or detect_format(folder, data_keys(spec)).name).locate(folder, name)
         if trajectory.path.is_file() and (size := trajectory.path.stat().st_size) > REPORT_FRAME_FILE_BYTES:
             raise RefusedError(f"Frames of {name} are not shown: {trajectory.path} has {human_bytes(size)} to search")
         pixels = read_frame(trajectory, frame, spec)  # (3, H, W) uint8

@@ -23,7 +23,7 @@ CHECKSUMS = {  # folder -> (format, trajectory, checksum of the kind stat, of th
 @pytest.mark.parametrize("folder", CHECKSUMS)
 def test_a_checksum_is_what_it_was(folder: str) -> None:
     format_name, name, stat, content = CHECKSUMS[folder]
-    trajectory = dino_cache.FORMATS[format_name].locate(PINNED / folder / "data", name)
+    trajectory = dino_cache.format_named(format_name).locate(PINNED / folder / "data", name)
     source = dino_cache.open_source(trajectory, dino_cache.data_keys(CacheSpec()))
     assert (source.checksum("stat"), source.checksum("content")) == (stat, content)
 

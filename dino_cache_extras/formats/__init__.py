@@ -1,0 +1,1 @@
+"""Dataset formats other than GNM folders. Each module ends with FORMAT = Format(...)."""

@@ -1,0 +1,207 @@
+"""Video files with poses beside them, as phones and drones give them."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dino_cache import (
+    MAX_POSITION_M,
+    CacheSpec,
+    ChecksumKind,
+    DataKeys,
+    FolderFiles,
+    Format,
+    FrameReader,
+    InputError,
+    Poses,
+    Trajectory,
+    check_values,
+    open_regular,
+    read_file,
+    recordable_name,
+    walk_folders,
+)
+from dino_cache_extras.formats.common import first_of
+from dino_cache_extras.formats.video_frames import VIDEO_TOLERANCE, VideoFrames, frame_times
+from progress_utils import open_library
+
+MIN_QUATERNION_NORM = 1e-12  # a quaternion shorter than this tells no direction
+VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
+POSE_SUFFIXES = (".csv", ".txt")
+VIDEO_STEM = "video"  # of a folder's only video, whose poses are poses.csv or .txt, or video.csv or .txt
+POSE_STEM = "poses"
+POSE_COLUMNS = {  # names in a CSV file's first line
+    "timestamp": ("timestamp", "time", "t"),
+    "x": ("x", "tx"),
+    "y": ("y", "ty"),
+    "yaw": ("yaw", "heading"),
+    "qx": ("qx",), "qy": ("qy",), "qz": ("qz",), "qw": ("qw",),
+}  # fmt: skip
+TUM_COLUMNS = ("timestamp", "x", "y", "z", "qx", "qy", "qz", "qw")
+
+
+def video_files(folder: FolderFiles) -> Iterator[tuple[str, str, str | None]]:
+    """(trajectory, video file, pose file or None) of a folder's videos."""
+    for file in folder.files:
+        stem, suffix = os.path.splitext(file)
+        if suffix.lower() in VIDEO_SUFFIXES and not file.startswith("."):
+            is_whole_folder = stem == VIDEO_STEM and folder.name != ""
+            stems = (POSE_STEM, stem) if is_whole_folder else (stem,)
+            names = (beside + ending for beside in stems for ending in POSE_SUFFIXES)
+            name = folder.name.rstrip("/") if is_whole_folder else folder.name + stem
+            yield name, file, first_of(names, folder.files)
+
+
+def find_videos(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
+    """Videos below `data_folder`, sorted by folder; those without poses beside them are marked so. A folder that cannot
+    be listed is yielded as a trajectory, so that it fails with that reason."""
+    open_library("av")
+    unlistable: list[FolderFiles] = []
+    for folder in walk_folders(data_folder, unlistable=unlistable):
+        for name, file, pose_file in video_files(folder):
+            yield Trajectory(recordable_name(name), folder.path / file, pose_file is None, format="video")
+    for folder in unlistable:
+        if folder.name:
+            yield Trajectory(recordable_name(folder.name.rstrip("/")), folder.path / VIDEO_STEM, format="video")
+
+
+def locate_video(data_folder: Path, name: str) -> Trajectory:
+    """The video of that name, a file's or its folder's; InputError where there is none."""
+    path = data_folder / name
+    for folder, prefix in ((path, f"{name}/"), (path.parent, name[: -len(path.name)])):
+        if folder.is_dir():
+            for found, file, pose_file in video_files(FolderFiles(prefix, folder, sorted(os.listdir(folder)))):
+                if found == name:
+                    return Trajectory(name, folder / file, pose_file is None, format="video")
+    raise InputError(f"{data_folder} has no video {name}")
+
+
+class VideoSource:
+    """video: one file, its poses in a table beside it, with times of the video's clock."""
+
+    def __init__(self, trajectory: Trajectory, keys: DataKeys):
+        self._name, self._path = trajectory.name, trajectory.path
+        folder = FolderFiles("/", self._path.parent, sorted(os.listdir(self._path.parent)))
+        pose_files = {file: pose_file for _, file, pose_file in video_files(folder)}
+        pose_file = pose_files.get(self._path.name)
+        self._pose_path = self._path.parent / pose_file if pose_file else None
+
+    def checksum(self, kind: ChecksumKind) -> str:
+        """Over the pose file's bytes and the video's size (`stat`) or bytes (`content`)."""
+        digest = hashlib.sha256(f"{kind} {self._path.suffix} {os.stat(self._path).st_size}".encode())
+        if self._pose_path is not None:
+            digest.update(self._pose_path.suffix.encode())
+            digest.update(read_file(self._pose_path))
+        if kind == "content":
+            with open(open_regular(self._path), "rb") as file:
+                digest = hashlib.file_digest(file, lambda: digest)
+        return digest.hexdigest()[:16]
+
+    def poses(self, *, required: bool) -> Poses:
+        """Of the frames between the first and the last pose, interpolated: position on a line, yaw the shorter way."""
+        times = frame_times(self._path)
+        if len(times) == 0:
+            raise InputError(f"{self._name}: {self._path.name} holds no frames")
+        if self._pose_path is None and required:
+            raise InputError(f"{self._name}: no poses beside {self._path.name}; expected a .csv or .txt file")
+        if self._pose_path is None:
+            return Poses(np.arange(len(times), dtype=np.int64), None, None)
+        table = read_pose_table(self._pose_path, self._name)
+        at, margin = table["timestamp"], 1e-6
+        numbers = np.flatnonzero((times >= at[0] - margin) & (times <= at[-1] + margin))
+        if len(numbers) == 0:
+            raise InputError(
+                f"{self._name}: no frame lies between the first pose ({at[0]:.3f} s) and the last ({at[-1]:.3f} s); "
+                f"the video's frames are at {times[0]:.3f} to {times[-1]:.3f} s. Pose times are the video's: its first "
+                "frame is at about 0 s"
+            )
+        position = np.stack([np.interp(times[numbers], at, table[axis]) for axis in ("x", "y")], axis=1)
+        yaw = np.interp(times[numbers], at, np.unwrap(table["yaw"]))
+        return Poses(numbers.astype(np.int64), position, np.arctan2(np.sin(yaw), np.cos(yaw)))
+
+    def open_frames(self, numbers: Sequence[int]) -> FrameReader:
+        times = frame_times(self._path)
+        shortest_s = np.diff(times).min(initial=1.0)
+        return VideoFrames(self._path, self._name, numbers, times[list(numbers)].tolist(), shortest_s * VIDEO_TOLERANCE)
+
+
+def read_pose_table(path: Path, name: str) -> dict[str, np.ndarray]:
+    """Poses in a .csv file with names in its first line, or in TUM's form (timestamp tx ty tz qx qy qz qw, no names).
+
+    Returns:
+        timestamp, x, y and yaw, (T,) float64 each, times rising.
+
+    Raises:
+        InputError: it is no such table, a column is missing, or a value is not finite.
+    """
+    is_beside = path.with_suffix("").as_posix().endswith(f"/{name}")  # else in the trajectory's own folder
+    where = name + path.suffix if is_beside else f"{name}/{recordable_name(path.name)}"
+    try:
+        lines = read_file(path).tobytes().decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not a text file: {error}") from error
+    rows = [line for line in lines if line.strip() and not line.startswith("#")]
+    if path.suffix == ".csv":
+        header, *records = list(csv.reader(rows)) or [[]]
+        names = [
+            next((key for key, known in POSE_COLUMNS.items() if cell.strip().lower() in known), "") for cell in header
+        ]
+    else:
+        names, records = list(TUM_COLUMNS), [re.split(r"[\s,]+", row.strip()) for row in rows]
+    columns = _pose_columns(where, names, records)
+    if "yaw" not in columns:
+        qx, qy, qz, qw = (columns[key] for key in ("qx", "qy", "qz", "qw"))
+        if (norms := qx**2 + qy**2 + qz**2 + qw**2).min() < MIN_QUATERNION_NORM:
+            raise InputError(f"{where}: pose {int(norms.argmin())} has the quaternion 0")
+        columns["yaw"] = np.arctan2(2 * (qw * qz + qx * qy), qw**2 + qx**2 - qy**2 - qz**2)
+    if (steps := np.diff(columns["timestamp"])).min(initial=1) <= 0:
+        raise InputError(f"{where}: its timestamps do not rise, at pose {int(steps.argmin()) + 1}")
+    return columns
+
+
+def _pose_columns(where: str, names: list[str], records: list[list[str]]) -> dict[str, np.ndarray]:
+    quaternion = {"qx", "qy", "qz", "qw"}
+    needed = {"timestamp", "x", "y"} | ({"yaw"} if "yaw" in names else quaternion)
+    if missing := needed - set(names):
+        raise InputError(
+            f"{where}: has no column {', '.join(sorted(missing))}; expected a first line with timestamp, x, y and yaw "
+            "or qx, qy, qz, qw; a .txt file in TUM's form: timestamp tx ty tz qx qy qz qw"
+        )
+    if not records:
+        raise InputError(f"{where}: holds no poses")
+    columns = {}
+    for key in sorted(needed):
+        try:
+            columns[key] = np.array([float(record[names.index(key)]) for record in records])
+        except (ValueError, IndexError) as error:
+            raise InputError(f"{where}: {key}: {error}") from error
+        most = MAX_POSITION_M if key in ("x", "y") else math.inf
+        check_values(where, key, columns[key], most)
+    return columns
+
+
+def _signs(folder: FolderFiles, is_top: bool) -> list[str]:
+    return [f"{file} and {pose_file}" for _, file, pose_file in video_files(folder) if pose_file is not None]
+
+
+def _hints(folder: FolderFiles, keys: DataKeys) -> list[str]:
+    return [file for _, file, _ in video_files(folder)]
+
+
+FORMAT = Format(
+    find=find_videos,
+    locate=locate_video,
+    open=VideoSource,
+    settings=(),
+    trajectory="<name>.mp4 with <name>.csv or .txt, or a folder with video.mp4 and poses.csv or .txt",
+    signs=_signs,
+    hints=_hints,
+)
