@@ -58,13 +58,11 @@ import math
 import os
 import pickle
 import pickletools
-import queue
 import re
 import reprlib
 import resource
 import shutil
 import signal
-import socket
 import stat
 import sys
 import tempfile
@@ -79,12 +77,6 @@ from concurrent.futures import CancelledError, Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple, Protocol, TypeVar
-
-import h5py
-import numpy as np
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from tqdm import tqdm
 
 from progress_utils import (
     GC_THRESHOLDS,
@@ -101,20 +93,35 @@ from progress_utils import (
     RefusedError,
     RunState,
     TrajectoryRecord,
+    __version__,
     ask,
     available_cores,
     cache_lock,
     chunk_file_name,
     chunk_folders,
+    end_without_library,
+    example,
     fsync_path,
     human_bytes,
     human_duration,
+    install_command,
     is_chunk_file,
     is_there,
     make_directories_durably,
+    missing_library,
     open_door,
     printable,
+    program_name,
 )
+
+try:
+    import h5py
+    import numpy as np
+    import yaml
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+    from tqdm import tqdm
+except ImportError as missing:
+    end_without_library(missing)
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -123,8 +130,6 @@ if TYPE_CHECKING:
 # ======================================================================================================================
 # Constants: names and limits that are not the user's to set
 # ======================================================================================================================
-
-__version__ = "0.1.0"
 
 TOKEN_DATASETS = {"cls": "cls_token", "patch": "patch_tokens", "register": "register_tokens"}
 DINOV2_NAMES = {
@@ -151,6 +156,7 @@ FORMAT_MODULES = {  # format -> the module that reads it; gnm is read here
     "lerobot": "dino_cache_extras.formats.lerobot",
     "video": "dino_cache_extras.formats.video",
 }
+EXECUTOR_MODULES = {"ray": "dino_cache_extras.ray_workers"}  # executor -> its module; local is this process
 
 Token = Literal["cls", "patch", "register"]
 ModelType = Literal[
@@ -380,10 +386,15 @@ class RunOptions(BaseModel):
     max_attempts: PositiveInt = 3
     checksum: ChecksumKind = "stat"
     progress_interval_s: Annotated[float, Field(strict=True, gt=0)] = 30.0
-    executor: Literal["local", "ray"] = "local"
+    executor: str = "local"
     ray_address: Annotated[str, Field(pattern=r"^(local|auto|[^/\s]+:\d+)$")] = "local"
     num_workers: PositiveInt | Literal["auto"] = "auto"
     cpus_per_worker: PositiveInt | Literal["auto"] = "auto"
+
+    @field_validator("executor")
+    @classmethod
+    def _executor_is_known(cls, name: str) -> str:
+        return one_of(name, ("local", *EXECUTOR_MODULES))
 
 
 class DatasetPaths(BaseModel):
@@ -1356,14 +1367,14 @@ class TrajectoryPlan:
 
     @property
     def poses(self) -> dict[str, np.ndarray]:
-        """Dataset name -> (T, ...): those of POSE_SHAPES that the data tell."""
-        told = {
+        """Dataset name -> (T, ...): those of POSE_SHAPES that the data hold."""
+        poses = {
             "position": self.position,
             "yaw": self.yaw,
             "frame_index": self.frame_index,
             "travelled_distance": self.travelled,
         }
-        return {name: values for name, values in told.items() if values is not None}
+        return {name: values for name, values in poses.items() if values is not None}
 
     def stored_frames(self) -> Iterator[int]:
         """Kept frames that lie in a chunk, each once, in order."""
@@ -2238,7 +2249,7 @@ class ChunkStore:
         withdrawn, durably.
         """
         target = self.folder(name)
-        os.chmod(staged, 0o777 & ~_umask())  # mkdtemp's folders are private
+        os.chmod(staged, 0o777 & ~process_umask())  # mkdtemp's folders are private
         with PROFILE("fsync"):
             fsync_path(staged)
             self._make_durable(target.parent)
@@ -2281,7 +2292,7 @@ class ChunkStore:
 
 
 @functools.cache
-def _umask() -> int:
+def process_umask() -> int:
     """The process's file mode mask, which can only be read by setting it: once, before any thread depends on it."""
     mask = os.umask(0)
     os.umask(mask)
@@ -2297,9 +2308,7 @@ POSE_TYPES = {"position": "<f8", "yaw": "<f8", "frame_index": "<i8", "travelled_
 # ======================================================================================================================
 
 
-MEASURED_ITEMS = (
-    64  # items whose time tells whether files are slow; then also the items that one thread takes at a time
-)
+MEASURED_ITEMS = 64  # items whose time tells whether files are slow; also the items that a thread then takes at once
 
 
 def in_groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -2441,12 +2450,18 @@ class FailedTrajectories:
 
 @dataclass(frozen=True)
 class Hooks:
-    """How a run watches and steers the stream. `before_replacing` is called from the writer thread."""
+    """How a run watches and steers the stream."""
 
-    should_stop: Callable[[], bool] = lambda: False  # true: finish or drop what is in flight
-    on_encoded: Callable[[int], None] = lambda count: None  # so many frames more are encoded
-    before_replacing: Callable[[str], None] = lambda name: None  # withdraw the record of this trajectory, durably
-    num_frames_of: Callable[[str], int] = lambda name: 0  # as far as known: of long trajectories fewer are taken ahead
+    # Asked by every thread of the stream, again and again. True: finish or drop what is in flight.
+    should_stop: Callable[[], bool] = lambda: False
+    # Called by the thread that iterates over the results, when so many frames more are encoded.
+    on_encoded: Callable[[int], None] = lambda count: None
+    # Called by the writer thread (with Ray, by the driver's main thread while the worker waits) when a trajectory's new
+    # chunks are durable in staging and its old folder is about to be renamed away. It must withdraw the record durably
+    # before it returns: a run killed between the two renames would else leave a record of chunks that are gone.
+    before_replacing: Callable[[str], None] = lambda name: None
+    # Asked by the thread that plans ahead. Of trajectories with many frames fewer are planned; 0: not known.
+    num_frames_of: Callable[[str], int] = lambda name: 0
 
 
 def plan_or_fail(
@@ -2784,649 +2799,68 @@ def cache_trajectories(
 
 
 # ======================================================================================================================
-# Ray: the same stream on many GPUs and machines
+# Executors: who runs the stream of one dataset
 # ======================================================================================================================
-# The driver keeps the queue, the record and the lock. A worker is a Ray actor with an encoder of its own: it runs
-# cache_trajectories over what it asks the driver for, writes chunks straight into the cache folder, and streams reports
-# back. Both directions are Ray's: a streaming generator and actor calls.
-
-RAY_MISSING = "executor: ray needs Ray: pip install -r requirements-ray.txt"
-RAY_STORE_BYTES = 100 << 20  # only reports pass through it
-CPU_WORKER_CORES = 4  # of a worker without a GPU
-BITE_FRAMES = 2048  # that a worker gets at once: a second or so of a fast GPU's work
-HELD_SHARE, BITE_SHARE = 2, 4  # a worker holds at most so small a part of its fair share of what is left, and gets at
-# most so small a part at once, so that all end together
-SHORTEST_FRAMES = 32  # a shorter trajectory costs as much
-REPORT_INTERVAL_S = 0.2  # between a worker's reports, unless it waits for an answer
-POLL_S = 0.1  # in which the driver notices a stop
-LATE_WORKER_S = 60.0  # after the first worker is there, the others may join a run that has begun
-NO_WORKER_S = 300.0  # without any worker: the cluster is gone, or too busy
-STOP_S = 60.0  # in which workers finish or drop what is in flight
-FATAL_DEATHS = 2  # of its worker, after which a trajectory fails
-
-
-class WorkerPlan(NamedTuple):
-    """How many workers a cluster holds, and what each takes."""
-
-    device: Literal["cpu", "cuda"]
-    count: int
-    cpus: int
-
-    @property
-    def worker(self) -> str:
-        """What one takes, in words."""
-        return f"{self.cpus} CPU cores" + (" and a GPU" if self.device == "cuda" else "")
-
-
-def plan_workers(nodes: list[dict[str, float]], options: RunOptions) -> WorkerPlan:
-    """One worker a GPU; without GPUs, or for device: cpu, as many as the cores hold.
-
-    Args:
-        nodes: each node's resources, by Ray's names.
-
-    Raises:
-        RefusedError: the device is not in the cluster, or num_workers or cpus_per_worker are more than it has.
-    """
-    cores = [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
-    cores_of_gpu_nodes = [(cpu, gpu) for cpu, gpu in cores if gpu and cpu]
-    if options.device.startswith("cuda:"):
-        raise RefusedError(f"device: {options.device}: with executor: ray each worker gets a GPU; use auto or cuda")
-    if options.device == "cuda" and not cores_of_gpu_nodes:
-        raise RefusedError("device: cuda: the Ray cluster has no GPU; use auto or cpu")
-    if cores_of_gpu_nodes and options.device != "cpu":
-        device, default = "cuda", min(cpu // gpu for cpu, gpu in cores_of_gpu_nodes)
-    else:
-        device, default = "cpu", min([CPU_WORKER_CORES, *(cpu for cpu, _ in cores if cpu)])
-    cpus = max(1, default) if options.cpus_per_worker == "auto" else options.cpus_per_worker
-    most = sum(cpu // cpus if device == "cpu" else min(cpu // cpus, gpu) for cpu, gpu in cores)
-    count = max(1, most) if options.num_workers == "auto" else options.num_workers
-    if count > most:
-        raise RefusedError(
-            f"num_workers: {options.num_workers} with cpus_per_worker: {options.cpus_per_worker}: the Ray cluster has "
-            f"room for {most} workers, each with {WorkerPlan(device, count, cpus).worker}"
-        )
-    return WorkerPlan(device, count, cpus)
-
-
-class Assignment(NamedTuple):
-    """A trajectory to do, and how many frames of it are to encode."""
-
-    trajectory: Trajectory
-    num_frames: int
-
-    @property
-    def cost(self) -> int:
-        """In frames."""
-        return max(SHORTEST_FRAMES, self.num_frames)
-
-
-def _cost(held: dict[str, Assignment]) -> int:
-    return sum(assignment.cost for assignment in held.values())
-
-
-class WorkQueue:
-    """What is still to do and who is at it. `worker` is any name."""
-
-    def __init__(self, assignments: Iterable[Assignment], num_workers: int):
-        self._waiting = deque(assignments)  # handed out in this order: long ones first, so that no straggler is left
-        self._cost_left = sum(assignment.cost for assignment in self._waiting)  # of what is not finished
-        self._suspects: deque[Assignment] = deque()  # were in flight when a worker died
-        self._held: dict[str, dict[str, Assignment]] = {}
-        self._alone: set[str] = set()  # workers that try one suspect
-        self._deaths: dict[str, list[str]] = {}  # trajectory -> nodes on which its worker died
-        self._num_workers = num_workers
-
-    @property
-    def has_work(self) -> bool:
-        """Whether anything waits to be handed out."""
-        return bool(self._waiting or self._suspects)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether nothing waits and nothing is in flight."""
-        return not self.has_work and not any(self._held.values())
-
-    def take(self, worker: str, idle: int = 0) -> list[Assignment]:
-        """What the worker shall do next; nothing, where it shall end its stream.
-
-        A suspect is tried by a worker that has nothing else, so that it is known who killed it. `idle` workers have
-        nothing to do: the last trajectories are theirs.
-        """
-        fair_share = self._cost_left // self._num_workers
-        held = self._held.setdefault(worker, {})
-        if not held:
-            self._alone.discard(worker)
-        if self._suspects and not held:
-            self._alone.add(worker)
-            bite = [self._suspects.popleft()]
-        elif held and (worker in self._alone or len(self._waiting) <= idle or _cost(held) > fair_share // HELD_SHARE):
-            bite = []
-        else:
-            bite = self._bite(min(BITE_FRAMES, fair_share // BITE_SHARE))
-        held.update((assignment.trajectory.name, assignment) for assignment in bite)
-        return bite
-
-    def _bite(self, most: int) -> list[Assignment]:
-        bite, cost = [], 0
-        while self._waiting and (not bite or cost + self._waiting[0].cost <= most):
-            bite.append(self._waiting.popleft())
-            cost += bite[-1].cost
-        return bite
-
-    def finish(self, worker: str, name: str) -> None:
-        """The worker finished a trajectory, or failed it."""
-        self._cost_left -= self._held[worker].pop(name).cost
-
-    def lose(self, worker: str, node: str, live_nodes: Container[str]) -> tuple[list[Assignment], list[Assignment]]:
-        """The worker died. Returns the trajectories that go back into the queue, and those that killed it and another.
-
-        A death with its whole node is nobody's fault.
-        """
-        held = list(self._held.pop(worker, {}).values())
-        back, fatal = [], []
-        for assignment in held:
-            deaths = self._deaths.setdefault(assignment.trajectory.name, [])
-            deaths.append(node)
-            is_fatal = sum(node in live_nodes for node in deaths) >= FATAL_DEATHS
-            (fatal if is_fatal else back).append(assignment)
-        self._cost_left -= sum(assignment.cost for assignment in fatal)
-        self._suspects.extend(back)
-        return back, fatal
-
-    def drop(self, worker: str) -> None:
-        """Forget what a worker that stops has in flight."""
-        self._held.pop(worker, None)
 
 
 @dataclass(frozen=True)
-class RayJob:
-    """What a worker must know of a dataset."""
+class CacheJob:
+    """One dataset's work, for those who do it."""
 
+    trajectories: list[Trajectory]  # in the order in which one worker shall begin them
+    num_frames: dict[str, int]  # trajectory name -> frames to encode, 0 where it will fail
+    retried: frozenset[str]  # names of those that failed in an earlier run; they come last
     label: ChunkLabel
     options: RunOptions
-    load_encoder: Callable[[CacheSpec, str], tuple[Encoder, str]]
-    cache_dir: Path
+    store: ChunkStore
+    encoder: Encoder | None  # None where workers have their own
     data_folder: Path
 
 
-@dataclass
-class Report:
-    """What a worker tells the driver, in this order of handling."""
+class Workers(Protocol):
+    """Who does a dataset's work. An executor's module defines workers(datasets), a context manager that yields them."""
 
-    lines: list[tuple[int, str]] = field(default_factory=list)  # logging level, text
-    frames: int = 0  # more that are encoded
-    results: list[TrajectoryResult] = field(default_factory=list)
-    replacing: str | None = None  # the record of this trajectory must be withdrawn; the worker waits
-    wants_more: bool = False  # the worker waits for trajectories
-    has_ended: bool = False
-    error: Exception | None = None
+    device: str  # of each: cpu, cuda or cuda:N
+    encodes_here: bool  # whether they need the encoder of this process
 
-    def add(self, other: Report) -> None:
-        """Take up what another one tells."""
-        self.lines += other.lines
-        self.frames += other.frames
-        self.results += other.results
-        self.replacing = other.replacing or self.replacing
-        self.wants_more |= other.wants_more
-        self.has_ended |= other.has_ended
-        self.error = other.error or self.error
-
-    @property
-    def is_urgent(self) -> bool:
-        """Whether the worker waits until it is read."""
-        return self.replacing is not None or self.wants_more or self.has_ended
-
-
-class OutboxHandler(logging.Handler):
-    """Log lines become reports."""
-
-    def __init__(self, outbox: queue.SimpleQueue[Report]):
-        super().__init__()
-        self._outbox = outbox
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._outbox.put(Report(lines=[(record.levelno, self.format(record))]))
-
-
-def place_fault(staging: Path, data_folder: Path) -> str | None:
-    """Why a worker on this node cannot work, or None. `staging` was made by the driver under a name of chance: only the
-    driver's own cache folder holds it."""
-    if not staging.is_dir():
-        return f"{staging} is not here: cache_dir must be on a filesystem that all nodes share, at the same path"
-    try:
-        with os.scandir(data_folder):
-            pass
-    except OSError as error:
-        return f"data_folder {data_folder} cannot be listed here: {error.strerror}"
-    return None
-
-
-class RayWorker:
-    """The actor. `work` runs in one thread, the short calls beside it."""
-
-    def __init__(self, name: str, device: str, cpus: int, versions: str):
-        self._name, self._device, self._cpus, self._versions = name, device, cpus, versions
-        self._outbox: queue.SimpleQueue[Report] = queue.SimpleQueue()
-        self._bites: queue.SimpleQueue[list[Assignment]] = queue.SimpleQueue()
-        self._permits: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._is_stopping = threading.Event()
-        self._frames: dict[str, int] = {}
-        self._encoder_key: tuple | None = None
-        self._encoder: Encoder | None = None
-        LOG.setLevel(logging.INFO)
-        LOG.propagate = False
-        LOG.handlers[:] = [OutboxHandler(self._outbox)]
-        _umask()
-
-    def hello(self, places: list[tuple[Path, Path]]) -> tuple[str, str, str | None]:
-        """(host, node id, fault or None). `places`: a staging folder and the data folder of each dataset."""
-        import ray
-
-        faults = [place_fault(*place) for place in places]
-        if self._versions != library_versions():
-            faults.append(f"it has {library_versions()}, the driver has {self._versions}")
-        fault = next((fault for fault in faults if fault), None)
-        return socket.gethostname(), ray.get_runtime_context().get_node_id(), fault
-
-    def begin(self, job: RayJob, staging: Path) -> str | None:
-        """Get ready for a dataset; returns why it cannot, or None."""
-        import torch
-
-        if fault := place_fault(staging, job.data_folder):
-            return fault
-        torch.set_num_threads(self._cpus)  # of this thread
-        spec = job.label.spec
-        if self._encoder_key != encoder_key(spec, self._device):
-            self._encoder = None  # first, as two may not fit on the device
-            try:
-                self._encoder, digest = job.load_encoder(spec, self._device)
-            except RefusedError as error:
-                return str(error)
-            if digest != job.label.weights_digest:
-                return f"weights: {spec.weights} has digest {digest} here, {job.label.weights_digest} at the driver"
-            self._encoder_key = encoder_key(spec, self._device)
-        self._is_stopping.clear()
-        auto = {"decode_workers": self._cpus} if job.options.decode_workers == "auto" else {}
-        self._options = job.options.model_copy(update=auto)
-        self._label, self._store = job.label, ChunkStore(job.cache_dir, staging)
-        return None
-
-    def work(self, first: list[Assignment]) -> Iterator[Report]:
-        """Cache `first` and what the driver answers to each request for more; ends when it answers with nothing."""
-        threading.Thread(target=self._stream, args=(first,), name="stream").start()
-        has_ended = False
-        while not has_ended:
-            report = self._gather()
-            has_ended = report.has_ended
-            yield report
-
-    def _gather(self) -> Report:
-        report, deadline = Report(), time.monotonic() + REPORT_INTERVAL_S
-        while not report.is_urgent and (left := deadline - time.monotonic()) > 0:
-            with contextlib.suppress(queue.Empty):
-                report.add(self._outbox.get(timeout=left))
-        return report
-
-    def _stream(self, first: list[Assignment]) -> None:
-        import torch
-
-        torch.set_num_threads(self._cpus)  # of this thread, which encodes
-        hooks = Hooks(self._is_stopping.is_set, self._on_encoded, self._ask_before_replacing, self._frames.__getitem__)
-        inputs = (self._label, self._options, self._encoder, self._store, hooks)
-        error = None
-        try:
-            for result in cache_trajectories(self._pull(first), *inputs):
-                if result.error is not None:
-                    result.error.add_note(f"on {self._name}:\n{''.join(traceback.format_exception(result.error))}")
-                self._outbox.put(Report(results=[result]))
-        except Exception as fault:
-            error = fault if isinstance(fault, DinoCacheError) else RuntimeError(repr(fault))
-            error.add_note(f"on {self._name}:\n{''.join(traceback.format_exception(fault))}")
-        self._outbox.put(Report(has_ended=True, error=error))
-
-    def _pull(self, bite: list[Assignment]) -> Iterator[Trajectory]:
-        while bite:
-            for trajectory, frames in bite:
-                self._frames[trajectory.name] = frames
-                yield trajectory
-            self._outbox.put(Report(wants_more=True))
-            bite = self._bites.get()
-
-    def _on_encoded(self, count: int) -> None:
-        self._outbox.put(Report(frames=count))
-
-    def _ask_before_replacing(self, name: str) -> None:
-        self._outbox.put(Report(replacing=name))
-        self._permits.get()
-
-    def give(self, bite: list[Assignment]) -> None:
-        """The driver's answer to a request for more."""
-        self._bites.put(bite)
-
-    def permit(self) -> None:
-        """The driver's answer to a report of `replacing`."""
-        self._permits.put(None)
-
-    def stop(self) -> None:
-        """Finish or drop what is in flight."""
-        self._is_stopping.set()
-
-
-class WorkerLostError(Exception):
-    """A worker died, or cannot be reached."""
-
-
-@dataclass(eq=False)
-class Member:
-    """A worker as the driver sees it. `source` is what its next word comes from: an object reference, or while it is
-    working the stream of its reports."""
-
-    name: str
-    actor: Any
-    source: Any
-    state: Literal["starting", "here", "loading", "idle", "working"] = "starting"
-    host: str = "?"
-    node: str = ""
-    staging: Path | None = None
-    job: RayJob | None = None
-
-    @property
-    def label(self) -> str:
-        """For messages."""
-        return f"{self.name} on {self.host}"
-
-    def turn(self, state: Literal["here", "loading", "idle", "working"], source: Any = None) -> None:
-        """Go on to another state."""
-        self.state, self.source = state, source
-
-
-class RayFleet:
-    """The workers of a run, whatever dataset they are at."""
-
-    def __init__(self, plan: WorkerPlan, places: list[tuple[Path, Path]]):
-        self.plan = plan
-        self.members: list[Member] = []
-        self._hired = 0
-        for _ in range(plan.count):
-            self.hire(places)
-
-    def hire(self, places: list[tuple[Path, Path]] | None = None) -> None:
-        """Start a worker; it is there when it has said hello."""
-        import ray
-
-        self._hired += 1
-        name, plan = f"worker-{self._hired}", self.plan
-        resources = {"num_cpus": plan.cpus, "num_gpus": 1 if plan.device == "cuda" else 0}
-        remote = ray.remote(RayWorker).options(max_concurrency=4, scheduling_strategy="SPREAD", **resources)
-        actor = remote.remote(name, plan.device, plan.cpus, library_versions())
-        self.members.append(Member(name, actor, actor.hello.remote(places or [])))
-
-    def dismiss(self, member: Member) -> None:
-        """End a worker at once."""
-        import ray
-
-        self.members.remove(member)
-        ray.kill(member.actor)
-
-    def heard(self) -> list[Member]:
-        """The workers that have something to tell; waits for the first, at most POLL_S."""
-        import ray
-
-        sources = {member.source: member for member in self.members if member.source is not None}
-        if not sources:
-            time.sleep(POLL_S)
-            return []
-        if not ray.wait(list(sources), timeout=POLL_S)[0]:
-            return []
-        return [sources[source] for source in ray.wait(list(sources), num_returns=len(sources), timeout=0)[0]]
-
-    def next_word(self, member: Member) -> Any:
-        """What the worker tells; None at the end of its stream of reports.
-
-        Raises:
-            WorkerLostError: it died, cannot be reached, or could not do what it was asked.
-        """
-        import ray
-
-        try:
-            return ray.get(next(member.source) if member.state == "working" else member.source)
-        except StopIteration:
-            return None
-        except ray.exceptions.RayError as error:
-            raise WorkerLostError(" ".join(str(error).split())[:500]) from error
+    def describe(self) -> str:
+        """Who they are, in words."""
 
     def gather(self, should_stop: Callable[[], bool]) -> None:
-        """Wait until the workers are there and see the same folders as the driver.
+        """Wait until they are there. Raises RefusedError where none comes, or one cannot do the work."""
 
-        Raises:
-            RefusedError: one does not, or none comes.
-        """
-        deadline, why = time.monotonic() + NO_WORKER_S, "`ray status` tells what the cluster waits for"
-        while (
-            any(member.state == "starting" for member in self.members)
-            and time.monotonic() < deadline
-            and not should_stop()
-        ):
-            for member in self.heard():
-                try:
-                    self.welcome(member, self.next_word(member))
-                    deadline = min(deadline, time.monotonic() + LATE_WORKER_S)
-                except WorkerLostError as error:
-                    why = f"{error}. The program and its Python environment must be at the same path on every node"
-                    LOG.warning("%s could not start: %s", member.name, why)
-                    self.dismiss(member)
-        there = sum(member.state == "here" for member in self.members)
-        if not there and not should_stop():
-            raise RefusedError(f"no Ray worker could be started: {why}")
-        LOG.info("%d of %d workers are there, each with %s", there, self.plan.count, self.plan.worker)
-
-    def welcome(self, member: Member, word: tuple[str, str, str | None]) -> None:
-        """Take a worker's hello. Raises RefusedError where it cannot work."""
-        member.host, member.node, fault = word
-        if fault is not None:
-            raise RefusedError(f"{member.label}: {fault}")
-        member.turn("here")
+    def stream(self, job: CacheJob, hooks: Hooks) -> Iterator[TrajectoryResult]:
+        """What became of each trajectory, as it comes: what cache_trajectories is on one device."""
 
 
-def live_nodes() -> set[str]:
-    """Ids of the cluster's nodes that are not known to be dead."""
-    import ray
+class LocalWorkers:
+    """This process, with one device."""
 
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    encodes_here = True
 
+    def __init__(self, device: str):
+        self.device = device
 
-class RayRun:
-    """One dataset's work on a fleet: `results` is what cache_trajectories is on one device."""
+    def describe(self) -> str:
+        return self.device
 
-    def __init__(self, fleet: RayFleet, assignments: list[Assignment], job: RayJob, store: ChunkStore, hooks: Hooks):
-        self._fleet, self._job, self._store, self._hooks = fleet, job, store, hooks
-        self._queue = WorkQueue(assignments, fleet.plan.count)
-        self._stop_deadline = math.inf
-        self._last_presence = time.monotonic()
-        self._deaths_in_a_row = 0  # without a result between them
+    def gather(self, should_stop: Callable[[], bool]) -> None:
+        """Nobody has to come."""
 
-    def results(self) -> Iterator[TrajectoryResult]:
-        """What became of each trajectory, as it comes.
-
-        Raises:
-            RefusedError: a worker's weights or folders are not the driver's; nothing was begun.
-            StorageError, DeviceError: the fault is not a trajectory's; nothing further is yielded.
-        """
-        try:
-            self._load_encoders()
-            while (self._is_at_work or not self._queue.is_done) and not self._has_stopped():
-                for member in self._with("idle"):
-                    self._give_work(member)
-                for member in self._fleet.heard():
-                    yield from self._hear(member)
-                self._check_presence()
-        finally:
-            for member in self._with("loading", "working"):
-                self._let_go(member)
-
-    def _with(self, *states: str) -> list[Member]:
-        return [member for member in self._fleet.members if member.state in states]
-
-    @property
-    def _is_at_work(self) -> bool:
-        return bool(self._with("working"))
-
-    @property
-    def _is_stopping(self) -> bool:
-        return self._stop_deadline < math.inf
-
-    def _has_stopped(self) -> bool:
-        """Pass a stop on to the workers; true when all have heeded it."""
-        if self._hooks.should_stop() and not self._is_stopping:
-            self._stop_deadline = time.monotonic() + STOP_S
-            for member in self._with("working"):
-                member.actor.stop.remote()
-        return self._is_stopping and (not self._is_at_work or time.monotonic() > self._stop_deadline)
-
-    def _load_encoders(self) -> None:
-        """Get all workers that are there ready, together, and start those that the dataset before lost."""
-        while len(self._fleet.members) < self._fleet.plan.count:
-            self._fleet.hire()
-        for member in self._with("here", "idle"):
-            self._load(member)
-        while self._with("loading") and not self._hooks.should_stop():
-            for member in self._fleet.heard():
-                for _ in self._hear(member, is_begun=False):
-                    pass
-
-    def _load(self, member: Member) -> None:
-        member.staging, member.job = self._store.new_staging_folder(), self._job
-        member.turn("loading", member.actor.begin.remote(self._job, member.staging))
-
-    def _give_work(self, member: Member) -> None:
-        if self._queue.has_work and not self._is_stopping:
-            work = member.actor.work.options(num_returns="streaming")
-            member.turn("working", work.remote(self._queue.take(member.name)))
-
-    def _hear(self, member: Member, *, is_begun: bool = True) -> Iterator[TrajectoryResult]:
-        try:
-            word = self._fleet.next_word(member)
-            if member.state == "starting":
-                self._fleet.welcome(member, word)
-                self._load(member)
-            elif member.state == "loading":
-                self._take_up(member, word)
-            elif word is None:
-                member.turn("idle")
-            else:
-                yield from self._read(member, word)
-        except WorkerLostError as error:
-            yield from self._lose(member, str(error))
-        except RefusedError as error:
-            if not is_begun:
-                raise
-            LOG.error("%s. It is left out", error)
-            self._let_go(member)
-
-    def _take_up(self, member: Member, fault: str | None) -> None:
-        if fault is not None:
-            raise RefusedError(f"{member.label}: {fault}")
-        if member.job is self._job:
-            member.turn("idle")
-        else:  # it was still loading for the dataset before
-            self._load(member)
-
-    def _read(self, member: Member, report: Report) -> Iterator[TrajectoryResult]:
-        for level, line in report.lines:
-            LOG.log(level, "[%s] %s", member.label, line)
-        if report.frames:
-            self._hooks.on_encoded(report.frames)
-        for result in report.results:
-            self._queue.finish(member.name, result.name)
-            self._deaths_in_a_row = 0
-            yield result
-        if report.error is not None:
-            raise report.error
-        if report.replacing is not None:
-            self._hooks.before_replacing(report.replacing)
-            member.actor.permit.remote()
-        if report.wants_more:
-            bite = [] if self._is_stopping else self._queue.take(member.name, idle=len(self._with("idle")))
-            member.actor.give.remote(bite)
-
-    def _lose(self, member: Member, why: str) -> Iterator[TrajectoryResult]:
-        """Put a dead worker's trajectories back and another worker in its place."""
-        self._let_go(member)
-        if self._is_stopping:
-            self._queue.drop(member.name)
-            return
-        back, fatal = self._queue.lose(member.name, member.node, live_nodes())
-        LOG.warning("%s died; %d trajectories go back into the queue: %s", member.label, len(back), why)
-        self._deaths_in_a_row += 1
-        if self._deaths_in_a_row > 8 + 2 * self._fleet.plan.count:
-            raise DeviceError(f"{self._deaths_in_a_row} workers died in a row, the last one so: {why}")
-        for trajectory, _ in fatal:
-            checksum = plan_or_fail(trajectory, self._job.label.spec, self._job.options.checksum).checksum
-            error = InputError(f"{trajectory.name}: killed its worker twice, the last time {member.label}: {why}")
-            yield TrajectoryResult(trajectory.name, checksum, self._job.options.checksum, error=error)
-        self._fleet.hire()
-
-    def _let_go(self, member: Member) -> None:
-        """Dismiss a worker; what it staged is gone, so that it can publish nothing even if it lives on."""
-        self._fleet.dismiss(member)
-        if member.staging is not None:
-            with storage_errors(self._store.cache_dir):
-                self._store.discard_staged([member.staging])
-
-    def _check_presence(self) -> None:
-        """Raise DeviceError where no worker is left and none comes."""
-        if self._with("loading", "idle", "working"):
-            self._last_presence = time.monotonic()
-        elif not self._fleet.members or time.monotonic() > self._last_presence + NO_WORKER_S:
-            raise DeviceError("no Ray worker is left, and none could be started; `ray status` tells why")
-
-
-@contextlib.contextmanager
-def ray_connection(address: str) -> Iterator[list[dict[str, float]]]:
-    """Connected to a Ray cluster; yields its nodes' resources. `local` starts one that ends with this process.
-
-    Raises:
-        RefusedError: Ray is not installed, or the cluster cannot be reached.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's default to be, without its remark
-    try:
-        import ray
-    except ImportError as error:
-        raise RefusedError(RAY_MISSING) from error
-    how: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "error"}
-    if address == "local":
-        how |= {"num_cpus": available_cores(), "include_dashboard": False, "object_store_memory": RAY_STORE_BYTES}
-    handler = signal.getsignal(signal.SIGTERM)  # Ray puts its own in its place
-    try:
-        ray.init(**how)
-    except SystemExit:  # by that handler
-        handler(signal.SIGTERM, None)
-    except Exception as error:
-        raise RefusedError(
-            f"ray_address: {address}: cannot connect: {error}. Start Ray on this machine (`ray start`), or use local"
-        ) from error
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    try:
-        yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    finally:
-        ray.shutdown()
+    def stream(self, job: CacheJob, hooks: Hooks) -> Iterator[TrajectoryResult]:
+        return cache_trajectories(job.trajectories, job.label, job.options, job.encoder, job.store, hooks)
 
 
 # ======================================================================================================================
-# Running: what is to do, what is recorded, when it ends
+# Before the work: what is to do, checked for all datasets before anything is begun
 # ======================================================================================================================
 
-LOST_MOUNT_FAILURES = 20  # unreadable trajectories in a row, without a success between them, that mean a lost mount
 CHUNK_OVERHEAD_BYTES = 12_000  # what an HDF5 file takes beside its datasets: headers and attributes, about
 SHOWN_NAMES = 10  # names of a list that a message shows
-MEASURE_S = 5.0  # time after the first batch in which --measure decodes and encodes
-SHOW_INTERVAL_S = 0.2  # time between two looks at the progress: counting a large cache's chunks takes milliseconds
-
+DISTANCE_SETTINGS = ("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m")
+FRAME_SETTINGS = ("max_chunk_frames", "overlap_frames")
 
 EXIT_COMPLETED, EXIT_SOME_FAILED, EXIT_STOPPED_BY_FAULT, EXIT_WORK_LEFT = 0, 1, 3, 5
-_WORST_FIRST = (EXIT_STOPPED_BY_FAULT, EXIT_WORK_LEFT, EXIT_SOME_FAILED, EXIT_COMPLETED)
 
 
 class StopRequest:
@@ -3468,62 +2902,12 @@ class StopRequest:
 
 
 class TrajectoryState(NamedTuple):
-    """Where a trajectory stands at the start of a run."""
+    """What the record says of a trajectory at the start of a run."""
 
     trajectory: Trajectory
     status: Literal["completed", "pending", "failed"]
     remark: str | None = None  # why a recorded one is redone, or what is odd
     new_checksum: str | None = None  # of the kind now asked for, where the recorded one is of the other
-
-
-def compare_with_record(
-    trajectory: Trajectory, progress: Progress, store: ChunkStore, spec: CacheSpec, options: RunOptions
-) -> TrajectoryState:
-    """Compare a trajectory with its record: data by checksum, chunk files by name and size."""
-    record = progress.records.get(trajectory.name)
-    if record is not None:
-        return _compare_completed(trajectory, record, progress, store, options)
-    failure = progress.failures.get(trajectory.name)
-    if failure is None:
-        return TrajectoryState(trajectory, "pending")
-    try:
-        checksum = open_source(trajectory, data_keys(spec)).checksum(failure["checksum_kind"])
-    except (InputError, OSError):
-        checksum = None
-    if checksum != failure["checksum"]:
-        return TrajectoryState(trajectory, "pending", "failed before; its data changed")
-    return TrajectoryState(trajectory, "failed")
-
-
-def _compare_completed(
-    trajectory: Trajectory, record: TrajectoryRecord, progress: Progress, store: ChunkStore, options: RunOptions
-) -> TrajectoryState:
-    keys = DataKeys.of(progress.specs[record["fingerprint"]])  # those that it was made with
-    new_checksum = None
-    try:
-        source = open_source(trajectory, keys)
-        if source.checksum(record["checksum_kind"]) != progress.checksums[trajectory.name]:
-            return TrajectoryState(trajectory, "pending", "its data changed")
-        if record["checksum_kind"] != options.checksum:
-            new_checksum = source.checksum(options.checksum)
-    except InputError as error:
-        return TrajectoryState(trajectory, "pending", f"its data changed: {error}")
-    except OSError as error:
-        return TrajectoryState(trajectory, "completed", f"cannot be checked, stays as it is: {error}")
-    expected = {chunk_file_name(index): size for index, size in enumerate(record["bytes"])}
-    found = {file: size for file, size in store.chunk_sizes(trajectory.name).items() if is_chunk_file(file)}
-    if found != expected:
-        return TrajectoryState(trajectory, "pending", _chunk_difference(expected, found))
-    return TrajectoryState(trajectory, "completed", new_checksum=new_checksum)
-
-
-def _chunk_difference(expected: dict[str, int], found: dict[str, int]) -> str:
-    for file, size in expected.items():
-        if file not in found:
-            return f"its {file} is missing"
-        if found[file] != size:
-            return f"its {file} has {found[file]} bytes, recorded are {size}"
-    return f"its {min(found.keys() - expected.keys())} is not in the record"
 
 
 class Work(NamedTuple):
@@ -3544,35 +2928,42 @@ class Selection(NamedTuple):
     lack_poses: list[str]  # folders with frames and no pose file, left out
 
 
+@dataclass
 class PreparedDataset:
     """A dataset whose record, trajectories and configuration are checked, and nothing written yet."""
 
-    def __init__(self, config: DatasetConfig, progress: Progress, selection: Selection):
-        self.config = config
-        recorded = progress.processing_config.get("precision")
-        is_settled = config.spec.precision == "auto" and recorded is not None
-        self.spec = config.spec.model_copy(update={"precision": recorded}) if is_settled else config.spec
-        self.progress = progress
-        self.store = ChunkStore(config.cache_dir)
-        self.trajectories, self.missing, self.lack_poses = selection
-        self.states: list[TrajectoryState] = []
-        self.pending: list[Trajectory] = []  # to do in this run, failed ones last
-        self.left_out = 0  # pending too, beyond --limit
-        self.work: dict[str, Work] = {}  # by name, of the pending ones
-        self.shape: ModelShape | None = None
-        self.device: str | None = None
-        self.encoder: Encoder | None = None
-        self.fleet: RayFleet | None = None  # with executor: ray
-        self.weights: dict[str, Any] | None = progress.weights  # source, size, mtime, digest
+    config: DatasetConfig  # its format settled
+    spec: CacheSpec  # as settle_spec makes it; precision may be auto until the device is known
+    progress: Progress
+    store: ChunkStore
+    selection: Selection
+    states: list[TrajectoryState]
+    weights: dict[str, Any] | None  # source, size, mtime, digest
+    pending: list[Trajectory] = field(default_factory=list)  # to do in this run, failed ones last
+    left_out: int = 0  # pending too, beyond --limit
+    work: dict[str, Work] = field(default_factory=dict)  # trajectory name -> its cost, of the pending ones
+    workers: Workers | None = None  # None where nothing is pending, or a dry run does not ask who would do it
+    shape: ModelShape | None = None
+    encoder: Encoder | None = None
 
     @property
     def name(self) -> str:
         return self.config.name
 
     @property
+    def trajectories(self) -> list[Trajectory]:
+        """Those present and selected."""
+        return self.selection.trajectories
+
+    @property
     def num_completed(self) -> int:
-        """Trajectories present and selected that stood completed at the start."""
+        """Trajectories present and selected that were completed at the start."""
         return sum(state.status == "completed" for state in self.states)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames to encode in this run."""
+        return sum(work.num_frames for work in self.work.values())
 
     def choose_pending(self, limit: int | None) -> None:
         """Take up what is to do: new and changed trajectories, then failed ones that have attempts left."""
@@ -3591,6 +2982,7 @@ def prepare_dataset(config: DatasetConfig, stop_request: StopRequest) -> Prepare
     """
     progress = open_progress(config)
     config = settle_format(config)
+    spec = settle_spec(config, progress.processing_config.get("precision"))
     if config.options.force_rebuild and progress.rebuild_started is None:
         progress.empty()
         progress.rebuild_started = time.time()
@@ -3598,17 +2990,25 @@ def prepare_dataset(config: DatasetConfig, stop_request: StopRequest) -> Prepare
             "%s: force_rebuild: every trajectory is redone (by every run, if it is True in the config file)",
             config.name,
         )
-    selection = select_trajectories(config, stop_request)
-    trajectories = selection.trajectories
-    refuse_case_collisions(config.cache_dir, trajectories)
-    dataset = PreparedDataset(config, progress, selection)
-    check = functools.partial(
-        compare_with_record, progress=progress, store=dataset.store, spec=config.spec, options=config.options
+    selection = select_trajectories(config, spec, stop_request)
+    refuse_case_collisions(config.cache_dir, selection.trajectories)
+    store = ChunkStore(config.cache_dir)
+    compare = functools.partial(
+        compare_with_record, progress=progress, store=store, spec=spec, checksum_kind=config.options.checksum
     )
-    for state in map_files(check, trajectories):
+    states = []
+    for state in map_files(compare, selection.trajectories):
         stop_request.check()
-        dataset.states.append(state)
-    return dataset
+        states.append(state)
+    return PreparedDataset(
+        config=config,
+        spec=spec,
+        progress=progress,
+        store=store,
+        selection=selection,
+        states=states,
+        weights=progress.weights,
+    )
 
 
 def open_progress(config: DatasetConfig) -> Progress:
@@ -3642,36 +3042,52 @@ def open_progress(config: DatasetConfig) -> Progress:
     return progress
 
 
-DISTANCE_SETTINGS = ("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m")
-FRAME_SETTINGS = ("max_chunk_frames", "overlap_frames")
-
-
 def settle_format(config: DatasetConfig) -> DatasetConfig:
-    """The config with its format settled, and the settings that then do not apply at their defaults: another value of
-    theirs is no other cache.
+    """The config with its format settled.
 
     Raises:
         RefusedError: the format cannot be told, or a setting under the dataset does not apply to it.
     """
-    spec, found = config.spec, FoundFormat(config.format, "set in the config")
+    found = FoundFormat(config.format, "set in the config")
     if config.format == "auto":
-        found = detect_format(config.data_folder, data_keys(spec))
+        found = detect_format(config.data_folder, data_keys(config.spec))
     LOG.info("%s: format %s (%s)", config.name, found.name, found.sign)
-    idle = dict.fromkeys(set(DataKeys._fields) - set(format_named(found.name).settings), f"format: {found.name}")
-    other = FRAME_SETTINGS if spec.chunk_by == "distance" else DISTANCE_SETTINGS
-    idle |= dict.fromkeys(other, f"chunk_by: {spec.chunk_by}")
+    config = dataclasses.replace(config, format=found.name)
+    idle = idle_settings(config)
     for key in sorted(idle.keys() & config.own_keys):
         raise RefusedError(
-            f"datasets.{config.name}.{key}: {getattr(spec, key)}: does not apply to {idle[key]}; take it out"
+            f"datasets.{config.name}.{key}: {getattr(config.spec, key)}: does not apply to {idle[key]}; take it out"
         )
-    spec = spec.model_copy(update={key: CacheSpec.model_fields[key].default for key in idle})
-    return dataclasses.replace(config, spec=spec, format=found.name)
+    return config
 
 
-def select_trajectories(config: DatasetConfig, stop_request: StopRequest) -> Selection:
+def idle_settings(config: DatasetConfig) -> dict[str, str]:
+    """Settings that have no effect -> what makes them so."""
+    idle = dict.fromkeys(set(DataKeys._fields) - set(format_named(config.format).settings), f"format: {config.format}")
+    other = FRAME_SETTINGS if config.spec.chunk_by == "distance" else DISTANCE_SETTINGS
+    return idle | dict.fromkeys(other, f"chunk_by: {config.spec.chunk_by}")
+
+
+def settle_spec(config: DatasetConfig, recorded_precision: str | None, device: str | None = None) -> CacheSpec:
+    """The spec in force. Settings without effect are at their defaults: another value of theirs is no other cache.
+    Precision auto is what the cache has recorded, else what suits the device; it stays auto while neither is known.
+
+    Raises:
+        RefusedError: the precision is not for the device.
+    """
+    settled = {key: CacheSpec.model_fields[key].default for key in idle_settings(config)}
+    if device is not None:
+        wanted, model_type = config.spec.precision, config.spec.dino_model_type
+        settled["precision"] = resolve_precision(wanted, recorded_precision, device, model_type)
+    elif config.spec.precision == "auto" and recorded_precision is not None:
+        settled["precision"] = recorded_precision
+    return config.spec.model_copy(update=settled)
+
+
+def select_trajectories(config: DatasetConfig, spec: CacheSpec, stop_request: StopRequest) -> Selection:
     """The trajectories below data_folder that the split names; without one, all that have poses, or need none."""
     found, kind = [], format_named(config.format)
-    for trajectory in kind.find(config.data_folder, config.spec):
+    for trajectory in kind.find(config.data_folder, spec):
         stop_request.check()
         found.append(trajectory)
     refuse_same_names(found)
@@ -3680,7 +3096,7 @@ def select_trajectories(config: DatasetConfig, stop_request: StopRequest) -> Sel
         wanted = dict.fromkeys(read_split(config.split))
         missing = sorted(wanted.keys() - {trajectory.name for trajectory in found})
         found = [trajectory for trajectory in found if trajectory.name in wanted]
-    elif config.spec.chunk_by == "distance":
+    elif spec.chunk_by == "distance":
         lack_poses = [trajectory.name for trajectory in found if trajectory.lacks_poses]
         found = [trajectory for trajectory in found if not trajectory.lacks_poses]
     if not found:
@@ -3718,24 +3134,131 @@ def refuse_case_collisions(cache_dir: Path, trajectories: list[Trajectory]) -> N
             )
 
 
-def resolve_device_and_precision(dataset: PreparedDataset, *, here: bool = False) -> None:
-    """Settle what a dataset with work to do is encoded on and in; with `here`, on this machine, whatever the executor.
+def compare_with_record(
+    trajectory: Trajectory, progress: Progress, store: ChunkStore, spec: CacheSpec, checksum_kind: ChecksumKind
+) -> TrajectoryState:
+    """Compare a trajectory with its record: data by checksum, chunk files by name and size."""
+    record = progress.records.get(trajectory.name)
+    if record is not None:
+        return _compare_completed(trajectory, record, progress, store, checksum_kind)
+    failure = progress.failures.get(trajectory.name)
+    if failure is None:
+        return TrajectoryState(trajectory, "pending")
+    try:
+        checksum = open_source(trajectory, data_keys(spec)).checksum(failure["checksum_kind"])
+    except (InputError, OSError):
+        checksum = None
+    if checksum != failure["checksum"]:
+        return TrajectoryState(trajectory, "pending", "failed before; its data changed")
+    return TrajectoryState(trajectory, "failed")
+
+
+def _compare_completed(
+    trajectory: Trajectory,
+    record: TrajectoryRecord,
+    progress: Progress,
+    store: ChunkStore,
+    checksum_kind: ChecksumKind,
+) -> TrajectoryState:
+    keys = DataKeys.of(progress.specs[record["fingerprint"]])  # those that it was made with
+    new_checksum = None
+    try:
+        source = open_source(trajectory, keys)
+        if source.checksum(record["checksum_kind"]) != progress.checksums[trajectory.name]:
+            return TrajectoryState(trajectory, "pending", "its data changed")
+        if record["checksum_kind"] != checksum_kind:
+            new_checksum = source.checksum(checksum_kind)
+    except InputError as error:
+        return TrajectoryState(trajectory, "pending", f"its data changed: {error}")
+    except OSError as error:
+        return TrajectoryState(trajectory, "completed", f"cannot be checked, stays as it is: {error}")
+    expected = {chunk_file_name(index): size for index, size in enumerate(record["bytes"])}
+    found = {file: size for file, size in store.chunk_sizes(trajectory.name).items() if is_chunk_file(file)}
+    if found != expected:
+        return TrajectoryState(trajectory, "pending", _chunk_difference(expected, found))
+    return TrajectoryState(trajectory, "completed", new_checksum=new_checksum)
+
+
+def _chunk_difference(expected: dict[str, int], found: dict[str, int]) -> str:
+    for file, size in expected.items():
+        if file not in found:
+            return f"its {file} is missing"
+        if found[file] != size:
+            return f"its {file} has {found[file]} bytes, recorded are {size}"
+    return f"its {min(found.keys() - expected.keys())} is not in the record"
+
+
+def confirm_changes(
+    dataset: PreparedDataset, differences: list[tuple[str, Any, Any]], stop_request: StopRequest, *, yes: bool
+) -> None:
+    """Let the user decide on a changed configuration: what is completed stays as it is, the rest is made with it.
 
     Raises:
-        RefusedError: the device is missing, the precision is not for it, or image_size is no multiple of the patches.
+        RefusedError: the answer is no, or there is neither --yes nor a terminal.
     """
-    options = dataset.config.options
-    if options.executor == "local" or here:
-        dataset.device = resolve_device(options.device)
-    elif dataset.fleet:
-        dataset.device = dataset.fleet.plan.device
-    if dataset.device:  # else it is not known yet: a dry run does not ask the cluster
+    if not differences:
+        return
+    if dataset.progress.records:
+        lines = [f"  {key}: {old} -> {new}" for key, old, new in differences]
+        change = "\n".join([f"{dataset.name}: the configuration changed since this cache was begun:", *lines])
+        ways = (
+            "Ways on: --yes keeps what is completed and makes the rest with the new configuration; --force-rebuild "
+            f"redoes everything, as `progress_utils.py reset --cache-dir {dataset.config.cache_dir}` does; or undo it"
+        )
+        LOG.warning("%s", change)
+        if not yes and not ask_to_continue(ways, stop_request):
+            raise RefusedError(
+                f"{dataset.name}: not continued with the changed configuration. Nothing was changed. {ways}"
+            )
+    for failure in dataset.progress.failures.values():
+        failure["attempts"] = 0
+
+
+def ask_to_continue(ways: str, stop_request: StopRequest) -> bool:
+    """Ask on the terminal; a signal ends the question."""
+    stop_request.is_asking = True
+    try:
+        return ask("Continue with the changed configuration?", otherwise="--yes")
+    except RefusedError as error:
+        raise RefusedError(f"{error} {ways}") from None
+    finally:
+        stop_request.is_asking = False
+
+
+def open_workers(datasets: list[PreparedDataset], resources: contextlib.ExitStack) -> list[Workers]:
+    """Give every dataset with work to do its workers; an executor's own are shared by all its datasets. Returns all.
+
+    Raises:
+        RefusedError: the device is missing, the executor's module is not there, or it has no workers.
+    """
+    by_executor: dict[str, list[PreparedDataset]] = {}
+    for dataset in datasets:
+        if dataset.pending:
+            by_executor.setdefault(dataset.config.options.executor, []).append(dataset)
+    opened: list[Workers] = []
+    for executor, group in by_executor.items():
+        if executor != "local":
+            opened.append(resources.enter_context(open_door(EXECUTOR_MODULES[executor]).workers(group)))
+        for dataset in group:
+            if executor == "local":
+                opened.append(LocalWorkers(resolve_device(dataset.config.options.device)))
+            dataset.workers = opened[-1]
+    return opened
+
+
+def settle_encoding(dataset: PreparedDataset) -> None:
+    """Settle in which precision and shape the pending trajectories of a dataset are encoded.
+
+    Raises:
+        RefusedError: the precision is not for the device, image_size is no multiple of the patches, or there is no
+            weights file.
+    """
+    if dataset.workers is not None:
         recorded = dataset.progress.processing_config.get("precision")
-        wanted, model_type = dataset.config.spec.precision, dataset.spec.dino_model_type
-        precision = resolve_precision(wanted, recorded, dataset.device, model_type)
-        dataset.spec = dataset.spec.model_copy(update={"precision": precision})
+        dataset.spec = settle_spec(dataset.config, recorded, dataset.workers.device)
     dataset.shape = model_shape(dataset.spec.dino_model_type)
     check_image_size(dataset.spec, dataset.shape)
+    weights_source(dataset.spec)
 
 
 def estimate_work(dataset: PreparedDataset, stop_request: StopRequest) -> list[str]:
@@ -3748,8 +3271,12 @@ def estimate_work(dataset: PreparedDataset, stop_request: StopRequest) -> list[s
             dataset.work[outcome.name] = Work()
             reasons.append(str(outcome.error))
         else:
-            pose_bytes = outcome.num_rows * sum(values[:1].nbytes for values in outcome.poses.values())
-            work = Work(outcome.num_stored_frames, len(outcome.spans), outcome.num_rows, pose_bytes)
+            work = Work(
+                num_frames=outcome.num_stored_frames,
+                num_chunks=len(outcome.spans),
+                num_rows=outcome.num_rows,
+                pose_bytes=outcome.num_rows * sum(values[:1].nbytes for values in outcome.poses.values()),
+            )
             size = cache_bytes(dataset, dataset.spec, [work])
             dataset.work[outcome.trajectory.name] = work._replace(num_bytes=size)
     return reasons
@@ -3798,43 +3325,6 @@ def human_list(names: list[str]) -> str:
     return ", ".join(names[:SHOWN_NAMES]) + more
 
 
-def confirm_changes(
-    dataset: PreparedDataset, differences: list[tuple[str, Any, Any]], stop_request: StopRequest, *, yes: bool
-) -> None:
-    """Let the user decide on a changed configuration: what is completed stays as it is, the rest is made with it.
-
-    Raises:
-        RefusedError: the answer is no, or there is neither --yes nor a terminal.
-    """
-    if not differences:
-        return
-    if dataset.progress.records:
-        lines = [f"  {key}: {old} -> {new}" for key, old, new in differences]
-        change = "\n".join([f"{dataset.name}: the configuration changed since this cache was begun:", *lines])
-        ways = (
-            "Ways on: --yes keeps what is completed and makes the rest with the new configuration; --force-rebuild "
-            f"redoes everything, as `progress_utils.py reset --cache-dir {dataset.config.cache_dir}` does; or undo it"
-        )
-        LOG.warning("%s", change)
-        if not yes and not ask_to_continue(ways, stop_request):
-            raise RefusedError(
-                f"{dataset.name}: not continued with the changed configuration. Nothing was changed. {ways}"
-            )
-    for failure in dataset.progress.failures.values():
-        failure["attempts"] = 0
-
-
-def ask_to_continue(ways: str, stop_request: StopRequest) -> bool:
-    """Ask on the terminal; a signal ends the question."""
-    stop_request.is_asking = True
-    try:
-        return ask("Continue with the changed configuration?", otherwise="--yes")
-    except RefusedError as error:
-        raise RefusedError(f"{error} {ways}") from None
-    finally:
-        stop_request.is_asking = False
-
-
 def load_encoders(datasets: list[PreparedDataset], stop_request: StopRequest) -> None:
     """Give every dataset with work to do its encoder, one for all that compute the same, and know the digests."""
     loaded: dict[tuple, tuple[Encoder, str]] = {}
@@ -3847,7 +3337,7 @@ def load_encoders(datasets: list[PreparedDataset], stop_request: StopRequest) ->
             if dataset.progress.records:
                 dataset.weights = {**source, "digest": weights_digest(build_model(dataset.spec))}
             continue
-        device = "cpu" if dataset.fleet else dataset.device  # the workers have the GPUs; here only the digest is wanted
+        device = dataset.workers.device if dataset.workers.encodes_here else "cpu"  # there only the digest is wanted
         key = encoder_key(dataset.spec, device)
         if key not in loaded:
             loaded[key] = load_encoder(dataset.spec, device)
@@ -3883,8 +3373,8 @@ def remarks(dataset: PreparedDataset) -> list[str]:
     kept = [name for name, record in records.items() if record["fingerprint"] in others]
     for names, what in (
         (sorted(records.keys() - present), "recorded trajectories are not among the data now; their chunks stay"),
-        (dataset.missing, "names of the split are not in the data folder"),
-        (dataset.lack_poses, "folders hold frames but no pose file, left out"),
+        (dataset.selection.missing, "names of the split are not in the data folder"),
+        (dataset.selection.lack_poses, "folders hold frames but no pose file, left out"),
         (given_up, f"failed trajectories are not tried again after {most} attempts (reset-failed allows it)"),
         (kept, "completed trajectories were made with another configuration, and stay"),
     ):
@@ -3893,118 +3383,265 @@ def remarks(dataset: PreparedDataset) -> list[str]:
     return lines
 
 
-def device_in_words(dataset: PreparedDataset) -> str:
-    """What encodes, and in what batches."""
-    options, fleet = dataset.config.options, dataset.fleet
-    if fleet is None:
-        return f"{dataset.device}, {resolve_batch_size(options, dataset.encoder)} frames a batch"
-    return f"{fleet.plan.count} Ray workers, each with {fleet.plan.worker}"
+# ======================================================================================================================
+# The work: one dataset after the other is encoded, recorded and shown
+# ======================================================================================================================
 
-
-def hint_at_other_gpus() -> None:
-    """Say how to use all GPUs of this machine, where there are several."""
-    import torch
-
-    if (count := torch.cuda.device_count()) > 1:
-        how = "`executor: ray` in the config uses all (pip install -r requirements-ray.txt)"
-        LOG.warning("%d GPUs are visible and one of them is used; %s", count, how)
-
-
-@contextlib.contextmanager
-def ray_fleet(datasets: list[PreparedDataset]) -> Iterator[RayFleet]:
-    """Workers for these datasets, on their way.
-
-    Raises:
-        RefusedError: the datasets want different workers, or the cluster cannot be reached or does not hold them.
-    """
-    options = [dataset.config.options for dataset in datasets]
-    for key in ("ray_address", "num_workers", "cpus_per_worker", "device"):
-        wanted = dict.fromkeys(getattr(option, key) for option in options)
-        if len(wanted) > 1:
-            raise RefusedError(f"{key}: {', '.join(map(str, wanted))}: a run's datasets share its Ray workers; set one")
-    with ray_connection(options[0].ray_address) as nodes:
-        plan = plan_workers(nodes, options[0])
-        places = []
-        for dataset in datasets:
-            with storage_errors(dataset.config.cache_dir):
-                dataset.store.empty_staging()
-                places.append((dataset.store.new_staging_folder(), dataset.config.data_folder))
-        fleet = RayFleet(plan, places)
-        for dataset in datasets:
-            dataset.fleet = fleet
-        yield fleet
-
+LOST_MOUNT_FAILURES = 20  # unreadable trajectories in a row, without a success between them, that mean a lost mount
+SHOW_INTERVAL_S = 0.2  # time between two looks at the progress: counting a large cache's chunks takes milliseconds
 
 _LOST_MOUNT = "the mount seems lost. None of them is recorded as failed; mount it and run the same command again"
+_WORST_FIRST = (EXIT_STOPPED_BY_FAULT, EXIT_WORK_LEFT, EXIT_SOME_FAILED, EXIT_COMPLETED)
+
+
+@dataclass(frozen=True)
+class DatasetOutcome:
+    """How the work on one dataset ended."""
+
+    name: str
+    exit_code: int
+    num_trajectories: int  # present and selected
+    num_completed: int  # of these, now
+    num_chunks: int  # of the whole cache
+    num_left: int  # trajectories that this run could not begin, and those beyond --limit
+    failures: dict[str, Failure]  # recorded ones, of this run or earlier
+    gone: frozenset[str]  # names of failures that are not among the data now
+    held_back: list[str]  # why trajectories could not be read that are not recorded as failed
+    seconds: float  # of this run
+    num_frames: int  # encoded by this run
+    num_bytes: int  # of the chunk files that this run wrote
+    max_attempts: int
+    stopped_by: Literal["signal", "deadline"] | None = None
+    error: Exception | None = None  # what ended the work early
+
+
+@dataclass(frozen=True)
+class NightOutcome:
+    """How a run ended: all its datasets, and the exit code of the command."""
+
+    datasets: list[DatasetOutcome]
+    exit_code: int
+
+
+def log_outcome(outcome: DatasetOutcome) -> None:
+    """Say how the work on a dataset ended."""
+    error = outcome.error
+    if error is not None:
+        what = error if isinstance(error, DinoCacheError) else f"unexpected: {error!r}"
+        LOG.error("error: %s", what, exc_info=None if isinstance(error, RefusedError) else error)
+        return
+    if outcome.held_back:
+        count, why = len(outcome.held_back), human_list(outcome.held_back)
+        LOG.warning("%d trajectories could not be read and are not recorded as failed: %s", count, why)
+    LOG.info(
+        "%s: %d/%d trajectories completed, %d failed, %d chunks",
+        outcome.name,
+        outcome.num_completed,
+        outcome.num_trajectories,
+        len(outcome.failures),
+        outcome.num_chunks,
+    )
+    for name, failure in list(outcome.failures.items())[:SHOWN_NAMES]:
+        gone = f" ({name} is not among the data now; reset-failed forgets it)" if name in outcome.gone else ""
+        attempts = f"{failure['attempts']} of {outcome.max_attempts} attempts"
+        LOG.warning("  failed (%s): %s%s", attempts, failure["reason"], gone)
+    if (more := len(outcome.failures) - SHOWN_NAMES) > 0:
+        LOG.warning("  ... and %d more; `progress_utils.py show --all` lists them", more)
+    if outcome.stopped_by is not None:
+        reason = "by a signal" if outcome.stopped_by == "signal" else "by --max-hours"
+        left = outcome.num_left
+        LOG.warning("Stopped %s, %d trajectories are left; run the same command again to go on", reason, left)
+    elif outcome.num_left:
+        LOG.info("%d trajectories are left for the next run (--limit)", outcome.num_left)
+
+
+class RunCounts:
+    """What the work on a dataset has come to. Counted by the threads that encode and record, read by the display."""
+
+    def __init__(self, dataset: PreparedDataset):
+        self.begin = time.monotonic()
+        self.num_completed = dataset.num_completed  # of the trajectories present and selected
+        self.num_trajectories = len(dataset.trajectories)
+        self.num_pending = len(dataset.pending)
+        self.frames_total = dataset.num_frames
+        self.frames_encoded = self.frames_finished = 0  # finished: of trajectories that are completed or failed
+        self.num_results = self.num_bytes = 0
+        self._num_frames = {name: work.num_frames for name, work in dataset.work.items()}
+        self._unfinished = dict.fromkeys(trajectory.name for trajectory in dataset.pending)  # in the stream's order
+
+    def add(self, result: TrajectoryResult) -> None:
+        """Count a trajectory as finished."""
+        self.num_results += 1
+        self.num_bytes += sum(result.chunk_bytes)
+        self.frames_finished += self._num_frames[result.name]
+        self._unfinished.pop(result.name, None)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every pending trajectory is completed or failed."""
+        return self.num_results == self.num_pending
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self.begin
+
+    @property
+    def frames_done(self) -> int:
+        """Frames that are behind: encoded, or of a trajectory that failed before all of its were."""
+        return min(max(self.frames_encoded, self.frames_finished), self.frames_total)
+
+    def state(self, num_chunks: int) -> RunState:
+        """How far the run is."""
+        elapsed_s = self.elapsed_s
+        return RunState(
+            done=self.num_completed,
+            total=self.num_trajectories,
+            chunks=num_chunks,
+            elapsed_s=elapsed_s,
+            frames_left=self.frames_total - self.frames_done,
+            frames_per_s=self.frames_encoded / elapsed_s if elapsed_s > 0 else 0.0,
+            trajectory=next(iter(self._unfinished), None),
+        )
+
+
+class ProgressDisplay:
+    """Shows how far a run is: a bar on a terminal, a line every progress_interval_s, the heartbeat. A context."""
+
+    def __init__(self, counts: RunCounts, progress: Progress, cache_dir: Path, interval_s: float):
+        self._counts, self._progress, self._interval_s = counts, progress, interval_s
+        self._heartbeat = Heartbeat(cache_dir)
+        self._last_line = self._last_shown = counts.begin
+
+    def __enter__(self) -> ProgressDisplay:
+        total, is_hidden = self._counts.frames_total, not sys.stderr.isatty()
+        self._bar = tqdm(total=total, unit=" frames", dynamic_ncols=True, disable=is_hidden)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        self._heartbeat.end()
+
+    def show(self, *, at_once: bool = False) -> None:
+        """Bring everything up to date, unless that was done just now."""
+        now, counts = time.monotonic(), self._counts
+        if now - self._last_shown < SHOW_INTERVAL_S and not at_once:
+            return
+        self._last_shown = now
+        num_chunks = self._progress.total_chunks
+        self._bar.set_postfix(trajectories=counts.num_completed, chunks=num_chunks, refresh=False)
+        self._bar.update(counts.frames_done - self._bar.n)
+        if now - self._last_line >= self._interval_s:
+            self._last_line = now
+            LOG.info("%s", counts.state(num_chunks).line())
+        self._heartbeat.beat(lambda: counts.state(num_chunks))
+
+
+class MountGuard:
+    """Tells trajectories that cannot be read from a lost mount: such results are held back until one succeeds."""
+
+    def __init__(self, data_folder: Path, trajectories: Iterable[Trajectory]):
+        self._data_folder = data_folder
+        self._paths = {trajectory.name: trajectory.path for trajectory in trajectories}
+        self.held_back: list[TrajectoryResult] = []
+
+    def holds_back(self, result: TrajectoryResult) -> bool:
+        """Whether a failed trajectory is held back, since it may be one of many.
+
+        Raises:
+            StorageError: the data folder is gone, or too many cannot be read in a row.
+        """
+        if not isinstance(result.error, OSError) or not self._may_be_lost(result):
+            return False
+        self.held_back.append(result)
+        LOG.warning("Cannot read %s: %s", result.name, result.error)
+        if (count := len(self.held_back)) >= LOST_MOUNT_FAILURES:
+            raise StorageError(f"{count} trajectories in a row cannot be read ({result.error}): {_LOST_MOUNT}")
+        return True
+
+    def _may_be_lost(self, result: TrajectoryResult) -> bool:
+        try:
+            with os.scandir(self._data_folder):
+                pass
+        except OSError as error:
+            raise StorageError(
+                f"data_folder {self._data_folder} no longer lists ({error.strerror}): {_LOST_MOUNT}"
+            ) from error
+        return result.error.errno in LOST_MOUNT_ERRNOS or not self._paths[result.name].exists()
+
+    def release(self) -> list[TrajectoryResult]:
+        """A trajectory succeeded, so the mount is there: those held back are themselves at fault."""
+        released, self.held_back = self.held_back, []
+        return released
 
 
 class DatasetRun:
-    """One dataset's work: feeds the pipeline, records what it yields, and shows how far it is."""
+    """One dataset's work: feeds its trajectories to the workers and records what becomes of them."""
 
     def __init__(self, dataset: PreparedDataset, stop_request: StopRequest):
-        self._dataset, self._stop_request = dataset, stop_request
+        options = dataset.config.options
+        self._dataset, self._stop_request, self._options = dataset, stop_request, options
         self._progress, self._store = dataset.progress, dataset.store
-        self._options = dataset.config.options
-        self._done = dataset.num_completed  # of the trajectories present and selected
+        self._counts = RunCounts(dataset)
+        self._display = ProgressDisplay(
+            self._counts, dataset.progress, dataset.config.cache_dir, options.progress_interval_s
+        )
+        self._mount = MountGuard(dataset.config.data_folder, dataset.pending)
         self._unchanged_failures = {s.trajectory.name for s in dataset.states if s.status == "failed"}
-        self._held_back: list[TrajectoryResult] = []
-        self._unreadable = sum(bool(s.status == "completed" and s.remark) for s in dataset.states)
-        self._frames_total = sum(work.num_frames for work in dataset.work.values())
-        self._frames_encoded = self._frames_finished = 0
-        self._begin = self._last_line = self._last_shown = time.monotonic()
-        self._results = 0
-        self._paths = {trajectory.name: trajectory.path for trajectory in dataset.pending}
+        self._num_unreadable = sum(bool(s.status == "completed" and s.remark) for s in dataset.states)
         self._must_save = False  # a run that has nothing to do, and changes no setting, leaves the record as it is
         self._elapsed_before_s = dataset.progress.elapsed_s
-        self._bar: tqdm | None = None
-        self._heartbeat = Heartbeat(dataset.config.cache_dir)
-        self._unfinished = dict.fromkeys(trajectory.name for trajectory in dataset.pending)  # in the stream's order
 
-    def run(self) -> int:
-        """Do the work; returns the exit code.
+    def run(self) -> None:
+        """Do the work.
 
         Raises:
             StorageError, DeviceError: the run cannot go on; what was completed is recorded.
         """
-        self._announce()
+        announce(self._dataset)
         self._begin_record()
         try:
             if self._dataset.pending:
-                with tqdm(
-                    total=self._frames_total, unit=" frames", dynamic_ncols=True, disable=not sys.stderr.isatty()
-                ) as self._bar:
+                with self._display:
                     self._process()
             self._end_record()
         finally:
-            self._heartbeat.end()
             if self._must_save:
                 self._save()
-        return self._summarise()
 
-    @property
-    def _is_finished(self) -> bool:
-        return self._results == len(self._dataset.pending)
-
-    def _announce(self) -> None:
-        dataset, total = self._dataset, len(self._dataset.trajectories)
-        LOG.info("dino_cache %s, %s", __version__, time.strftime("%Y-%m-%d %H:%M:%S"))
-        LOG.info("Dataset %s: %s -> %s", dataset.name, dataset.config.data_folder, dataset.config.cache_dir)
-        if dataset.pending:
-            spec = dataset.spec
-            how = (spec.dino_model_type, dataset.weights["source"], spec.precision, device_in_words(dataset))
-            LOG.info("Encoding with %s (%s) in %s on %s", *how)
-            if dataset.fleet is None and dataset.device.startswith("cuda"):
-                hint_at_other_gpus()
-            if spec.weights == "random":
-                LOG.warning("WEIGHTS ARE RANDOM (seeded): the features are for trying things out and mean nothing")
-        if self._progress.records:
-            LOG.info("Loaded existing progress: %d trajectories completed", self._done)
-            LOG.info("Resuming processing: %d/%d trajectories completed", self._done, total)
-            LOG.info("Remaining trajectories: %d", total - self._done)
+    def outcome(self, error: Exception | None) -> DatasetOutcome:
+        """How it ended, `error` being what ended it early, if anything did."""
+        dataset, counts, failures = self._dataset, self._counts, self._progress.failures
+        present = {trajectory.name for trajectory in dataset.trajectories}
+        stopped_by, held_back = None, self._mount.held_back
+        if self._stop_request.signal_number is not None:
+            stopped_by = "signal"
+        elif not counts.is_finished:
+            stopped_by = "deadline"
+        if error is not None:
+            exit_code = error.exit_code if isinstance(error, DinoCacheError) else EXIT_STOPPED_BY_FAULT
+        elif stopped_by is not None:
+            exit_code = self._stop_request.exit_code
+        elif dataset.left_out:
+            exit_code = EXIT_WORK_LEFT
         else:
-            LOG.info("Processing %d trajectories", total)
-        for remark in remarks(dataset):
-            LOG.warning("%s", remark)
+            exit_code = EXIT_SOME_FAILED if failures or held_back or self._num_unreadable else EXIT_COMPLETED
+        return DatasetOutcome(
+            name=dataset.name,
+            exit_code=exit_code,
+            num_trajectories=len(present),
+            num_completed=counts.num_completed,
+            num_chunks=self._progress.total_chunks,
+            num_left=counts.num_pending - counts.num_results + dataset.left_out,
+            failures=dict(failures),
+            gone=frozenset(failures.keys() - present),
+            held_back=[str(result.error) for result in held_back],
+            seconds=counts.elapsed_s,
+            num_frames=counts.frames_encoded,
+            num_bytes=counts.num_bytes,
+            max_attempts=self._options.max_attempts,
+            stopped_by=stopped_by if error is None else None,
+            error=error,
+        )
 
     def _begin_record(self) -> None:
         """Put the configuration in force into the record, before any work."""
@@ -4021,107 +3658,62 @@ class DatasetRun:
             name = state.trajectory.name
             record: TrajectoryRecord = {**progress.records[name], "checksum_kind": self._options.checksum}
             progress.complete(name, state.new_checksum, record)
-        self._must_save = (
-            bool(dataset.pending or new_checksums or progress.rebuild_started) or before != self._settings()
-        )
+        has_changed = bool(new_checksums) or before != self._settings()
+        self._must_save = bool(dataset.pending or progress.rebuild_started) or has_changed
         with storage_errors(self._store.cache_dir):
             self._store.empty_staging()
         if dataset.pending:
             self._save()
 
-    def _settings(self) -> tuple:
-        progress = self._progress
-        known = (progress.data_folder, progress.data_format, progress.num_trajectories)
-        return progress.processing_config, progress.weights, progress.checksum_kind, *known
+    def _settings(self) -> dict[str, Any]:
+        """What the record says of the run, trajectories apart."""
+        keys = ("processing_config", "weights", "checksum_kind", "data_folder", "data_format", "num_trajectories")
+        return {key: getattr(self._progress, key) for key in keys}
 
     def _process(self) -> None:
         dataset = self._dataset
         digest = dataset.weights["digest"]
         fingerprint = dataset.spec.fingerprint(digest)
         self._progress.specs[fingerprint] = dataset.spec.to_json()
-        shapes = token_shapes(dataset.spec, dataset.shape)
-        label = ChunkLabel(dataset.name, dataset.spec, fingerprint, digest, shapes)
-        hooks = Hooks(self._stop_request, self._on_encoded, self._withdraw)
-        for result in self._stream(label, hooks):
-            self._take(result, fingerprint)
-            self._show_progress(at_once=self._is_finished)
-
-    def _stream(self, label: ChunkLabel, hooks: Hooks) -> Iterator[TrajectoryResult]:
-        dataset, options = self._dataset, self._options
-        if dataset.fleet is None:
-            return cache_trajectories(dataset.pending, label, options, dataset.encoder, self._store, hooks)
-        assignments = [
-            Assignment(trajectory, dataset.work[trajectory.name].num_frames) for trajectory in dataset.pending
-        ]
-        assignments.sort(key=lambda item: (item.trajectory.name in self._progress.failures, -item.num_frames))
-        job = RayJob(label, options, load_encoder, dataset.config.cache_dir, dataset.config.data_folder)
-        return RayRun(dataset.fleet, assignments, job, self._store, hooks).results()
+        label = ChunkLabel(
+            dataset_name=dataset.name,
+            spec=dataset.spec,
+            fingerprint=fingerprint,
+            weights_digest=digest,
+            token_shapes=token_shapes(dataset.spec, dataset.shape),
+        )
+        job = CacheJob(
+            trajectories=dataset.pending,
+            num_frames={name: work.num_frames for name, work in dataset.work.items()},
+            retried=frozenset(self._progress.failures),
+            label=label,
+            options=self._options,
+            store=self._store,
+            encoder=dataset.encoder if dataset.workers.encodes_here else None,
+            data_folder=dataset.config.data_folder,
+        )
+        hooks = Hooks(should_stop=self._stop_request, on_encoded=self._on_encoded, before_replacing=self._withdraw)
+        for result in dataset.workers.stream(job, hooks):
+            self._record_result(result, fingerprint)
+            self._display.show(at_once=self._counts.is_finished)
 
     def _end_record(self) -> None:
-        if self._held_back:
-            LOG.warning(
-                "%d trajectories could not be read and are not recorded as failed: %s",
-                len(self._held_back),
-                human_list([str(result.error) for result in self._held_back]),
-            )
-        if self._is_finished and not self._dataset.left_out:
+        if self._counts.is_finished and not self._dataset.left_out:
             self._progress.rebuild_started = None
         with storage_errors(self._store.cache_dir):
             self._store.empty_staging()
 
-    def _summarise(self) -> int:
-        failures, left = self._progress.failures, self._dataset.left_out
-        present = {trajectory.name for trajectory in self._dataset.trajectories}
-        counts = (self._done, len(present), len(failures), self._progress.total_chunks)
-        LOG.info("%s: %d/%d trajectories completed, %d failed, %d chunks", self._dataset.name, *counts)
-        for name, failure in list(failures.items())[:SHOWN_NAMES]:
-            gone = "" if name in present else f" ({name} is not among the data now; reset-failed forgets it)"
-            attempts = f"{failure['attempts']} of {self._options.max_attempts} attempts"
-            LOG.warning("  failed (%s): %s%s", attempts, failure["reason"], gone)
-        if len(failures) > SHOWN_NAMES:
-            LOG.warning("  ... and %d more; `progress_utils.py show --all` lists them", len(failures) - SHOWN_NAMES)
-        if self._stop_request.signal_number is not None or not self._is_finished:
-            reason = "by a signal" if self._stop_request.signal_number is not None else "by --max-hours"
-            count = len(self._dataset.pending) - self._results + left
-            LOG.warning("Stopped %s, %d trajectories are left; run the same command again to go on", reason, count)
-            return self._stop_request.exit_code
-        if left:
-            LOG.info("%d trajectories are left for the next run (--limit)", left)
-            return EXIT_WORK_LEFT
-        return EXIT_SOME_FAILED if failures or self._held_back or self._unreadable else EXIT_COMPLETED
-
-    def _take(self, result: TrajectoryResult, fingerprint: str) -> None:
-        """Record one result, or hold it back while it may be the mount's fault."""
-        self._results += 1
-        self._unfinished.pop(result.name, None)
-        self._frames_finished += self._dataset.work[result.name].num_frames
+    def _record_result(self, result: TrajectoryResult, fingerprint: str) -> None:
+        """Record what became of one trajectory, unless it is held back while it may be the mount's fault."""
+        self._counts.add(result)
         if result.error is None:
+            for held_back in self._mount.release():
+                self._fail(held_back)
             self._complete(result, fingerprint)
-        elif isinstance(result.error, OSError) and self._may_be_lost_mount(result):
-            self._held_back.append(result)
-            LOG.warning("Cannot read %s: %s", result.name, result.error)
-            if len(self._held_back) >= LOST_MOUNT_FAILURES:
-                count = len(self._held_back)
-                raise StorageError(f"{count} trajectories in a row cannot be read ({result.error}): {_LOST_MOUNT}")
-        else:
+        elif not self._mount.holds_back(result):
             self._fail(result)
 
-    def _may_be_lost_mount(self, result: TrajectoryResult) -> bool:
-        """Whether an unreadable trajectory may be one of many. Raises StorageError where the data folder is gone."""
-        data_folder = self._dataset.config.data_folder
-        try:
-            with os.scandir(data_folder):
-                pass
-        except OSError as error:
-            raise StorageError(
-                f"data_folder {data_folder} no longer lists ({error.strerror}): {_LOST_MOUNT}"
-            ) from error
-        return result.error.errno in LOST_MOUNT_ERRNOS or not self._paths[result.name].exists()
-
     def _complete(self, result: TrajectoryResult, fingerprint: str) -> None:
-        for held_back in self._held_back:  # the mount is there, so it was their own fault
-            self._fail(held_back)
-        self._held_back.clear()
         record: TrajectoryRecord = {
             "fingerprint": fingerprint,
             "spans": [list(span) for span in result.spans],
@@ -4129,7 +3721,7 @@ class DatasetRun:
             "checksum_kind": result.checksum_kind,
         }
         self._progress.complete(result.name, result.checksum, record)
-        self._done += 1
+        self._counts.num_completed += 1
         for start, stop in result.left_out:
             why = f"less than min_chunk_distance_m {self._dataset.spec.min_chunk_distance_m} between pose jumps"
             LOG.info("%s: kept frames %d to %d are not stored: %s", result.name, start, stop - 1, why)
@@ -4142,7 +3734,7 @@ class DatasetRun:
         LOG.warning("Failed: %s", error, exc_info=error)
         if isinstance(error, OSError) and name in self._progress.records:
             LOG.warning("%s stays as it was completed", name)
-            self._unreadable += 1
+            self._num_unreadable += 1
             return
         before = self._progress.failures.get(name)
         unchanged = before is not None and (name in self._unchanged_failures or before["checksum"] == result.checksum)
@@ -4162,14 +3754,14 @@ class DatasetRun:
         self._save()
 
     def _withdraw(self, name: str) -> None:
-        """Un-record a trajectory before its folder is replaced. Called from the writer thread."""
+        """Un-record a trajectory, durably: its chunks are about to be replaced or removed."""
         if self._progress.forget(name):
             self._save()
 
     def _save(self, *, spaced: bool = False) -> None:
         if not self._options.enable_progress_tracking:
             return
-        run_time_s = time.monotonic() - self._begin
+        run_time_s = self._counts.elapsed_s
         self._progress.elapsed_s = self._elapsed_before_s + run_time_s
         with storage_errors(self._store.cache_dir), PROFILE("record"):
             if spaced:
@@ -4178,113 +3770,48 @@ class DatasetRun:
                 self._progress.save()
 
     def _on_encoded(self, count: int) -> None:
-        self._frames_encoded += count
-        self._show_progress()
-
-    def _show_progress(self, *, at_once: bool = False) -> None:
-        now = time.monotonic()
-        if now - self._last_shown < SHOW_INTERVAL_S and not at_once:
-            return
-        self._last_shown = now
-        frames_done = min(max(self._frames_encoded, self._frames_finished), self._frames_total)
-        self._bar.set_postfix(trajectories=self._done, chunks=self._progress.total_chunks, refresh=False)
-        self._bar.update(frames_done - self._bar.n)
-        state = functools.partial(self._state, now - self._begin, self._frames_total - frames_done)
-        if now - self._last_line >= self._options.progress_interval_s:
-            self._last_line = now
-            LOG.info("%s", state().line())
-        self._heartbeat.beat(state)
-
-    def _state(self, elapsed_s: float, frames_left: int) -> RunState:
-        counts = (self._done, len(self._dataset.trajectories), self._progress.total_chunks)
-        rate = self._frames_encoded / elapsed_s if elapsed_s > 0 else 0.0
-        return RunState(*counts, elapsed_s, frames_left, rate, next(iter(self._unfinished), None))
+        self._counts.frames_encoded += count
+        self._display.show()
 
 
-def measure_rate(dataset: PreparedDataset, stop_request: StopRequest) -> float | None:
-    """Frames/s of decoding and encoding what is pending, after a few seconds of it; None where no frame is encoded."""
-    ticks: list[tuple[float, int]] = [(time.monotonic(), 0)]  # when so many frames were encoded
-
-    def is_over() -> bool:
-        return stop_request() or (len(ticks) > 1 and time.monotonic() - ticks[1][0] > MEASURE_S)
-
-    hooks = Hooks(should_stop=is_over, on_encoded=lambda count: ticks.append((time.monotonic(), ticks[-1][1] + count)))
-    options, encoder, shapes = dataset.config.options, dataset.encoder, token_shapes(dataset.spec, dataset.shape)
-    label = ChunkLabel(dataset.name, dataset.spec, "", dataset.weights["digest"], shapes)
-    for _ in cache_trajectories(dataset.pending, label, options, encoder, None, hooks):
-        pass
-    batch_size = resolve_batch_size(options, encoder)  # the first batch's time is that of filling the pipeline, too
-    begin_s, before = next((tick for tick in ticks[:-1] if tick[1] >= batch_size), ticks[0])
-    end_s, frames = ticks[-1]
-    return (frames - before) / (end_s - begin_s) if end_s > begin_s else None
-
-
-def measure(datasets: list[PreparedDataset], stop_request: StopRequest) -> dict[str, float | None]:
-    """Frames/s by dataset, of those that have frames to encode; loads the models and writes nothing."""
-    busy = [dataset for dataset in datasets if any(work.num_frames for work in dataset.work.values())]
-    load_encoders(busy, stop_request)
-    rates = {}
-    for name in sorted({dataset.name for dataset in datasets} - {dataset.name for dataset in busy}):
-        print(f"Nothing to measure of {name}: it has no frames to encode", file=sys.stderr, flush=True)
-    for dataset in busy:
-        print(f"Measuring {dataset.name} on {dataset.device} ...", file=sys.stderr, flush=True)
-        rates[dataset.name] = measure_rate(dataset, stop_request)
-        stop_request.check()
-    return rates
-
-
-def alternative_tokens(dataset: PreparedDataset) -> list[tuple[Token, ...]]:
-    """Choices of tokens, to compare what they take: each that the model has, those chosen, and all."""
-    known: list[Token] = [token for token in TOKEN_DATASETS if token != "register" or dataset.shape.num_registers]
-    return list(dict.fromkeys([*((token,) for token in known), dataset.spec.tokens, tuple(known)]))
-
-
-def print_cost(dataset: PreparedDataset, rates: dict[str, float | None]) -> None:
-    """The space that other tokens would take, and, where it was measured, the time."""
-    works = dataset.work.values()
-    frames = sum(work.num_frames for work in works)
-    if frames:
-        sizes = []
-        for tokens in alternative_tokens(dataset):
-            spec = dataset.spec.model_copy(update={"tokens": tokens})
-            chosen = " (chosen)" if tokens == dataset.spec.tokens else ""
-            sizes.append(f"{' + '.join(tokens)} {human_bytes(cache_bytes(dataset, spec, works))}{chosen}")
-        print(f"  by tokens: {', '.join(sizes)}")
-    if rate := rates.get(dataset.name):
-        how = f"at {rate:.1f} frames/s, measured while decoding and encoding on {dataset.device}"
-        how += " in one process, without Ray" if dataset.config.options.executor == "ray" else ""
-        print(f"  estimated time: {human_duration(frames / rate)} {how}")
-
-
-def print_forecast(dataset: PreparedDataset, reasons: list[str], rates: dict[str, float | None]) -> None:
-    """What a run would do, for --dry-run. `rates`: frames/s by dataset, where measured."""
-    work, taken = dataset.work.values(), new_bytes(dataset)
-    print(f"Dataset {dataset.name}: {dataset.config.data_folder} -> {dataset.config.cache_dir}")
-    print(f"  trajectories: {len(dataset.trajectories)}")
-    print(f"  completed: {dataset.num_completed}")
-    print(f"  to do now: {len(dataset.pending)}")
-    print(f"  frames to encode: {sum(item.num_frames for item in work)}")
-    print(f"  chunks to write: {sum(item.num_chunks for item in work)}")
-    print(f"  bytes they take: {taken} ({human_bytes(taken)}), replacing {human_bytes(replaced_bytes(dataset))}")
-    print_cost(dataset, rates)
-    print(f"  free space: {human_bytes(free_bytes(dataset.config.cache_dir))}")
+def announce(dataset: PreparedDataset) -> None:
+    """Say what a run is about to do."""
+    total, completed = len(dataset.trajectories), dataset.num_completed
+    LOG.info("dino_cache %s, %s", __version__, time.strftime("%Y-%m-%d %H:%M:%S"))
+    LOG.info("Dataset %s: %s -> %s", dataset.name, dataset.config.data_folder, dataset.config.cache_dir)
+    if dataset.pending:
+        announce_encoding(dataset)
     if dataset.progress.records:
-        changes = spec_differences(dataset.progress.processing_config, dataset.spec)
-        recorded, source = dataset.progress.weights, weights_source(dataset.spec)["source"]
-        if recorded and recorded["source"] != source:
-            changes.append(("weights", recorded["source"], source))
-        for key, old, new in changes:
-            print(f"  changed configuration: {key}: {old} -> {new}")
-        if changes:
-            print("  a run would ask about it, and without a terminal refuse to start unless --yes is given")
+        LOG.info("Loaded existing progress: %d trajectories completed", completed)
+        LOG.info("Resuming processing: %d/%d trajectories completed", completed, total)
+        LOG.info("Remaining trajectories: %d", total - completed)
+    else:
+        LOG.info("Processing %d trajectories", total)
     for remark in remarks(dataset):
-        print(f"  {remark}")
-    if reasons:
-        print(f"  will fail: {len(reasons)}")
-        for reason in reasons[:SHOWN_NAMES]:
-            print(f"    {reason}")
-        if len(reasons) > SHOWN_NAMES:
-            print(f"    ... and {len(reasons) - SHOWN_NAMES} more")
+        LOG.warning("%s", remark)
+
+
+def announce_encoding(dataset: PreparedDataset) -> None:
+    """Say with what, where and in which batches frames are encoded."""
+    spec, workers = dataset.spec, dataset.workers
+    where = workers.describe()
+    if workers.encodes_here:
+        where += f", {resolve_batch_size(dataset.config.options, dataset.encoder)} frames a batch"
+    source = dataset.weights["source"]
+    LOG.info("Encoding with %s (%s) in %s on %s", spec.dino_model_type, source, spec.precision, where)
+    if workers.encodes_here and workers.device.startswith("cuda"):
+        hint_at_other_gpus()
+    if spec.weights == "random":
+        LOG.warning("WEIGHTS ARE RANDOM (seeded): the features are for trying things out and mean nothing")
+
+
+def hint_at_other_gpus() -> None:
+    """Say how to use all GPUs of this machine, where there are several."""
+    import torch
+
+    if (count := torch.cuda.device_count()) > 1:
+        how = f"`executor: ray` in the config uses all ({install_command('ray')})"
+        LOG.warning("%d GPUs are visible and one of them is used; %s", count, how)
 
 
 def begin_rebuild(dataset: PreparedDataset) -> None:
@@ -4309,31 +3836,233 @@ def log_file(cache_dir: Path) -> Iterator[None]:
             handler.close()
 
 
-def run_datasets(datasets: list[PreparedDataset], stop_request: StopRequest) -> int:
-    """Run one dataset after the other; returns the exit code of the worst outcome."""
-    codes = []
+def run_datasets(datasets: list[PreparedDataset], stop_request: StopRequest) -> NightOutcome:
+    """Do the work of one dataset after the other. A fault of its disk ends the work on one dataset, any other all."""
+    outcomes: list[DatasetOutcome] = []
     for dataset in datasets:
-        with contextlib.ExitStack() as logs:
-            try:
-                with storage_errors(dataset.config.cache_dir):
-                    logs.enter_context(log_file(dataset.config.cache_dir))
-                codes.append(DatasetRun(dataset, stop_request).run())
-            except StorageError as error:  # another dataset may lie on another disk
-                LOG.error("error: %s", error, exc_info=error)
-                codes.append(error.exit_code)
-            except RefusedError as error:  # a Ray worker that computes something else
-                LOG.error("error: %s", error)
-                return error.exit_code
-            except Exception as error:  # the device, or our own fault: nothing false is recorded, a rerun resumes
-                LOG.error(
-                    "error: %s",
-                    error if isinstance(error, DinoCacheError) else f"unexpected: {error!r}",
-                    exc_info=error,
-                )
-                return EXIT_STOPPED_BY_FAULT
+        outcomes.append(run_dataset(dataset, stop_request))
+        error = outcomes[-1].error
+        if error is not None and not isinstance(error, StorageError):  # the device, a worker's refusal, our own fault
+            return NightOutcome(outcomes, outcomes[-1].exit_code)
         if stop_request.signal_number is not None:
-            return stop_request.exit_code
-    return next(code for code in _WORST_FIRST if code in codes)
+            return NightOutcome(outcomes, stop_request.exit_code)
+    codes = {outcome.exit_code for outcome in outcomes}
+    return NightOutcome(outcomes, next(code for code in _WORST_FIRST if code in codes))
+
+
+def run_dataset(dataset: PreparedDataset, stop_request: StopRequest) -> DatasetOutcome:
+    """Do one dataset's work and say, in its log too, how it ended. Whatever ended it early is in the outcome: nothing
+    false is recorded, and a rerun resumes."""
+    with contextlib.ExitStack() as logs:
+        run, error = DatasetRun(dataset, stop_request), None
+        try:
+            with storage_errors(dataset.config.cache_dir):
+                logs.enter_context(log_file(dataset.config.cache_dir))
+            run.run()
+        except Exception as fault:
+            error = fault
+        outcome = run.outcome(error)
+        log_outcome(outcome)
+    return outcome
+
+
+# ======================================================================================================================
+# Forecast: what a run would do and take, for --dry-run
+# ======================================================================================================================
+
+MEASURE_S = 5.0  # time after the first batch in which --measure decodes and encodes
+
+
+def measure_rate(dataset: PreparedDataset, stop_request: StopRequest) -> float | None:
+    """Frames/s of decoding and encoding what is pending, after a few seconds of it; None where no frame is encoded."""
+    ticks: list[tuple[float, int]] = [(time.monotonic(), 0)]  # when so many frames were encoded
+
+    def is_over() -> bool:
+        return stop_request() or (len(ticks) > 1 and time.monotonic() - ticks[1][0] > MEASURE_S)
+
+    hooks = Hooks(should_stop=is_over, on_encoded=lambda count: ticks.append((time.monotonic(), ticks[-1][1] + count)))
+    options, encoder = dataset.config.options, dataset.encoder
+    label = ChunkLabel(
+        dataset_name=dataset.name,
+        spec=dataset.spec,
+        fingerprint="",
+        weights_digest=dataset.weights["digest"],
+        token_shapes=token_shapes(dataset.spec, dataset.shape),
+    )
+    for _ in cache_trajectories(dataset.pending, label, options, encoder, None, hooks):
+        pass
+    batch_size = resolve_batch_size(options, encoder)  # the first batch's time is that of filling the pipeline, too
+    begin_s, before = next((tick for tick in ticks[:-1] if tick[1] >= batch_size), ticks[0])
+    end_s, frames = ticks[-1]
+    return (frames - before) / (end_s - begin_s) if end_s > begin_s else None
+
+
+def measure(datasets: list[PreparedDataset], stop_request: StopRequest) -> dict[str, float | None]:
+    """Frames/s by dataset, of those that have frames to encode; loads the models and writes nothing."""
+    busy = [dataset for dataset in datasets if dataset.num_frames]
+    load_encoders(busy, stop_request)
+    rates = {}
+    for name in sorted({dataset.name for dataset in datasets} - {dataset.name for dataset in busy}):
+        print(f"Nothing to measure of {name}: it has no frames to encode", file=sys.stderr, flush=True)
+    for dataset in busy:
+        print(f"Measuring {dataset.name} on {dataset.workers.device} ...", file=sys.stderr, flush=True)
+        rates[dataset.name] = measure_rate(dataset, stop_request)
+        stop_request.check()
+    return rates
+
+
+def alternative_tokens(dataset: PreparedDataset) -> list[tuple[Token, ...]]:
+    """Choices of tokens, to compare what they take: each that the model has, those chosen, and all."""
+    known: list[Token] = [token for token in TOKEN_DATASETS if token != "register" or dataset.shape.num_registers]
+    return list(dict.fromkeys([*((token,) for token in known), dataset.spec.tokens, tuple(known)]))
+
+
+def print_cost(dataset: PreparedDataset, rates: dict[str, float | None]) -> None:
+    """The space that other tokens would take, and, where it was measured, the time."""
+    works = dataset.work.values()
+    if dataset.num_frames:
+        sizes = []
+        for tokens in alternative_tokens(dataset):
+            spec = dataset.spec.model_copy(update={"tokens": tokens})
+            chosen = " (chosen)" if tokens == dataset.spec.tokens else ""
+            sizes.append(f"{' + '.join(tokens)} {human_bytes(cache_bytes(dataset, spec, works))}{chosen}")
+        print(f"  by tokens: {', '.join(sizes)}")
+    if rate := rates.get(dataset.name):
+        how = f"at {rate:.1f} frames/s, measured while decoding and encoding on {dataset.workers.device}"
+        how += " in one process, without Ray" if dataset.config.options.executor == "ray" else ""
+        print(f"  estimated time: {human_duration(dataset.num_frames / rate)} {how}")
+
+
+def print_forecast(dataset: PreparedDataset, reasons: list[str], rates: dict[str, float | None]) -> None:
+    """What a run would do. `reasons`: why trajectories will fail; `rates`: frames/s by dataset, where measured."""
+    taken = new_bytes(dataset)
+    print(f"Dataset {dataset.name}: {dataset.config.data_folder} -> {dataset.config.cache_dir}")
+    print(f"  trajectories: {len(dataset.trajectories)}")
+    print(f"  completed: {dataset.num_completed}")
+    print(f"  to do now: {len(dataset.pending)}")
+    print(f"  frames to encode: {dataset.num_frames}")
+    print(f"  chunks to write: {sum(work.num_chunks for work in dataset.work.values())}")
+    print(f"  bytes they take: {taken} ({human_bytes(taken)}), replacing {human_bytes(replaced_bytes(dataset))}")
+    print_cost(dataset, rates)
+    print(f"  free space: {human_bytes(free_bytes(dataset.config.cache_dir))}")
+    if dataset.progress.records:
+        changes = spec_differences(dataset.progress.processing_config, dataset.spec)
+        recorded, source = dataset.progress.weights, weights_source(dataset.spec)["source"]
+        if recorded and recorded["source"] != source:
+            changes.append(("weights", recorded["source"], source))
+        for key, old, new in changes:
+            print(f"  changed configuration: {key}: {old} -> {new}")
+        if changes:
+            print("  a run would ask about it, and without a terminal refuse to start unless --yes is given")
+    for remark in remarks(dataset):
+        print(f"  {remark}")
+    if reasons:
+        print(f"  will fail: {len(reasons)}")
+        for reason in reasons[:SHOWN_NAMES]:
+            print(f"    {reason}")
+        if len(reasons) > SHOWN_NAMES:
+            print(f"    ... and {len(reasons) - SHOWN_NAMES} more")
+
+
+# ======================================================================================================================
+# A run: every step from the config to the outcome, in the order that is promised
+# ======================================================================================================================
+
+
+class RunArguments(NamedTuple):
+    """What the command line asks for, the config's own settings apart."""
+
+    config: Path
+    overrides: dict[str, Any]  # of config keys, for every dataset
+    datasets: list[str] | None = None  # None: all of the config
+    dry_run: bool = False
+    measure: bool = False
+    yes: bool = False
+    limit: int | None = None
+
+
+def run(arguments: RunArguments, stop_request: StopRequest) -> NightOutcome:
+    """Check everything that can be refused, for all datasets; then do the work. One refusal starts nothing.
+
+    Raises:
+        RefusedError, CacheLockedError, StoppedError: nothing was started.
+    """
+    with contextlib.ExitStack() as resources:
+        # 1) read the config
+        configs = select_datasets(load_config(arguments.config, arguments.overrides), arguments.datasets)
+        # 2) see that every data folder is there, and lock every cache before anything slow
+        for config in configs:
+            refuse_missing_data(config)
+            if not arguments.dry_run:
+                resources.enter_context(locked_cache(config.cache_dir))
+        # 3) read the records, list the trajectories, compare them
+        with PROFILE("list"):
+            datasets = [prepare_dataset(config, stop_request) for config in configs]
+        # 4) have changed settings confirmed
+        if not arguments.dry_run:
+            for dataset in datasets:
+                changes = spec_differences(dataset.progress.processing_config, dataset.spec)
+                confirm_changes(dataset, changes, stop_request, yes=arguments.yes)
+        # 5) choose what is to do
+        for dataset in datasets:
+            dataset.choose_pending(arguments.limit)
+        if arguments.dry_run:
+            forecast(datasets, stop_request, with_rates=arguments.measure)
+            return NightOutcome([], EXIT_COMPLETED)
+        # 6) find workers, settle device, precision and shapes
+        workers = open_workers(datasets, resources)
+        stop_request.check()
+        for dataset in datasets:
+            if dataset.pending:
+                settle_encoding(dataset)
+        # 7) see that the disks can hold it
+        with PROFILE("list"):
+            for dataset in datasets:
+                estimate_work(dataset, stop_request)
+        check_disk(datasets)
+        # 8) load the weights, and have other ones than the recorded confirmed
+        with PROFILE("load"):
+            load_encoders(datasets, stop_request)
+        for dataset in datasets:
+            confirm_changes(dataset, weights_differences(dataset), stop_request, yes=arguments.yes)
+        # 9) wait for the workers
+        for party in workers:
+            party.gather(stop_request)
+        stop_request.check()
+        # 10) from here on something is written: withdraw what is redone, then work
+        for dataset in datasets:
+            begin_rebuild(dataset)
+        return run_datasets(datasets, stop_request)
+
+
+def forecast(datasets: list[PreparedDataset], stop_request: StopRequest, *, with_rates: bool) -> None:
+    """Say what a run would do and take. With rates, measured in this process; else no cluster is asked."""
+    for dataset in datasets:
+        if dataset.pending:
+            if with_rates or dataset.config.options.executor == "local":
+                dataset.workers = LocalWorkers(resolve_device(dataset.config.options.device))
+            settle_encoding(dataset)
+    reasons = [estimate_work(dataset, stop_request) for dataset in datasets]
+    rates = measure(datasets, stop_request) if with_rates else {}
+    for dataset, why in zip(datasets, reasons):
+        print_forecast(dataset, why, rates)
+
+
+def select_datasets(configs: list[DatasetConfig], names: list[str] | None) -> list[DatasetConfig]:
+    """Those named on the command line; all where none is."""
+    known = [config.name for config in configs]
+    for name in names or []:
+        if name not in known:
+            raise RefusedError(f"--dataset {name}: not in the config; it has {', '.join(known)}")
+    return [config for config in configs if not names or config.name in names]
+
+
+def refuse_missing_data(config: DatasetConfig) -> None:
+    """Raise RefusedError unless the data folder is there."""
+    if not config.data_folder.is_dir():
+        raise RefusedError(
+            f"datasets.{config.name}.data_folder: {config.data_folder} is not a folder; is the disk mounted?"
+        )
 
 
 @contextlib.contextmanager
@@ -4345,63 +4074,6 @@ def locked_cache(cache_dir: Path) -> Iterator[None]:
         raise RefusedError(f"cache_dir {cache_dir}: cannot make it: {error.strerror}") from error
     with cache_lock(cache_dir):
         yield
-
-
-def run(arguments: argparse.Namespace, stop_request: StopRequest) -> int:
-    """Check everything that can be refused, for all datasets; then do the work. Returns the exit code."""
-    overrides = {
-        "device": arguments.device,
-        "batch_size": arguments.batch_size,
-        "force_rebuild": arguments.force_rebuild or None,
-    }
-    overrides = {key: value for key, value in overrides.items() if value is not None}
-    configs = select_datasets(load_config(arguments.config, overrides), arguments.dataset)
-    with contextlib.ExitStack() as resources:
-        for config in configs:
-            if not config.data_folder.is_dir():
-                raise RefusedError(
-                    f"datasets.{config.name}.data_folder: {config.data_folder} is not a folder; is the disk mounted?"
-                )
-            if not arguments.dry_run:
-                resources.enter_context(locked_cache(config.cache_dir))
-        with PROFILE("list"):
-            datasets = [prepare_dataset(config, stop_request) for config in configs]
-        if not arguments.dry_run:
-            for dataset in datasets:
-                changes = spec_differences(dataset.progress.processing_config, dataset.spec)
-                confirm_changes(dataset, changes, stop_request, yes=arguments.yes)
-        for dataset in datasets:
-            dataset.choose_pending(arguments.limit)
-        on_ray = [dataset for dataset in datasets if dataset.pending and dataset.config.options.executor == "ray"]
-        fleet = resources.enter_context(ray_fleet(on_ray)) if on_ray and not arguments.dry_run else None
-        stop_request.check()
-        for dataset in datasets:
-            if dataset.pending:
-                resolve_device_and_precision(dataset, here=arguments.measure)
-                weights_source(dataset.spec)  # refuses a file that is not there
-        if arguments.dry_run:
-            reasons = [estimate_work(dataset, stop_request) for dataset in datasets]
-            rates = measure(datasets, stop_request) if arguments.measure else {}
-            for dataset, why in zip(datasets, reasons):
-                print_forecast(dataset, why, rates)
-            return EXIT_COMPLETED
-        with PROFILE("list"):
-            for dataset in datasets:
-                estimate_work(dataset, stop_request)
-        check_disk(datasets)
-        with PROFILE("load"):
-            load_encoders(datasets, stop_request)
-        for dataset in datasets:
-            confirm_changes(dataset, weights_differences(dataset), stop_request, yes=arguments.yes)
-        if fleet:
-            fleet.gather(stop_request)
-        stop_request.check()
-        for dataset in datasets:
-            begin_rebuild(dataset)
-        code = run_datasets(datasets, stop_request)
-        if arguments.profile:
-            print(PROFILE.table())
-        return code
 
 
 # ======================================================================================================================
@@ -4427,7 +4099,7 @@ def set_up_process() -> None:
     logging.raiseExceptions = False  # a full disk shall not drown its own message in tracebacks of the log file
     if not LOG.handlers:
         LOG.addHandler(ConsoleHandler())
-    _umask()
+    process_umask()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -4436,10 +4108,12 @@ def set_up_process() -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="dino_cache.py",
+        prog=program_name("dino_cache.py"),
         description="Turn robot trajectories into frozen DINO features. Running it again goes on where it stopped.",
-        epilog="Example: python dino_cache.py --config config/data/sample.yaml",
+        epilog=example("dino_cache.py", "--config config/data/sample.yaml"),
+        allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"dino_cache {__version__}")
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the YAML configuration")
     parser.add_argument(
         "--dataset", action="append", metavar="NAME", help="only this dataset of the config (may be repeated)"
@@ -4473,13 +4147,22 @@ def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
     return parse
 
 
-def select_datasets(configs: list[DatasetConfig], names: list[str] | None) -> list[DatasetConfig]:
-    """Those named on the command line; all where none is."""
-    known = [config.name for config in configs]
-    for name in names or []:
-        if name not in known:
-            raise RefusedError(f"--dataset {name}: not in the config; it has {', '.join(known)}")
-    return [config for config in configs if not names or config.name in names]
+def run_arguments(parsed: argparse.Namespace) -> RunArguments:
+    """The parsed command line as a run takes it; options that replace keys of the config are overrides."""
+    overrides = {
+        "device": parsed.device,
+        "batch_size": parsed.batch_size,
+        "force_rebuild": parsed.force_rebuild or None,
+    }
+    return RunArguments(
+        config=parsed.config,
+        datasets=parsed.dataset,
+        overrides={key: value for key, value in overrides.items() if value is not None},
+        dry_run=parsed.dry_run,
+        measure=parsed.measure,
+        yes=parsed.yes,
+        limit=parsed.limit,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -4489,17 +4172,24 @@ def main(argv: list[str] | None = None) -> int:
     unexpected error, resumable; 4 another run holds the cache; 5 --max-hours or --limit left work; 130, 143 signals.
     """
     parser = build_parser()
-    arguments = parser.parse_args(argv)
-    if arguments.measure and not arguments.dry_run:
+    parsed = parser.parse_args(argv)
+    if parsed.measure and not parsed.dry_run:
         parser.error("--measure: goes with --dry-run")
-    stop_request = StopRequest(arguments.max_hours)
+    stop_request = StopRequest(parsed.max_hours)
     stop_request.install()
     set_up_process()
     try:
-        return run(arguments, stop_request)
+        outcome = run(run_arguments(parsed), stop_request)
+        if parsed.profile and not parsed.dry_run:
+            print(PROFILE.table())
+        return outcome.exit_code
     except DinoCacheError as error:
         LOG.error("error: %s", error)
         return error.exit_code
+    except ImportError as error:
+        refusal = missing_library(error)
+        LOG.error("error: %s", refusal)
+        return refusal.exit_code
     except Exception as error:
         LOG.error("error: unexpected: %r", error)
         traceback.print_exc()

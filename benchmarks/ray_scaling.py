@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from workload import dino_cache, make_trajectories, report, scratch
 
+from dino_cache_extras import ray_workers
 from progress_utils import Progress
 
 LENGTHS = (500, *[100] * 4, *[20] * 15)  # frames of the trajectories of one worker's share
@@ -63,7 +64,7 @@ def sleeping_encoder(batch_s: float) -> Callable[..., Any]:
 
 
 def one_run(
-    fleet: dino_cache.RayFleet,
+    workers: ray_workers.RayWorkers,
     root: Path,
     lengths: list[int],
     load_encoder: Callable[..., Any],
@@ -80,19 +81,20 @@ def one_run(
     label = dino_cache.ChunkLabel("benchmark", SPEC, "0" * 16, "0" * 16, shapes)
     names = [f"t{index:04d}" for index in range(len(lengths))]  # as make_trajectories calls them
     found = [dino_cache.Trajectory(name, Path(f"{data_folder}/{name}")) for name in names]
-    assignments = sorted(map(dino_cache.Assignment, found, lengths), key=lambda item: -item.num_frames)
-    job = dino_cache.RayJob(label, dino_cache.RunOptions(**options), load_encoder, cache, data_folder or cache)
+    assignments = sorted(map(ray_workers.Assignment, found, lengths), key=lambda item: -item.num_frames)
+    job = ray_workers.WorkerJob(label, dino_cache.RunOptions(**options), load_encoder, cache, data_folder or cache)
     progress = Progress(cache, "benchmark")
     progress.specs["0" * 16] = SPEC.to_json()
     begin = None
 
     def begins() -> bool:
         nonlocal begin  # asked last before the work begins
-        if all(member.state == "idle" for member in fleet.members):
+        if all(handle.state == "idle" for handle in workers.handles):
             begin = begin or (time.perf_counter(), time.process_time())
         return False
 
-    for result in dino_cache.RayRun(fleet, assignments, job, store, dino_cache.Hooks(should_stop=begins)).results():
+    hooks = dino_cache.Hooks(should_stop=begins)
+    for result in ray_workers.RayDataset(workers, assignments, job, store, hooks).results():
         if result.error is not None:
             raise result.error
         record = {"fingerprint": "0" * 16, "spans": result.spans, "bytes": result.chunk_bytes, "checksum_kind": "stat"}
@@ -102,21 +104,21 @@ def one_run(
     return {"frames_per_s": sum(lengths) / wall_s, "driver_cores": cpu_s / wall_s}
 
 
-class LightWorker(dino_cache.RayWorker):
+class LightWorker(ray_workers.RayWorker):
     """A worker without files, threads and torch, of 80 instead of 350 MB: it pulls, sleeps and reports."""
 
-    def begin(self, job: dino_cache.RayJob, staging: Path) -> None:
+    def load(self, job: ray_workers.WorkerJob, staging: Path) -> None:
         self._encode = job.load_encoder(None, "")
 
-    def _stream(self, first: list[dino_cache.Assignment]) -> None:
+    def _stream(self, first: list[ray_workers.Assignment]) -> None:
         free_at = time.monotonic()
         for trajectory in self._pull(first):
-            frames = self._frames[trajectory.name]
+            frames = self._num_frames[trajectory.name]
             free_at = self._encode(frames, free_at)
             outcome = {"spans": [dino_cache.Span(0, frames)], "chunk_bytes": [1000 * frames]}
             result = dino_cache.TrajectoryResult(trajectory.name, "0" * 16, "stat", **outcome)
-            self._outbox.put(dino_cache.Report(frames=frames, results=[result]))
-        self._outbox.put(dino_cache.Report(has_ended=True))
+            self._outbox.put(ray_workers.WorkerReport(num_frames=frames, results=[result]))
+        self._outbox.put(ray_workers.WorkerReport(has_ended=True))
 
 
 def measure_light(arguments: argparse.Namespace) -> None:
@@ -134,17 +136,17 @@ def measure_light(arguments: argparse.Namespace) -> None:
         return encode
 
     os.environ["PYTHONPATH"] = str(Path(dino_cache.__file__).parent)
-    dino_cache.RayWorker = LightWorker
-    dino_cache.LATE_WORKER_S = dino_cache.NO_WORKER_S
+    ray_workers.RayWorker = LightWorker
+    ray_workers.LATE_WORKER_S = ray_workers.NO_WORKER_S
     rows: dict[str, Any] = {"frames/s a worker": speed, "frames a trajectory": arguments.length}
     for count in arguments.actors:
         head = {"num_cpus": count, "include_dashboard": False, "object_store_memory": 100 << 20}
         cluster = Cluster(initialize_head=True, head_node_args=head)
-        with dino_cache.ray_connection(cluster.address), scratch(arguments.scratch) as root:
-            fleet = dino_cache.RayFleet(dino_cache.WorkerPlan("cpu", count, 1), [])
-            fleet.gather(lambda: False)
+        with ray_workers.ray_connection(cluster.address), scratch(arguments.scratch) as root:
+            workers = ray_workers.RayWorkers(ray_workers.WorkerPlan("cpu", count, 1), [])
+            workers.gather(lambda: False)
             run = one_run(
-                fleet, root, [arguments.length] * round(count * arguments.seconds * speed / arguments.length), load
+                workers, root, [arguments.length] * round(count * arguments.seconds * speed / arguments.length), load
             )
         cluster.shutdown()
         rows[f"{count} efficiency"] = round(run["frames_per_s"] / (count * speed), 3)
@@ -157,20 +159,20 @@ def measure_actors(arguments: argparse.Namespace) -> None:
     from ray.cluster_utils import Cluster
 
     os.environ["PYTHONPATH"] = str(Path(dino_cache.__file__).parent)
-    dino_cache.LATE_WORKER_S = dino_cache.NO_WORKER_S  # all of them, however long these cores take to start them
+    ray_workers.LATE_WORKER_S = ray_workers.NO_WORKER_S  # all of them, however long these cores take to start them
     rows: dict[str, Any] = {"batch_ms": arguments.batch_ms, "batch_size": arguments.batch_size}
     for count in arguments.actors:
         head = {"num_cpus": count, "include_dashboard": False, "object_store_memory": 100 << 20}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         load, options = sleeping_encoder(arguments.batch_ms / 1000), {"batch_size": arguments.batch_size}
         lengths = [round(length * arguments.share) for length in LENGTHS] * count
-        with dino_cache.ray_connection(cluster.address), scratch(arguments.scratch) as root:
+        with ray_workers.ray_connection(cluster.address), scratch(arguments.scratch) as root:
             make_trajectories(root / "first", [20] * (4 * count), size=(32, 24))
             make_trajectories(root / "data", lengths, size=(32, 24))
-            fleet = dino_cache.RayFleet(dino_cache.WorkerPlan("cpu", count, 1), [])
-            fleet.gather(lambda: False)
-            one_run(fleet, root, [20] * (4 * count), load, root / "first", **options)  # imports, connections
-            runs = [one_run(fleet, root, lengths, load, root / "data", **options) for _ in range(arguments.runs)]
+            workers = ray_workers.RayWorkers(ray_workers.WorkerPlan("cpu", count, 1), [])
+            workers.gather(lambda: False)
+            one_run(workers, root, [20] * (4 * count), load, root / "first", **options)  # imports, connections
+            runs = [one_run(workers, root, lengths, load, root / "data", **options) for _ in range(arguments.runs)]
         cluster.shutdown()
         rows[f"{count} frames/s"] = round(max(run["frames_per_s"] for run in runs), 1)
         rows[f"{count} frames/s, lowest"] = round(min(run["frames_per_s"] for run in runs), 1)

@@ -188,8 +188,10 @@ class RecordedChunk(NamedTuple):
                 raise DamagedChunkError(f"its {key} is {attributes[key]!r}, recorded is {getattr(self, key)!r}")
         kind, _, digits = self.checksum.partition(":")
         if kind == attributes["checksum_kind"] and digits != attributes["trajectory_checksum"]:
-            recorded = f"its trajectory_checksum is {attributes['trajectory_checksum']!r}, recorded is {digits!r}"
-            raise DamagedChunkError(f"{recorded}: it was made from other data")
+            found = attributes["trajectory_checksum"]
+            raise DamagedChunkError(
+                f"it was made from other data than recorded: its trajectory_checksum is {found!r}, recorded is {digits!r}"
+            )
 
 
 def recorded_chunks(cache_dir: Path, name: str, record: TrajectoryRecord, checksum: str) -> list[RecordedChunk]:

@@ -25,7 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dino_cache
-from dino_cache import Assignment, RefusedError, RunOptions, Trajectory, WorkQueue, plan_workers
+from dino_cache import RunOptions, Trajectory
+from dino_cache_extras.ray_workers import Assignment, WorkQueue, plan_workers
+from progress_utils import RefusedError
 from support import (
     REAL,
     ROOT,
@@ -105,8 +107,8 @@ def assignments(*frames: int) -> list[Assignment]:
     ]
 
 
-def names(bite: list[Assignment]) -> list[str]:
-    return [assignment.trajectory.name for assignment in bite]
+def names(share: list[Assignment]) -> list[str]:
+    return [assignment.trajectory.name for assignment in share]
 
 
 def test_a_worker_gets_one_long_trajectory_or_many_short_ones():
@@ -119,8 +121,8 @@ def test_a_worker_gets_one_long_trajectory_or_many_short_ones():
 def test_a_worker_holds_no_more_than_half_its_share():
     queue = WorkQueue(assignments(*[100] * 40), num_workers=2)
     held = []
-    while bite := queue.take("a"):
-        held += bite
+    while share := queue.take("a"):
+        held += share
     assert len(held) == 15  # five at once, until it has more than 1000 frames
 
 
@@ -141,8 +143,8 @@ def test_what_was_in_flight_is_tried_alone_and_fails_at_the_second_death():
     queue = WorkQueue(assignments(*[10] * 20), num_workers=1)
     first = names(queue.take("a"))
     queue.finish("a", first[0])
-    while bite := queue.take("a"):
-        first += names(bite)
+    while share := queue.take("a"):
+        first += names(share)
     back, fatal = queue.lose("a", "node", {"node"})
     assert names(back) == first[1:]
     assert fatal == []
