@@ -190,7 +190,8 @@ class RecordedChunk(NamedTuple):
         if kind == attributes["checksum_kind"] and digits != attributes["trajectory_checksum"]:
             found = attributes["trajectory_checksum"]
             raise DamagedChunkError(
-                f"it was made from other data than recorded: its trajectory_checksum is {found!r}, recorded is {digits!r}"
+                f"it was made from other data than recorded: its trajectory_checksum is {found!r}, recorded is "
+                f"{digits!r}"
             )
 
 
