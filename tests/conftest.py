@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from formats_support import BitEncoder
 
 import dino_cache
-from formats import BitEncoder
 from support import STAMP_SHAPE, StampEncoder, write_config
 
 # A shell's background jobs ignore it, and what they start would too.

@@ -1,7 +1,7 @@
 """Data from strangers: pose files that attack, files that are none, names that mislead.
 
 Nothing is executed, nothing waits, memory stays bounded, and nothing is written outside the cache folder. The attacks
-of test_trajectories.py come as pickle makes them; those here are forged opcode by opcode, or are dear to unpack.
+of test_gnm.py come as pickle makes them; those here are forged opcode by opcode, or are dear to unpack.
 """
 
 import codecs
@@ -42,7 +42,7 @@ from support import (
     tree,
     write_config,
 )
-from test_trajectories import as_numpy_1_wrote_it, attacks
+from test_gnm import as_numpy_1_wrote_it, attacks
 
 POSITION, YAW = straight_line(20), np.linspace(0, 1, 20)
 PKL, NPZ, JSON = "traj_data.pkl", "traj_data.npz", "traj_data.json"

@@ -12,12 +12,12 @@ from typing import Any
 
 import h5py
 import pytest
+from formats_support import BitEncoder
 
 import dino_cache
 from conftest import Outcome
 from dino_cache import CacheSpec, attributes_digest, metadata_digest
 from dino_cache_extras.chunk_files import read_chunk_header
-from formats import BitEncoder
 from support import tree
 
 PINNED = Path(__file__).parent / "pinned"

@@ -21,6 +21,24 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from formats_support import (
+    AV1_ENCODER,
+    FPS,
+    VIDEO_KEY,
+    WRITERS,
+    BitEncoder,
+    Rendered,
+    lerobot_entry,
+    put_index_first,
+    write_episodes,
+    write_gnm,
+    write_joined_mp4,
+    write_lerobot,
+    write_mp4,
+    write_recon,
+    write_tum,
+    write_videos,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,24 +62,6 @@ from dino_cache import (
 )
 from dino_cache_extras.commands import report
 from dino_cache_extras.formats import lerobot, recon, video, video_frames
-from formats import (
-    AV1_ENCODER,
-    FPS,
-    VIDEO_KEY,
-    WRITERS,
-    BitEncoder,
-    Rendered,
-    lerobot_entry,
-    put_index_first,
-    write_episodes,
-    write_gnm,
-    write_joined_mp4,
-    write_lerobot,
-    write_mp4,
-    write_recon,
-    write_tum,
-    write_videos,
-)
 from progress_utils import RefusedError
 from support import (
     ROOT,

@@ -10,11 +10,11 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from formats_support import Rendered, write_gnm
 
 import progress_utils
 from conftest import Outcome
 from dino_cache import CacheWindows, RefusedError
-from formats import Rendered, write_gnm
 from support import read_chunk, read_progress, tree
 
 FIRST, SECOND = Rendered(1, 40), Rendered(2, 27)
