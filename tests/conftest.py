@@ -1,8 +1,10 @@
 """Fixtures for runs in this process."""
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,7 +12,12 @@ import yaml
 from formats_support import BitEncoder
 
 import dino_cache
-from support import STAMP_SHAPE, StampEncoder, write_config
+from support import (
+    STAMP_SHAPE,
+    Robot,
+    StampEncoder,
+    write_config,
+)
 
 # A shell's background jobs ignore it, and what they start would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -78,3 +85,34 @@ def run_bits(
         return run_here(config, *arguments)
 
     return run
+
+
+@pytest.fixture
+def robot(tmp_path: Path) -> Robot:
+    robot = Robot(tmp_path / "data", tmp_path / "data" / "dino_cache_small", tmp_path / "robot.yaml")
+    robot.configure()
+    return robot
+
+
+@pytest.fixture
+def before_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], Any]], None]:
+    """Have something done before each batch is encoded: it gets the number of batches that were, from 0."""
+    encode = StampEncoder.encode
+
+    def install(action: Callable[[int], Any]) -> None:
+        def act_and_encode(self: StampEncoder, pixels: Any) -> Any:
+            action(len(self.batch_sizes))
+            return encode(self, pixels)
+
+        monkeypatch.setattr(StampEncoder, "encode", act_and_encode)
+
+    return install
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The run's clock stands at `clock.now` [s]; file times and pauses elsewhere are as ever."""
+    clock = SimpleNamespace(now=1000.0)
+    here = SimpleNamespace(**{**vars(time), "monotonic": lambda: clock.now})
+    monkeypatch.setattr(dino_cache, "time", here)
+    return clock

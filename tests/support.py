@@ -8,6 +8,7 @@ pixels that reached it and write it into the tokens; every row of every chunk ca
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pickle
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -39,6 +40,9 @@ from dino_cache import (
     format_named,
     token_shapes,
 )
+
+if TYPE_CHECKING:
+    import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "data" / "real"
@@ -253,3 +257,113 @@ def no_hang(seconds: int = 60) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A dataset and its runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+# A trajectory of 20 frames, 0.25 m apart: with 2 m chunks that overlap by 0.5 m, three of them with 9 + 9 + 8 rows.
+FRAMES, CHUNKS, ROWS = 20, 3, 26
+
+
+class Robot(NamedTuple):
+    """A dataset of one cache, in the folders that a user would have."""
+
+    data: Path
+    cache: Path
+    config: Path
+
+    def add(self, *names: str, **what: Any) -> None:
+        """Good trajectories; the digit at the end of a name is its stamp."""
+        for name in names:
+            make_trajectory(self.data / name, FRAMES, stamp=int(name[-1]), **what)
+
+    def add_broken(self, name: str) -> None:
+        """One whose third pose is not a number; mend makes it good."""
+        make_trajectory(self.data / name, FRAMES, stamp=int(name[-1]))
+        position = straight_line(FRAMES)
+        position[2, 1] = np.nan
+        write_poses(self.data / name, position, np.zeros(FRAMES))
+
+    def mend(self, name: str) -> None:
+        write_poses(self.data / name, straight_line(FRAMES), np.zeros(FRAMES))
+
+    def configure(self, **settings: Any) -> None:
+        write_config(self.config, self.data, **settings)
+
+    def check(self, *names: str) -> None:
+        """These and no others are completed, with all their chunks and every row from its own frame."""
+        progress = read_progress(self.cache)
+        assert sorted(progress["completed_trajectories"]) == sorted(names)
+        assert sorted(progress["trajectory_checksums"]) == sorted(names)
+        for name in names:
+            assert check_stamps(self.cache, name, int(name[-1])) == ROWS
+        assert len(chunk_files(self.cache)) == progress["total_chunks"] == CHUNKS * len(names)
+        assert list((self.cache / ".staging").iterdir()) == []
+
+
+def frames_encoded(encoders: list[StampEncoder]) -> int:
+    """By the latest encoder."""
+    return sum(encoders[-1].batch_sizes)
+
+
+def unreadable(monkeypatch: pytest.MonkeyPatch, is_lost: Callable[[str], bool], number: int = errno.EIO) -> None:
+    """Opening a file whose path is_lost gives an I/O error, as on a mount that went away."""
+    opened = os.open
+
+    def fail(path: Any, *arguments: Any, **keywords: Any) -> int:
+        if is_lost(str(path)):
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "open", fail)
+
+
+def attempts(robot: Robot) -> dict[str, int]:
+    return {name: failure["attempts"] for name, failure in read_progress(robot.cache)["failures"].items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A record by hand
+# ---------------------------------------------------------------------------------------------------------------------
+
+SPEC = {"dino_model_type": "small", "max_chunk_distance_m": 50.0, "frame_pattern": r"(\d+)\.jpg"}
+
+
+def record(failed: int = 0, **changes: Any) -> dict[str, Any]:
+    """progress.json by hand: `a` with two chunks and `b/ü` with one are completed, f0, f1, ... failed."""
+    entry = {"fingerprint": "f" * 16, "checksum_kind": "stat"}
+    failure = {"error_type": "InputError", "attempts": 3, "time": 1.0, "checksum": None, "checksum_kind": "stat"}
+    return {
+        "format_version": 1,
+        "dataset_name": "robot",
+        "start_time": 1641800000.0,
+        "last_update": 1641828645.0,  # Mon Jan 10 15:30:45 2022 UTC
+        "elapsed_s": 9000.0,
+        "completed_trajectories": ["a", "b/ü"],
+        "failed_trajectories": [f"f{i}" for i in range(failed)],
+        "total_chunks": 3,
+        "processing_config": SPEC,
+        "trajectory_checksums": {"a": "0" * 16, "b/ü": "1" * 16},
+        "data_folder": "/data/robot",
+        "data_format": "gnm",
+        "num_trajectories": 8,
+        "checksum_kind": "stat",
+        "rebuild_started": None,
+        "weights": {"source": "random", "size": None, "mtime": None, "digest": "d" * 16},
+        "specs": {"f" * 16: SPEC},
+        "trajectory_records": {
+            "a": {**entry, "spans": [[0, 9], [7, 12]], "bytes": [100, 60]},
+            "b/ü": {**entry, "spans": [[0, 5]], "bytes": [70]},
+        },
+        "failures": {f"f{i}": {**failure, "reason": f"f{i}/0.jpg: broken"} for i in range(failed)},
+        **changes,
+    }
+
+
+def write_record(cache_dir: Path, failed: int = 0, **changes: Any) -> Path:
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record(failed, **changes), ensure_ascii=False)
+    (cache_dir / "progress.json").write_text(text, encoding="utf-8")
+    return cache_dir
