@@ -5,19 +5,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
-from formats_support import BitEncoder
 
 import dino_cache
-from support import (
-    STAMP_SHAPE,
-    Robot,
-    StampEncoder,
-    write_config,
-)
+from support import STAMP_SHAPE, BitEncoder, Outcome, Robot, StampEncoder, write_config
 
 # A shell's background jobs ignore it, and what they start would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -29,14 +23,6 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
         config.option.dist = "no"
         return 0
     return 2
-
-
-class Outcome(NamedTuple):
-    """How a run ended: exit code, stdout, stderr."""
-
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture

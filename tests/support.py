@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import pickle
@@ -132,6 +133,14 @@ def cache_command(config: Path, *arguments: str, fake: bool = True) -> list[str]
     """The command line of a run; with `fake`, StampEncoder takes the model's place."""
     script = ROOT / "tests" / "run_with_stamp_encoder.py" if fake else ROOT / "dino_cache.py"
     return [sys.executable, str(script), "--config", str(config), *arguments]
+
+
+class Outcome(NamedTuple):
+    """How a command ended: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
 
 
 def run_cache(
@@ -367,3 +376,71 @@ def write_record(cache_dir: Path, failed: int = 0, **changes: Any) -> Path:
     text = json.dumps(record(failed, **changes), ensure_ascii=False)
     (cache_dir / "progress.json").write_text(text, encoding="utf-8")
     return cache_dir
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rendered trajectories
+# ---------------------------------------------------------------------------------------------------------------------
+
+SIZE = (48, 64)  # height, width [px]
+
+
+class BitEncoder(StampEncoder):
+    """Reads the stamp and the number out of the blocks."""
+
+    def stamps(self, pixels: torch.Tensor) -> torch.Tensor:
+        rows, columns = ([int((i + 0.5) * size / 4) for i in range(4)] for size in pixels.shape[-2:])
+        white = pixels.float().mean(1)[:, rows][:, :, columns].flatten(1) > 128  # (B, 16)
+        values = (white.int() << torch.arange(16)).sum(1)
+        return torch.stack([values >> 12, values % 4096 // 256, values % 256], 1)
+
+
+def render(stamp: int, number: int) -> np.ndarray:
+    """(48, 64, 3) uint8."""
+    bits = (stamp << 12 | number) >> np.arange(16) & 1
+    blocks = np.where(bits, 235, 20).astype(np.uint8).reshape(4, 4)
+    return np.repeat(blocks.repeat(SIZE[0] // 4, 0).repeat(SIZE[1] // 4, 1)[..., None], 3, 2)
+
+
+class Rendered(NamedTuple):
+    """A trajectory; its positions and yaws are the same in float32."""
+
+    stamp: int
+    count: int
+
+    @property
+    def position(self) -> np.ndarray:
+        number = np.arange(self.count)
+        return np.stack([number * 0.25, number % 5 * 0.125], 1)
+
+    @property
+    def yaw(self) -> np.ndarray:
+        return np.arange(self.count) % 100 / 64
+
+    @property
+    def frames(self) -> list[np.ndarray]:
+        return [render(self.stamp, number) for number in range(self.count)]
+
+    @property
+    def jpegs(self) -> list[bytes]:
+        return [encoded(frame) for frame in self.frames]
+
+
+def encoded(frame: np.ndarray, kind: str = "JPEG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, kind, quality=90)
+    return file.getvalue()
+
+
+def write_gnm(folder: Path, trajectories: list[Rendered]) -> list[str]:
+    """Folders t<stamp>; as all writers here, returns the trajectories' names."""
+    for trajectory in trajectories:
+        path = folder / f"t{trajectory.stamp}"
+        path.mkdir(parents=True)
+        for number, data in enumerate(trajectory.jpegs):
+            (path / f"{number}.jpg").write_bytes(data)
+        (path / "traj_data.pkl").write_bytes(pickle.dumps({"position": trajectory.position, "yaw": trajectory.yaw}))
+    return [f"t{trajectory.stamp}" for trajectory in trajectories]
+
+
+FIRST, SECOND = Rendered(1, 40), Rendered(2, 27)

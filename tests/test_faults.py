@@ -21,9 +21,9 @@ import torch
 import yaml
 
 import progress_utils
-from conftest import Outcome
 from progress_utils import cache_lock
 from support import (
+    Outcome,
     StampEncoder,
     check_stamps,
     chunk_files,

@@ -30,9 +30,9 @@ from hypothesis import strategies as st
 
 import dino_cache
 import progress_utils
-from conftest import Outcome
 from support import (
     ROOT,
+    Outcome,
     check_stamps,
     make_trajectory,
     no_hang,

@@ -12,13 +12,11 @@ from typing import Any
 
 import h5py
 import pytest
-from formats_support import BitEncoder
 
 import dino_cache
-from conftest import Outcome
 from dino_cache import CacheSpec, attributes_digest, metadata_digest
 from dino_cache_extras.chunk_files import read_chunk_header
-from support import tree
+from support import BitEncoder, Outcome, tree
 
 PINNED = Path(__file__).parent / "pinned"
 CHUNK = PINNED / "gnm/cache/t3/chunk_00001.h5"  # frames 4 to 9 of 12

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 import dino_cache
-from conftest import Outcome
 from dino_cache import CacheSpec
-from support import tree
+from support import Outcome, tree
 
 PINNED = Path(__file__).parent / "pinned"
 CHECKSUMS = {  # folder -> (format, trajectory, checksum of the kind stat, of the kind content)

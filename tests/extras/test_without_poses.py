@@ -10,14 +10,11 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from formats_support import Rendered, write_gnm
 
 import progress_utils
-from conftest import Outcome
 from dino_cache import CacheWindows, RefusedError
-from support import read_chunk, read_progress, tree
+from support import FIRST, SECOND, Outcome, read_chunk, read_progress, tree, write_gnm
 
-FIRST, SECOND = Rendered(1, 40), Rendered(2, 27)
 BY_FRAMES = {"chunk_by": "frames", "max_chunk_frames": 10, "overlap_frames": 2}
 
 
