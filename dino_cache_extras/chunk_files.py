@@ -138,7 +138,13 @@ def check_dataset(dataset: h5py.Dataset, name: str, shape: tuple[int | None, ...
         raise DamagedChunkError(
             f"{name} is {dataset.shape} {dataset.dtype.str}, expected {shape} {expected_type} in one piece"
         )
-    return StoredDataset(offset, dataset.nbytes, expected_type, dataset.attrs["digest"], dataset.shape)
+    return StoredDataset(
+        offset=offset,
+        size=dataset.nbytes,
+        dtype=expected_type,
+        digest=dataset.attrs["digest"],
+        shape=dataset.shape,
+    )
 
 
 def _check_bytes(path: Path, name: str, dataset: StoredDataset) -> None:

@@ -101,7 +101,7 @@ def check_trajectory(cache_dir: Path, task: tuple[str, TrajectoryRecord, str], *
 
 
 def damage_of(path: Path, problem: Exception) -> str:
-    """What is wrong with a chunk file. Raises RefusedError where that cannot be told."""
+    """What is wrong with a chunk file. Raises RefusedError where the file could not be looked at."""
     if isinstance(problem, OSError) and problem.errno in CANNOT_LOOK:
         raise RefusedError(f"{path}: cannot look: {problem.strerror}. Nothing was changed") from problem
     return str(problem)
