@@ -107,6 +107,7 @@ from progress_utils import (
     make_directories_durably,
     missing_library,
     open_door,
+    open_library,
     printable,
     program_name,
 )
@@ -2875,6 +2876,8 @@ SHOWN_NAMES = 10  # names of a list that a message shows
 DISTANCE_SETTINGS = ("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m")
 FRAME_SETTINGS = ("max_chunk_frames", "overlap_frames")
 
+WORK_LIBRARIES = ("torch", "torchvision", "timm", "PIL.Image")  # imported where there is work, and only there
+
 EXIT_COMPLETED, EXIT_SOME_FAILED, EXIT_STOPPED_BY_FAULT, EXIT_WORK_LEFT = 0, 1, 3, 5
 
 
@@ -3984,7 +3987,10 @@ def run(arguments: RunArguments, stop_request: StopRequest) -> NightOutcome:
         if arguments.dry_run:
             forecast(datasets, stop_request, with_rates=arguments.measure)
             return NightOutcome([], EXIT_COMPLETED)
-        # 6) find workers, settle device, precision and shapes
+        # 6) find libraries and workers, settle device, precision and shapes
+        if any(dataset.pending for dataset in datasets):
+            for library in WORK_LIBRARIES:
+                open_library(library)
         workers = open_workers(datasets, resources)
         stop_request.check()
         for dataset in datasets:

@@ -56,7 +56,7 @@ from typing import Any, NamedTuple, NoReturn, TypedDict
 # Constants: the names of a cache's own files, and what several sections need
 # ======================================================================================================================
 
-__version__ = "0.1.0"  # dino_cache.py and pyproject.toml take it from here
+__version__ = "0.2.0"  # dino_cache.py and pyproject.toml take it from here
 
 PROGRESS_FILE = "progress.json"
 BACKUP_FILE = "progress.json.bak"
