@@ -28,8 +28,8 @@ JPEG bytes that are damaged in a way that still decodes.
 
 Sections, each using only those above it: constants - errors - profile - configuration - trajectories - formats - chunk
 plan - decoding - encoding - storage - working ahead - pipeline - executors - before the work - the work - forecast -
-a run - command line. torch, torchvision and timm are imported where they are first needed, so that refusals and runs
-with nothing to do are quick. What goes beyond this job (other formats, executor: ray, CacheWindows to train with,
+a run - command line. torch, torchvision, timm and h5py are imported where they are first needed, so that refusals and
+runs with nothing to do are quick. What goes beyond this job (other formats, executor: ray, CacheWindows to train with,
 encode_images) lies in dino_cache_extras/ and is opened by name: FORMAT_MODULES, EXECUTOR_MODULES, DOORS.
 """
 
@@ -113,7 +113,6 @@ from progress_utils import (
 )
 
 try:
-    import h5py
     import numpy as np
     import yaml
     from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -2084,6 +2083,8 @@ class ChunkWriter:
     """One chunk file, written row by row in frame order, its digests computed on the way."""
 
     def __init__(self, folder: Path, plan: TrajectoryPlan, chunk_index: int, label: ChunkLabel):
+        import h5py
+
         self._path = folder / chunk_file_name(chunk_index)
         self._plan, self._chunk_index, self._label = plan, chunk_index, label
         self._span = plan.spans[chunk_index]
@@ -2876,7 +2877,7 @@ SHOWN_NAMES = 10  # names of a list that a message shows
 DISTANCE_SETTINGS = ("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m")
 FRAME_SETTINGS = ("max_chunk_frames", "overlap_frames")
 
-WORK_LIBRARIES = ("torch", "torchvision", "timm", "PIL.Image")  # imported where there is work, and only there
+WORK_LIBRARIES = ("torch", "torchvision", "timm", "PIL.Image", "h5py")  # imported where there is work, and only there
 
 EXIT_COMPLETED, EXIT_SOME_FAILED, EXIT_STOPPED_BY_FAULT, EXIT_WORK_LEFT = 0, 1, 3, 5
 
