@@ -110,6 +110,7 @@ from progress_utils import (
     open_library,
     printable,
     program_name,
+    progress_command,
 )
 
 try:
@@ -3048,8 +3049,9 @@ def open_progress(config: DatasetConfig) -> Progress:
     if progress is None:
         if not options.force_rebuild and ChunkStore(cache_dir).has_chunks():
             raise RefusedError(
-                f"{cache_dir}: holds chunk files but no {PROGRESS_FILE}. Ways on: `progress_utils.py rebuild "
-                f"--cache-dir {cache_dir}` makes it anew from the chunks, --force-rebuild redoes every trajectory"
+                f"{cache_dir}: holds chunk files but no {PROGRESS_FILE}. Ways on: "
+                f"{progress_command(f'rebuild --cache-dir {cache_dir}')} makes it anew from the chunks, "
+                "--force-rebuild redoes every trajectory"
             )
         return Progress(cache_dir, config.name)
     if progress.dataset_name not in (None, config.name):
@@ -3222,7 +3224,7 @@ def confirm_changes(
         change = "\n".join([f"{dataset.name}: the configuration changed since this cache was begun:", *lines])
         ways = (
             "Ways on: --yes keeps what is completed and makes the rest with the new configuration; --force-rebuild "
-            f"redoes everything, as `progress_utils.py reset --cache-dir {dataset.config.cache_dir}` does; or undo it"
+            f"redoes everything, as {progress_command(f'reset --cache-dir {dataset.config.cache_dir}')} does; or undo it"
         )
         LOG.warning("%s", change)
         if not yes and not ask_to_continue(ways, stop_request):
@@ -3465,7 +3467,7 @@ def log_outcome(outcome: DatasetOutcome) -> None:
         attempts = f"{failure['attempts']} of {outcome.max_attempts} attempts"
         LOG.warning("  failed (%s): %s%s", attempts, failure["reason"], gone)
     if (more := len(outcome.failures) - SHOWN_NAMES) > 0:
-        LOG.warning("  ... and %d more; `progress_utils.py show --all` lists them", more)
+        LOG.warning("  ... and %d more; %s lists them", more, progress_command("show --all"))
     if outcome.stopped_by is not None:
         reason = "by a signal" if outcome.stopped_by == "signal" else "by --max-hours"
         left = outcome.num_left

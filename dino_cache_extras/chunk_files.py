@@ -24,7 +24,15 @@ from dino_cache import (
     bytes_digest,
     metadata_digest,
 )
-from progress_utils import CANNOT_LOOK, DamagedChunkError, Progress, RefusedError, TrajectoryRecord, chunk_file_name
+from progress_utils import (
+    CANNOT_LOOK,
+    DamagedChunkError,
+    Progress,
+    RefusedError,
+    TrajectoryRecord,
+    chunk_file_name,
+    progress_command,
+)
 
 
 class StoredDataset(NamedTuple):
@@ -246,8 +254,8 @@ def recorded_chunk(progress: Progress, name: str, index: int, *, deep: bool) -> 
         file = h5py.File(chunk.path, locking=False)
     except (DamagedChunkError, OSError) as error:
         raise RefusedError(
-            f"{chunk.path}: {error}. If a run has just replaced it, give the command again; else `progress_utils.py "
-            f"verify --cache-dir {progress.cache_dir} --deep --repair` and a run mend it"
+            f"{chunk.path}: {error}. If a run has just replaced it, give the command again; else "
+            f"{progress_command(f'verify --cache-dir {progress.cache_dir} --deep --repair')} and a run mend it"
         ) from error
     with file:
         yield file

@@ -307,9 +307,23 @@ def test_the_command_that_installs_a_library_fits_how_we_are_installed(
 ) -> None:
     assert progress_utils.install_command("av") == "pip install -r requirements-lerobot.txt"
     assert progress_utils.install_command("h5py") == "pip install -r requirements.txt"
-    monkeypatch.setattr(progress_utils, "__file__", str(tmp_path / "progress_utils.py"))
+    monkeypatch.setattr(progress_utils, "__file__", str(tmp_path / "site-packages/progress_utils.py"))
     assert progress_utils.install_command("pyarrow.parquet") == 'pip install "dino-cache[lerobot]"'
-    assert progress_utils.install_command("h5py") == 'pip install "dino-cache"'
+    assert progress_utils.install_command("h5py") == "pip install h5py"
+    monkeypatch.setattr(progress_utils, "__file__", str(tmp_path / "copied/progress_utils.py"))
+    assert progress_utils.install_command("pyarrow.parquet") == "pip install pyarrow"
+    assert progress_utils.install_command("yaml") == "pip install pyyaml"
+
+
+def test_messages_name_a_program_as_the_user_calls_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for started in ("/opt/dino_cache.py", "/opt/train.py"):
+        monkeypatch.setattr(sys, "argv", [started])
+        assert progress_utils.program_name("progress_utils.py") == "progress_utils.py"
+    for started in ("/opt/bin/dino-cache", "/opt/bin/dino-cache-progress"):
+        monkeypatch.setattr(sys, "argv", [started])
+        assert progress_utils.program_name("progress_utils.py") == "dino-cache-progress"
+        with pytest.raises(progress_utils.RefusedError, match="`dino-cache-progress rebuild --cache-dir"):
+            progress_utils.Progress.parse(tmp_path, b"{}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
