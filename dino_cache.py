@@ -575,6 +575,7 @@ def spec_differences(recorded: dict[str, Any], spec: CacheSpec) -> list[tuple[st
 
 POSE_FILES = ("traj_data.pkl", "traj_data.json", "traj_data.npz")  # the first one found is read
 OWN_NAMES = (PROGRESS_FILE, LOG_FILE, LOCK_FILE, LOCK_OWNER_FILE, STAGING_FOLDER)  # no trajectory may have such a name
+CACHE_SIGNS = (PROGRESS_FILE, LOCK_FILE)  # files that, with the staging folder, show a cache of this tool
 MAX_FILE_BYTES = 1 << 29  # a pose or frame file larger than this is refused unread
 MAX_VISITS = (
     200  # visits of one folder by links; a few folders that link to each other have more paths than anyone can walk
@@ -674,52 +675,80 @@ class TrajectoryListing:
 def find_trajectories(data_folder: Path, frame_pattern: str = FRAME_PATTERN) -> Iterator[Trajectory]:
     """Trajectories below `data_folder`, sorted by name. A folder with a pose file is a leaf: nothing below is searched.
 
-    Links to folders are followed, except back to a folder that holds them. A folder that cannot be listed is yielded
-    as a trajectory, so that it fails with that reason. One with frames but no pose file is yielded with `lacks_poses`.
+    A folder that cannot be listed is yielded as a trajectory, so that it fails with that reason. One with frames but no
+    pose file is yielded with `lacks_poses`.
 
     Raises:
         RefusedError: `data_folder` cannot be listed, is itself a trajectory, or holds a maze of links.
     """
-    pattern = re.compile(frame_pattern)
-    try:
-        found = _look_into(data_folder, pattern)
-    except OSError as error:
-        raise RefusedError(f"data_folder {data_folder}: cannot list it: {error.strerror}") from error
-    if found.pose_file:
-        raise RefusedError(
-            f"data_folder {data_folder} is itself a trajectory (it holds {found.pose_file}); data_folder is the folder "
-            "above the trajectories"
-        )
-    real = os.path.realpath(data_folder)
-    yield from _walk(str(data_folder), "", found.subfolders, (real,), Counter([real]), pattern)
-
-
-class _Folder(NamedTuple):
-    """What a folder holds, as far as finding trajectories goes."""
-
-    pose_file: str | None
-    has_frames: bool = False
-    subfolders: Sequence[str] = ()
-
-
-CACHE_SIGNS = (PROGRESS_FILE, LOCK_FILE)  # files that, with the staging folder, show a cache of this tool
-
-
-def _look_into(folder: str | Path, frame_pattern: re.Pattern[str]) -> _Folder:
-    if os.path.lexists(f"{folder}/{POSE_FILES[0]}"):  # the usual case, without listing all frames
-        return _Folder(POSE_FILES[0])
-    with os.scandir(folder) as entries:
-        by_name = {entry.name: entry for entry in entries}
-    if pose_file := _first_pose_file(by_name):
-        return _Folder(pose_file)
-    if STAGING_FOLDER in by_name and all(name in by_name and by_name[name].is_file() for name in CACHE_SIGNS):
-        return _Folder(None)
-    subfolders = [name for name in sorted(by_name) if name != "lost+found" and _is_folder(by_name[name])]
-    return _Folder(None, any(map(frame_pattern.fullmatch, by_name)), subfolders)
+    is_frame = re.compile(frame_pattern).fullmatch
+    for folder in walk_folders(data_folder, list_trajectories=False):
+        name, pose_file = folder.name.rstrip("/"), _first_pose_file(folder.files)
+        if not name and folder.error:
+            raise RefusedError(f"data_folder {data_folder}: cannot list it: {folder.error.strerror}") from folder.error
+        if not name and pose_file:
+            raise RefusedError(
+                f"data_folder {data_folder} is itself a trajectory (it holds {pose_file}); data_folder is the folder "
+                "above the trajectories"
+            )
+        if name and (pose_file or folder.error or any(map(is_frame, folder.files))):
+            lacks_poses = not pose_file and not folder.error
+            yield Trajectory(recordable_name(name), folder.path, lacks_poses=lacks_poses)
 
 
 def _first_pose_file(names: Container[str]) -> str | None:
     return next((name for name in POSE_FILES if name in names), None)
+
+
+class FolderFiles(NamedTuple):
+    """A folder below data_folder: what comes before the names of its files, '' or 'a/b/', and those, sorted."""
+
+    name: str
+    path: Path
+    files: list[str]
+    error: OSError | None = None  # why it cannot be listed; then it has no files
+
+
+def walk_folders(data_folder: Path, *, list_trajectories: bool = True) -> Iterator[FolderFiles]:
+    """`data_folder` and all below it, sorted; each before those that it holds. Caches of this tool, lost+found, and
+    what is below a gnm trajectory are left out. Links are followed, except back to a folder that holds them. Without
+    `list_trajectories`, of a folder with traj_data.pkl only that file is yielded, without listing all frames.
+
+    Raises:
+        RefusedError: links lead to a folder again and again.
+    """
+    yield from _walk(data_folder, "", os.path.realpath(data_folder), (), Counter(), list_trajectories)
+
+
+def _walk(
+    folder: Path, name: str, real: str, ancestors: tuple[str, ...], visits: Counter[str], list_trajectories: bool
+) -> Iterator[FolderFiles]:
+    """`real`: the folder's path without links; `ancestors`: those of the folders that it was come by."""
+    if real in ancestors:
+        return
+    if not list_trajectories and os.path.lexists(f"{folder}/{POSE_FILES[0]}"):
+        yield FolderFiles(name, folder, [POSE_FILES[0]])
+        return
+    try:
+        with os.scandir(folder) as entries:
+            by_name = {entry.name: entry for entry in entries}
+        subfolders = [child for child in sorted(by_name) if child != "lost+found" and _is_folder(by_name[child])]
+        is_cache = STAGING_FOLDER in by_name and all(own in by_name and by_name[own].is_file() for own in CACHE_SIGNS)
+    except OSError as error:
+        yield FolderFiles(name, folder, [], error)
+        return
+    if is_cache:
+        return
+    yield FolderFiles(name, folder, sorted(by_name.keys() - set(subfolders)))
+    if not subfolders or _first_pose_file(by_name):
+        return
+    visits[real] += 1
+    if visits[real] > MAX_VISITS:
+        raise RefusedError(f"{folder}: links lead to this folder in more than {MAX_VISITS} ways; remove some")
+    for child in subfolders:
+        path = Path(f"{folder}/{child}")
+        child_real = os.path.realpath(path) if by_name[child].is_symlink() else f"{real}/{child}"
+        yield from _walk(path, f"{name}{child}/", child_real, (*ancestors, real), visits, list_trajectories)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -729,74 +758,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         if error.errno == errno.ELOOP:  # a link to itself
             return False
         raise
-
-
-def _walk(
-    folder: str,
-    prefix: str,
-    subfolders: Sequence[str],
-    ancestors: tuple[str, ...],
-    visits: Counter[str],
-    frame_pattern: re.Pattern[str],
-) -> Iterator[Trajectory]:
-    for name in subfolders:
-        child, child_name = f"{folder}/{name}", prefix + name
-        try:
-            found = _look_into(child, frame_pattern)
-        except OSError:
-            yield Trajectory(recordable_name(child_name), Path(child))
-            continue
-        if found.pose_file or found.has_frames:
-            yield Trajectory(recordable_name(child_name), Path(child), lacks_poses=not found.pose_file)
-        if found.subfolders:
-            real = os.path.realpath(child)
-            _count_visit(visits, child, real)
-            if real not in ancestors:
-                yield from _walk(child, child_name + "/", found.subfolders, (*ancestors, real), visits, frame_pattern)
-
-
-def _count_visit(visits: Counter[str], folder: str | Path, real: str) -> None:
-    """Count that a walk comes to a folder. Raises RefusedError where links lead to it again and again."""
-    visits[real] += 1
-    if visits[real] > MAX_VISITS:
-        raise RefusedError(f"{folder}: links lead to this folder in more than {MAX_VISITS} ways; remove some")
-
-
-class FolderFiles(NamedTuple):
-    """A folder below data_folder: what comes before the names of its files, '' or 'a/b/', and those, sorted."""
-
-    name: str
-    path: Path
-    files: list[str]
-
-
-def walk_folders(
-    folder: Path,
-    name: str = "",
-    ancestors: tuple[str, ...] = (),
-    visits: Counter[str] | None = None,
-    unlistable: list[FolderFiles] | None = None,
-) -> Iterator[FolderFiles]:
-    """`folder` and all below it, sorted. Caches of this tool, and what is below a gnm trajectory, are left out; links
-    are followed, except back to a folder that holds them; what cannot be listed goes into `unlistable`."""
-    real, visits = os.path.realpath(folder), Counter() if visits is None else visits
-    _count_visit(visits, folder, real)
-    if real in ancestors:
-        return
-    try:
-        with os.scandir(folder) as entries:
-            by_name = {entry.name: entry for entry in entries}
-        subfolders = [name for name in sorted(by_name) if _is_folder(by_name[name])]
-    except OSError:
-        if unlistable is not None:
-            unlistable.append(FolderFiles(name, folder, []))
-        return
-    if STAGING_FOLDER in subfolders and all(own in by_name for own in CACHE_SIGNS):
-        return
-    yield FolderFiles(name, folder, sorted(by_name.keys() - set(subfolders)))
-    if _first_pose_file(by_name) is None:
-        for child in subfolders:
-            yield from walk_folders(folder / child, f"{name}{child}/", (*ancestors, real), visits, unlistable)
 
 
 def recordable_name(name: str) -> str:
@@ -1254,7 +1215,8 @@ def detect_format(data_folder: Path, keys: DataKeys) -> FoundFormat:
     formats = {name: format_named(name) for name in format_names()}
     signs: dict[str, str] = {}
     hint = None  # frames without poses show a format only where nothing else does
-    for count, folder in enumerate(walk_folders(data_folder), 1):
+    listed = (folder for folder in walk_folders(data_folder) if not folder.error)
+    for count, folder in enumerate(listed, 1):
         for name, kind in formats.items():
             if sign := next(iter(kind.signs(folder, count == 1)), None):
                 signs.setdefault(name, recordable_name(folder.name + sign))
@@ -3224,7 +3186,8 @@ def confirm_changes(
         change = "\n".join([f"{dataset.name}: the configuration changed since this cache was begun:", *lines])
         ways = (
             "Ways on: --yes keeps what is completed and makes the rest with the new configuration; --force-rebuild "
-            f"redoes everything, as {progress_command(f'reset --cache-dir {dataset.config.cache_dir}')} does; or undo it"
+            f"redoes everything, as {progress_command(f'reset --cache-dir {dataset.config.cache_dir}')} does; or undo "
+            "it"
         )
         LOG.warning("%s", change)
         if not yes and not ask_to_continue(ways, stop_request):
