@@ -21,20 +21,16 @@ The output, one folder a trajectory, one HDF5 file a chunk of travelled distance
     With chunk_by: frames a chunk has a number of frames, no distance, and the poses that its data have.
     Its first 512 bytes (HDF5's user block) hold a digest of all bytes that are no dataset's; each dataset has its own.
 
-And back, to train on: CacheWindows, windows of frames from one or several caches for torch's DataLoader.
-
-    progress.json -> index -> windows -> sampler -> chunk files -> batch
-     record          spans    none twice  torch's    pread          one piece of memory
-
 What is guaranteed: a file under a final name is complete and was forced to the disk before it was recorded; a killed
 run loses the work in flight and nothing else; a broken trajectory fails alone, with its reason; changed data is redone;
 a changed configuration never mixes in unasked. What is not: protection against a disk that lies about fsync, or against
 JPEG bytes that are damaged in a way that still decodes.
 
-Sections, each using only those above it: constants - errors - profile - configuration - trajectories (and those of
-the formats: RECON, videos, LeRobot, video files, which one) - chunk plan - decoding - encoding - storage - reading -
-pipeline - Ray - running - command line. torch, torchvision, timm, pyarrow, av and ray are imported where they are first
-needed, so that refusals and runs with nothing to do are quick.
+Sections, each using only those above it: constants - errors - profile - configuration - trajectories - formats - chunk
+plan - decoding - encoding - storage - working ahead - pipeline - executors - before the work - the work - forecast -
+a run - command line. torch, torchvision, timm and h5py are imported where they are first needed, so that refusals and
+runs with nothing to do are quick. What goes beyond this job (other formats, executor: ray, CacheWindows to train with,
+encode_images) lies in dino_cache_extras/ and is opened by name: FORMAT_MODULES, EXECUTOR_MODULES, DOORS.
 """
 
 from __future__ import annotations
@@ -72,7 +68,7 @@ import traceback
 import unicodedata
 import zipfile
 from collections import Counter, deque
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +82,7 @@ from progress_utils import (
     PROGRESS_FILE,
     STAGING_FOLDER,
     TEMPORARY_FILES,
+    DamagedChunkError,
     DinoCacheError,
     Failure,
     Heartbeat,
@@ -110,12 +107,13 @@ from progress_utils import (
     make_directories_durably,
     missing_library,
     open_door,
+    open_library,
     printable,
     program_name,
+    progress_command,
 )
 
 try:
-    import h5py
     import numpy as np
     import yaml
     from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -126,6 +124,12 @@ except ImportError as missing:
 if TYPE_CHECKING:
     import PIL.Image
     import torch
+
+__all__ = [  # the public API, documented in docs/api.md; also what DOORS names
+    "CacheSpec", "ChunkLabel", "ChunkStore", "DamagedChunkError", "DeviceError", "DinoCacheError", "Hooks",
+    "InputError", "RefusedError", "RunOptions", "StorageError", "Trajectory", "TrajectoryResult", "cache_trajectories",
+    "find_trajectories", "load_config", "load_encoder", "model_shape", "token_shapes",
+]  # fmt: skip
 
 # ======================================================================================================================
 # Constants: names and limits that are not the user's to set
@@ -157,6 +161,8 @@ FORMAT_MODULES = {  # format -> the module that reads it; gnm is read here
     "video": "dino_cache_extras.formats.video",
 }
 EXECUTOR_MODULES = {"ray": "dino_cache_extras.ray_workers"}  # executor -> its module; local is this process
+DOORS = {"CacheWindows": "dino_cache_extras.windows", "encode_images": "dino_cache_extras.images"}  # see __getattr__
+__all__.extend(DOORS)
 
 Token = Literal["cls", "patch", "register"]
 ModelType = Literal[
@@ -431,13 +437,14 @@ _SECTIONS: tuple[type[BaseModel], ...] = (CacheSpec, RunOptions, DatasetPaths)
 _SHARED_KEYS = (*CacheSpec.model_fields, *RunOptions.model_fields)
 
 
-def load_config(path: Path, overrides: dict[str, Any]) -> list[DatasetConfig]:
+def load_config(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> list[DatasetConfig]:
     """Read a config file. `overrides` (from the command line) replace a key of every dataset.
 
     Raises:
         RefusedError: the file is missing, is not YAML, or has a key or a value that is not allowed; the message names
             the file, the key, the value and what is allowed. All faults of a dataset are reported together.
     """
+    path, overrides = Path(path), dict(overrides or {})
     top = _read_yaml(path)
     _refuse_unknown_keys(path, "", top, (*_SHARED_KEYS, "datasets"))
     datasets = top.pop("datasets", None)
@@ -506,7 +513,7 @@ def _load_dataset(path: Path, name: Any, top: dict[str, Any], section: Any, over
             parsed.append(model.model_validate({key: values[key] for key in model.model_fields if key in values}))
         except ValidationError as error:
             own_keys = (*section, *DatasetPaths.model_fields, "")  # "": a rule between keys, wherever they stand
-            faults += _explain(error, lambda key, own_keys=own_keys: prefix if key in own_keys else "")
+            faults += explain_faults(error, lambda key, own_keys=own_keys: prefix if key in own_keys else "")
     if faults:
         raise RefusedError("\n".join(f"{path}: {fault}" for fault in faults))
     spec, options, paths = parsed
@@ -519,7 +526,7 @@ def _load_dataset(path: Path, name: Any, top: dict[str, Any], section: Any, over
     return DatasetConfig(name, data_folder, cache_dir, split, spec, options, paths.format, frozenset(section))
 
 
-def _explain(error: ValidationError, prefix_of: Callable[[str], str]) -> list[str]:
+def explain_faults(error: ValidationError, prefix_of: Callable[[str], str]) -> list[str]:
     """One line a key: its value and what is allowed."""
     reasons: dict[str, list[str]] = {}
     values: dict[str, Any] = {}
@@ -568,6 +575,7 @@ def spec_differences(recorded: dict[str, Any], spec: CacheSpec) -> list[tuple[st
 
 POSE_FILES = ("traj_data.pkl", "traj_data.json", "traj_data.npz")  # the first one found is read
 OWN_NAMES = (PROGRESS_FILE, LOG_FILE, LOCK_FILE, LOCK_OWNER_FILE, STAGING_FOLDER)  # no trajectory may have such a name
+CACHE_SIGNS = (PROGRESS_FILE, LOCK_FILE)  # files that, with the staging folder, show a cache of this tool
 MAX_FILE_BYTES = 1 << 29  # a pose or frame file larger than this is refused unread
 MAX_VISITS = (
     200  # visits of one folder by links; a few folders that link to each other have more paths than anyone can walk
@@ -605,7 +613,7 @@ def data_keys(spec: CacheSpec) -> DataKeys:
 
 
 class Poses(NamedTuple):
-    """A trajectory's T frames that can be cached, and where the robot was; None where the data do not tell."""
+    """A trajectory's T frames that can be cached, and where the robot was; None where the data do not say."""
 
     frame_index: np.ndarray  # (T,) int64, ascending: the numbers by which `FrameReader.read` knows them
     position: np.ndarray | None  # (T, 2) float64, in the data's unit
@@ -667,52 +675,80 @@ class TrajectoryListing:
 def find_trajectories(data_folder: Path, frame_pattern: str = FRAME_PATTERN) -> Iterator[Trajectory]:
     """Trajectories below `data_folder`, sorted by name. A folder with a pose file is a leaf: nothing below is searched.
 
-    Links to folders are followed, except back to a folder that holds them. A folder that cannot be listed is yielded
-    as a trajectory, so that it fails with that reason. One with frames but no pose file is yielded with `lacks_poses`.
+    A folder that cannot be listed is yielded as a trajectory, so that it fails with that reason. One with frames but no
+    pose file is yielded with `lacks_poses`.
 
     Raises:
         RefusedError: `data_folder` cannot be listed, is itself a trajectory, or holds a maze of links.
     """
-    pattern = re.compile(frame_pattern)
-    try:
-        found = _look_into(data_folder, pattern)
-    except OSError as error:
-        raise RefusedError(f"data_folder {data_folder}: cannot list it: {error.strerror}") from error
-    if found.pose_file:
-        raise RefusedError(
-            f"data_folder {data_folder} is itself a trajectory (it holds {found.pose_file}); data_folder is the folder "
-            "above the trajectories"
-        )
-    real = os.path.realpath(data_folder)
-    yield from _walk(str(data_folder), "", found.subfolders, (real,), Counter([real]), pattern)
-
-
-class _Folder(NamedTuple):
-    """What a folder holds, as far as finding trajectories goes."""
-
-    pose_file: str | None
-    has_frames: bool = False
-    subfolders: Sequence[str] = ()
-
-
-_OF_A_CACHE = (PROGRESS_FILE, LOCK_FILE)  # files that, with the staging folder, tell a cache of this tool
-
-
-def _look_into(folder: str | Path, frame_pattern: re.Pattern[str]) -> _Folder:
-    if os.path.lexists(f"{folder}/{POSE_FILES[0]}"):  # the usual case, without listing all frames
-        return _Folder(POSE_FILES[0])
-    with os.scandir(folder) as entries:
-        by_name = {entry.name: entry for entry in entries}
-    if pose_file := _first_pose_file(by_name):
-        return _Folder(pose_file)
-    if STAGING_FOLDER in by_name and all(name in by_name and by_name[name].is_file() for name in _OF_A_CACHE):
-        return _Folder(None)
-    subfolders = [name for name in sorted(by_name) if name != "lost+found" and _is_folder(by_name[name])]
-    return _Folder(None, any(map(frame_pattern.fullmatch, by_name)), subfolders)
+    is_frame = re.compile(frame_pattern).fullmatch
+    for folder in walk_folders(data_folder, list_trajectories=False):
+        name, pose_file = folder.name.rstrip("/"), _first_pose_file(folder.files)
+        if not name and folder.error:
+            raise RefusedError(f"data_folder {data_folder}: cannot list it: {folder.error.strerror}") from folder.error
+        if not name and pose_file:
+            raise RefusedError(
+                f"data_folder {data_folder} is itself a trajectory (it holds {pose_file}); data_folder is the folder "
+                "above the trajectories"
+            )
+        if name and (pose_file or folder.error or any(map(is_frame, folder.files))):
+            lacks_poses = not pose_file and not folder.error
+            yield Trajectory(recordable_name(name), folder.path, lacks_poses=lacks_poses)
 
 
 def _first_pose_file(names: Container[str]) -> str | None:
     return next((name for name in POSE_FILES if name in names), None)
+
+
+class FolderFiles(NamedTuple):
+    """A folder below data_folder: what comes before the names of its files, '' or 'a/b/', and those, sorted."""
+
+    name: str
+    path: Path
+    files: list[str]
+    error: OSError | None = None  # why it cannot be listed; then it has no files
+
+
+def walk_folders(data_folder: Path, *, list_trajectories: bool = True) -> Iterator[FolderFiles]:
+    """`data_folder` and all below it, sorted; each before those that it holds. Caches of this tool, lost+found, and
+    what is below a gnm trajectory are left out. Links are followed, except back to a folder that holds them. Without
+    `list_trajectories`, of a folder with traj_data.pkl only that file is yielded, without listing all frames.
+
+    Raises:
+        RefusedError: links lead to a folder again and again.
+    """
+    yield from _walk(data_folder, "", os.path.realpath(data_folder), (), Counter(), list_trajectories)
+
+
+def _walk(
+    folder: Path, name: str, real: str, ancestors: tuple[str, ...], visits: Counter[str], list_trajectories: bool
+) -> Iterator[FolderFiles]:
+    """`real`: the folder's path without links; `ancestors`: those of the folders that it was come by."""
+    if real in ancestors:
+        return
+    if not list_trajectories and os.path.lexists(f"{folder}/{POSE_FILES[0]}"):
+        yield FolderFiles(name, folder, [POSE_FILES[0]])
+        return
+    try:
+        with os.scandir(folder) as entries:
+            by_name = {entry.name: entry for entry in entries}
+        subfolders = [child for child in sorted(by_name) if child != "lost+found" and _is_folder(by_name[child])]
+        is_cache = STAGING_FOLDER in by_name and all(own in by_name and by_name[own].is_file() for own in CACHE_SIGNS)
+    except OSError as error:
+        yield FolderFiles(name, folder, [], error)
+        return
+    if is_cache:
+        return
+    yield FolderFiles(name, folder, sorted(by_name.keys() - set(subfolders)))
+    if not subfolders or _first_pose_file(by_name):
+        return
+    visits[real] += 1
+    if visits[real] > MAX_VISITS:
+        raise RefusedError(f"{folder}: links lead to this folder in more than {MAX_VISITS} ways; remove some")
+    for child in subfolders:
+        path = Path(f"{folder}/{child}")
+        child_real = os.path.realpath(path) if by_name[child].is_symlink() else f"{real}/{child}"
+        yield from _walk(path, f"{name}{child}/", child_real, (*ancestors, real), visits, list_trajectories)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -722,74 +758,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         if error.errno == errno.ELOOP:  # a link to itself
             return False
         raise
-
-
-def _walk(
-    folder: str,
-    prefix: str,
-    subfolders: Sequence[str],
-    ancestors: tuple[str, ...],
-    visits: Counter[str],
-    frame_pattern: re.Pattern[str],
-) -> Iterator[Trajectory]:
-    for name in subfolders:
-        child, child_name = f"{folder}/{name}", prefix + name
-        try:
-            found = _look_into(child, frame_pattern)
-        except OSError:
-            yield Trajectory(recordable_name(child_name), Path(child))
-            continue
-        if found.pose_file or found.has_frames:
-            yield Trajectory(recordable_name(child_name), Path(child), lacks_poses=not found.pose_file)
-        if found.subfolders:
-            real = os.path.realpath(child)
-            _count_visit(visits, child, real)
-            if real not in ancestors:
-                yield from _walk(child, child_name + "/", found.subfolders, (*ancestors, real), visits, frame_pattern)
-
-
-def _count_visit(visits: Counter[str], folder: str | Path, real: str) -> None:
-    """Count that a walk comes to a folder. Raises RefusedError where links lead to it again and again."""
-    visits[real] += 1
-    if visits[real] > MAX_VISITS:
-        raise RefusedError(f"{folder}: links lead to this folder in more than {MAX_VISITS} ways; remove some")
-
-
-class FolderFiles(NamedTuple):
-    """A folder below data_folder: what comes before the names of its files, '' or 'a/b/', and those, sorted."""
-
-    name: str
-    path: Path
-    files: list[str]
-
-
-def walk_folders(
-    folder: Path,
-    name: str = "",
-    ancestors: tuple[str, ...] = (),
-    visits: Counter[str] | None = None,
-    unlistable: list[FolderFiles] | None = None,
-) -> Iterator[FolderFiles]:
-    """`folder` and all below it, sorted. Caches of this tool, and what is below a gnm trajectory, are left out; links
-    are followed, except back to a folder that holds them; what cannot be listed goes into `unlistable`."""
-    real, visits = os.path.realpath(folder), Counter() if visits is None else visits
-    _count_visit(visits, folder, real)
-    if real in ancestors:
-        return
-    try:
-        with os.scandir(folder) as entries:
-            by_name = {entry.name: entry for entry in entries}
-        subfolders = [name for name in sorted(by_name) if _is_folder(by_name[name])]
-    except OSError:
-        if unlistable is not None:
-            unlistable.append(FolderFiles(name, folder, []))
-        return
-    if STAGING_FOLDER in subfolders and all(own in by_name for own in _OF_A_CACHE):
-        return
-    yield FolderFiles(name, folder, sorted(by_name.keys() - set(subfolders)))
-    if _first_pose_file(by_name) is None:
-        for child in subfolders:
-            yield from walk_folders(folder / child, f"{name}{child}/", (*ancestors, real), visits, unlistable)
 
 
 def recordable_name(name: str) -> str:
@@ -1242,12 +1210,13 @@ def detect_format(data_folder: Path, keys: DataKeys) -> FoundFormat:
     """The format of what lies in `data_folder`: by a look at the first folders, and at more until there is a sign.
 
     Raises:
-        RefusedError: nothing tells, or it could be two formats.
+        RefusedError: nothing shows one, or it could be two.
     """
     formats = {name: format_named(name) for name in format_names()}
     signs: dict[str, str] = {}
-    hint = None  # frames without poses tell only where nothing else does
-    for count, folder in enumerate(walk_folders(data_folder), 1):
+    hint = None  # frames without poses show a format only where nothing else does
+    listed = (folder for folder in walk_folders(data_folder) if not folder.error)
+    for count, folder in enumerate(listed, 1):
         for name, kind in formats.items():
             if sign := next(iter(kind.signs(folder, count == 1)), None):
                 signs.setdefault(name, recordable_name(folder.name + sign))
@@ -1553,6 +1522,7 @@ class ModelShape(NamedTuple):
     num_registers: int
 
 
+@functools.cache
 def model_shape(model_type: ModelType) -> ModelShape:
     """Taken from the architecture itself, built without blocks (one of dinov3_7b takes 0.8 GB) or weights to load."""
     import timm
@@ -1824,7 +1794,7 @@ def keep_freed_memory() -> None:
             mallopt(parameter, KEPT_BYTES)
 
 
-def _one_torch_thread() -> None:
+def one_torch_thread() -> None:
     """For threads that are the parallelism: torch's own threads under each of them would only be in the way."""
     import torch
 
@@ -1907,7 +1877,7 @@ class DinoEncoder:
             self._cores = self._new_cores()
 
     def _new_cores(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self._num_cores, "encode", _one_torch_thread)
+        return ThreadPoolExecutor(self._num_cores, "encode", one_torch_thread)
 
     def _encode_on_core(self, pixels: torch.Tensor) -> EncodedRows:
         with self._torch.inference_mode():
@@ -1962,7 +1932,7 @@ def load_encoder(spec: CacheSpec, device: str) -> tuple[Encoder, str]:
     return DinoEncoder(model, spec, device), digest
 
 
-# Settings that an encoder does not know: they choose frames, bring them to the input size, or cut trajectories. All
+# Settings that do not reach an encoder: they choose frames, bring them to the input size, or cut trajectories. All
 # others are its own, so that a setting forgotten here costs a second encoder in memory and never mixes features.
 NOT_OF_ENCODER = {
     *("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m", "frame_stride", "frame_pattern", "resize"),
@@ -2076,6 +2046,8 @@ class ChunkWriter:
     """One chunk file, written row by row in frame order, its digests computed on the way."""
 
     def __init__(self, folder: Path, plan: TrajectoryPlan, chunk_index: int, label: ChunkLabel):
+        import h5py
+
         self._path = folder / chunk_file_name(chunk_index)
         self._plan, self._chunk_index, self._label = plan, chunk_index, label
         self._span = plan.spans[chunk_index]
@@ -2319,7 +2291,7 @@ def in_groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 @contextlib.contextmanager
-def _pool(workers: int, name: str, initializer: Callable[[], None] | None = None) -> Iterator[Executor]:
+def thread_pool(workers: int, name: str, initializer: Callable[[], None] | None = None) -> Iterator[Executor]:
     """Threads that, at the end, finish what they are at and nothing more."""
     pool = ThreadPoolExecutor(workers, name, initializer)
     try:
@@ -2369,7 +2341,7 @@ def map_files(function: Callable[[Item], Result], items: list[Item]) -> Iterator
     if time.perf_counter() - wall_s < 2 * (time.thread_time() - work_s):
         yield from map(function, rest)
         return
-    with _pool(FILE_THREADS, "files") as pool:
+    with thread_pool(FILE_THREADS, "files") as pool:
         groups = in_groups(rest, MEASURED_ITEMS)
         for results in prefetch(lambda group: [function(item) for item in group], groups, pool, 2 * FILE_THREADS):
             yield from results
@@ -2552,7 +2524,7 @@ def full_batches(
     A failure is passed on at once; frames of its trajectory that come later are dropped. When stopping, the batch begun
     is dropped too.
     """
-    pixels, members = new_pixels(batch_size), []
+    pixels, batch = new_pixels(batch_size), []
     for frame in frames:
         if should_stop():
             return
@@ -2563,13 +2535,13 @@ def full_batches(
         elif frame.error is not None:
             yield from _fail(frame.plan, frame.error, failed)
         else:
-            pixels.numpy()[len(members)] = frame.pixels.numpy()  # torch would wake threads for each of these copies
-            members.append((frame.plan, frame.row))
-            if len(members) == batch_size:
-                yield Batch(members, pixels)
-                pixels, members = new_pixels(batch_size), []
-    if members and not should_stop():
-        yield Batch(members, pixels[: len(members)])
+            pixels.numpy()[len(batch)] = frame.pixels.numpy()  # torch would wake threads for each of these copies
+            batch.append((frame.plan, frame.row))
+            if len(batch) == batch_size:
+                yield Batch(batch, pixels)
+                pixels, batch = new_pixels(batch_size), []
+    if batch and not should_stop():
+        yield Batch(batch, pixels[: len(batch)])
 
 
 def _fail(plan: TrajectoryPlan, error: Exception, failed: FailedTrajectories) -> list[TrajectoryResult]:
@@ -2710,8 +2682,16 @@ class StreamWriter:
             where = self._store.folder(name)
             return self._give_up(plan, f"{name}: cannot make {where}: {error.strerror}; rename it, or make way")
         self._open = None
-        outcome = (plan.spans, writer.chunk_bytes, plan.left_out(), replaced)
-        return [TrajectoryResult(name, plan.checksum, plan.checksum_kind, *outcome)]
+        result = TrajectoryResult(
+            name=name,
+            checksum=plan.checksum,
+            checksum_kind=plan.checksum_kind,
+            spans=plan.spans,
+            chunk_bytes=writer.chunk_bytes,
+            left_out=plan.left_out(),
+            replaced=replaced,
+        )
+        return [result]
 
     def _give_up(self, plan: TrajectoryPlan, reason: str) -> list[TrajectoryResult]:
         self.close()
@@ -2783,9 +2763,9 @@ def cache_trajectories(
 
     with (
         contextlib.closing(writer),  # first in, last out: no thread writes any more when it drops what is half-made
-        _pool(max(FILE_THREADS, workers, groups_ahead), "read", _one_torch_thread) as readers,
-        _pool(workers, "decode", _one_torch_thread) as decoders,
-        _pool(1, "write") as writers,
+        thread_pool(max(FILE_THREADS, workers, groups_ahead), "read", one_torch_thread) as readers,
+        thread_pool(workers, "decode", one_torch_thread) as decoders,
+        thread_pool(1, "write") as writers,
     ):
         plans = prefetch(plan, trajectories, readers, PLANS_AHEAD, weigh=weigh)
         groups = in_groups(frame_stream(plans, failed, hooks.should_stop), READ_TOGETHER)
@@ -2859,6 +2839,8 @@ CHUNK_OVERHEAD_BYTES = 12_000  # what an HDF5 file takes beside its datasets: he
 SHOWN_NAMES = 10  # names of a list that a message shows
 DISTANCE_SETTINGS = ("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m")
 FRAME_SETTINGS = ("max_chunk_frames", "overlap_frames")
+
+WORK_LIBRARIES = ("torch", "torchvision", "timm", "PIL.Image", "h5py")  # imported where there is work, and only there
 
 EXIT_COMPLETED, EXIT_SOME_FAILED, EXIT_STOPPED_BY_FAULT, EXIT_WORK_LEFT = 0, 1, 3, 5
 
@@ -3029,8 +3011,9 @@ def open_progress(config: DatasetConfig) -> Progress:
     if progress is None:
         if not options.force_rebuild and ChunkStore(cache_dir).has_chunks():
             raise RefusedError(
-                f"{cache_dir}: holds chunk files but no {PROGRESS_FILE}. Ways on: `progress_utils.py rebuild "
-                f"--cache-dir {cache_dir}` makes it anew from the chunks, --force-rebuild redoes every trajectory"
+                f"{cache_dir}: holds chunk files but no {PROGRESS_FILE}. Ways on: "
+                f"{progress_command(f'rebuild --cache-dir {cache_dir}')} makes it anew from the chunks, "
+                "--force-rebuild redoes every trajectory"
             )
         return Progress(cache_dir, config.name)
     if progress.dataset_name not in (None, config.name):
@@ -3046,7 +3029,7 @@ def settle_format(config: DatasetConfig) -> DatasetConfig:
     """The config with its format settled.
 
     Raises:
-        RefusedError: the format cannot be told, or a setting under the dataset does not apply to it.
+        RefusedError: the format is not clear, or a setting under the dataset does not apply to it.
     """
     found = FoundFormat(config.format, "set in the config")
     if config.format == "auto":
@@ -3203,7 +3186,8 @@ def confirm_changes(
         change = "\n".join([f"{dataset.name}: the configuration changed since this cache was begun:", *lines])
         ways = (
             "Ways on: --yes keeps what is completed and makes the rest with the new configuration; --force-rebuild "
-            f"redoes everything, as `progress_utils.py reset --cache-dir {dataset.config.cache_dir}` does; or undo it"
+            f"redoes everything, as {progress_command(f'reset --cache-dir {dataset.config.cache_dir}')} does; or undo "
+            "it"
         )
         LOG.warning("%s", change)
         if not yes and not ask_to_continue(ways, stop_request):
@@ -3446,7 +3430,7 @@ def log_outcome(outcome: DatasetOutcome) -> None:
         attempts = f"{failure['attempts']} of {outcome.max_attempts} attempts"
         LOG.warning("  failed (%s): %s%s", attempts, failure["reason"], gone)
     if (more := len(outcome.failures) - SHOWN_NAMES) > 0:
-        LOG.warning("  ... and %d more; `progress_utils.py show --all` lists them", more)
+        LOG.warning("  ... and %d more; %s lists them", more, progress_command("show --all"))
     if outcome.stopped_by is not None:
         reason = "by a signal" if outcome.stopped_by == "signal" else "by --max-hours"
         left = outcome.num_left
@@ -3870,46 +3854,6 @@ def run_dataset(dataset: PreparedDataset, stop_request: StopRequest) -> DatasetO
 # Forecast: what a run would do and take, for --dry-run
 # ======================================================================================================================
 
-MEASURE_S = 5.0  # time after the first batch in which --measure decodes and encodes
-
-
-def measure_rate(dataset: PreparedDataset, stop_request: StopRequest) -> float | None:
-    """Frames/s of decoding and encoding what is pending, after a few seconds of it; None where no frame is encoded."""
-    ticks: list[tuple[float, int]] = [(time.monotonic(), 0)]  # when so many frames were encoded
-
-    def is_over() -> bool:
-        return stop_request() or (len(ticks) > 1 and time.monotonic() - ticks[1][0] > MEASURE_S)
-
-    hooks = Hooks(should_stop=is_over, on_encoded=lambda count: ticks.append((time.monotonic(), ticks[-1][1] + count)))
-    options, encoder = dataset.config.options, dataset.encoder
-    label = ChunkLabel(
-        dataset_name=dataset.name,
-        spec=dataset.spec,
-        fingerprint="",
-        weights_digest=dataset.weights["digest"],
-        token_shapes=token_shapes(dataset.spec, dataset.shape),
-    )
-    for _ in cache_trajectories(dataset.pending, label, options, encoder, None, hooks):
-        pass
-    batch_size = resolve_batch_size(options, encoder)  # the first batch's time is that of filling the pipeline, too
-    begin_s, before = next((tick for tick in ticks[:-1] if tick[1] >= batch_size), ticks[0])
-    end_s, frames = ticks[-1]
-    return (frames - before) / (end_s - begin_s) if end_s > begin_s else None
-
-
-def measure(datasets: list[PreparedDataset], stop_request: StopRequest) -> dict[str, float | None]:
-    """Frames/s by dataset, of those that have frames to encode; loads the models and writes nothing."""
-    busy = [dataset for dataset in datasets if dataset.num_frames]
-    load_encoders(busy, stop_request)
-    rates = {}
-    for name in sorted({dataset.name for dataset in datasets} - {dataset.name for dataset in busy}):
-        print(f"Nothing to measure of {name}: it has no frames to encode", file=sys.stderr, flush=True)
-    for dataset in busy:
-        print(f"Measuring {dataset.name} on {dataset.workers.device} ...", file=sys.stderr, flush=True)
-        rates[dataset.name] = measure_rate(dataset, stop_request)
-        stop_request.check()
-    return rates
-
 
 def alternative_tokens(dataset: PreparedDataset) -> list[tuple[Token, ...]]:
     """Choices of tokens, to compare what they take: each that the model has, those chosen, and all."""
@@ -4009,7 +3953,10 @@ def run(arguments: RunArguments, stop_request: StopRequest) -> NightOutcome:
         if arguments.dry_run:
             forecast(datasets, stop_request, with_rates=arguments.measure)
             return NightOutcome([], EXIT_COMPLETED)
-        # 6) find workers, settle device, precision and shapes
+        # 6) find libraries and workers, settle device, precision and shapes
+        if any(dataset.pending for dataset in datasets):
+            for library in WORK_LIBRARIES:
+                open_library(library)
         workers = open_workers(datasets, resources)
         stop_request.check()
         for dataset in datasets:
@@ -4043,7 +3990,7 @@ def forecast(datasets: list[PreparedDataset], stop_request: StopRequest, *, with
                 dataset.workers = LocalWorkers(resolve_device(dataset.config.options.device))
             settle_encoding(dataset)
     reasons = [estimate_work(dataset, stop_request) for dataset in datasets]
-    rates = measure(datasets, stop_request) if with_rates else {}
+    rates = open_door("dino_cache_extras.measure").measure(datasets, stop_request) if with_rates else {}
     for dataset, why in zip(datasets, reasons):
         print_forecast(dataset, why, rates)
 
@@ -4197,11 +4144,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def __getattr__(name: str) -> Any:
-    """`from dino_cache import CacheWindows`: the reader to train with lies in dino_cache_extras."""
-    if name != "CacheWindows":
+    """What DOORS names is imported from here as if it stood here."""
+    if name not in DOORS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return open_door("dino_cache_extras.windows").CacheWindows
+        return getattr(open_door(DOORS[name]), name)
     except RefusedError as error:
         raise ImportError(str(error)) from error
 

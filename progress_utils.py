@@ -56,7 +56,7 @@ from typing import Any, NamedTuple, NoReturn, TypedDict
 # Constants: the names of a cache's own files, and what several sections need
 # ======================================================================================================================
 
-__version__ = "0.1.0"  # dino_cache.py and pyproject.toml take it from here
+__version__ = "0.2.0"  # dino_cache.py and pyproject.toml take it from here
 
 PROGRESS_FILE = "progress.json"
 BACKUP_FILE = "progress.json.bak"
@@ -170,16 +170,20 @@ def human_duration(seconds: float) -> str:
 # ======================================================================================================================
 
 EXTRA_OF = {"av": "lerobot", "pyarrow": "lerobot", "ray": "ray", "matplotlib": "report"}  # library -> who brings it
+PACKAGE_OF = {"yaml": "pyyaml", "PIL": "pillow"}  # library -> its package, where that is called otherwise
 SCRIPTS = {"dino_cache.py": "dino-cache", "progress_utils.py": "dino-cache-progress"}  # file -> command, once installed
 
 
 def install_command(library: str) -> str:
-    """The command that installs a library: from a clone by its requirements file, else as the package's extra."""
-    extra = EXTRA_OF.get(library.partition(".")[0])
+    """The command that installs a library: in a clone by its requirements file, of the package as its extra."""
+    library = library.partition(".")[0]
+    extra = EXTRA_OF.get(library)
     file = "requirements.txt" if extra is None else f"requirements-{extra}.txt"
     if (Path(__file__).parent / file).exists():
         return f"pip install -r {file}"
-    return 'pip install "dino-cache"' if extra is None else f'pip install "dino-cache[{extra}]"'
+    if is_installed() and extra is not None:
+        return f'pip install "dino-cache[{extra}]"'
+    return f"pip install {PACKAGE_OF.get(library, library)}"
 
 
 def missing_library(error: ImportError) -> RefusedError:
@@ -237,9 +241,20 @@ def is_command() -> bool:
     return Path(sys.argv[0]).name in (*SCRIPTS, *SCRIPTS.values())
 
 
+def is_installed() -> bool:
+    """Whether this is the installed package, started by one of its commands or imported, and not a clone's file."""
+    started = Path(sys.argv[0]).name
+    return started in SCRIPTS.values() or Path(__file__).parent.name in ("site-packages", "dist-packages")
+
+
 def program_name(script: str) -> str:
-    """What a command is called: the script, or its name once installed, whichever was started."""
-    return SCRIPTS[script] if Path(sys.argv[0]).name == SCRIPTS[script] else script
+    """What a script is called here, for the user to type: by its file, or by its name once installed."""
+    return SCRIPTS[script] if is_installed() else script
+
+
+def progress_command(arguments: str) -> str:
+    """A command line of progress_utils.py, for messages."""
+    return f"`{program_name('progress_utils.py')} {arguments}`"
 
 
 def example(script: str, arguments: str) -> str:
@@ -750,7 +765,7 @@ def _check_agreement(data: dict[str, Any]) -> None:
 
 
 def _ways_out(cache_dir: Path) -> str:
-    command = f"progress_utils.py {{}} --cache-dir {cache_dir}"
+    command = f"{program_name('progress_utils.py')} {{}} --cache-dir {cache_dir}"
     return (
         f"Nothing was changed. Ways out: `{command.format('rebuild')}` makes it anew from the chunk files; or put "
         f"{BACKUP_FILE} in its place; or `{command.format('reset')}` starts afresh and redoes every trajectory. Both "

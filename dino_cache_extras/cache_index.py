@@ -25,6 +25,8 @@ from progress_utils import (
     Progress,
     RefusedError,
     lock_owner,
+    program_name,
+    progress_command,
     read_or_refuse,
 )
 
@@ -61,7 +63,7 @@ def cache_index(cache_dir: Path) -> CacheIndex:
 def _index_of(progress: Progress) -> CacheIndex:
     path, names = progress.cache_dir / PROGRESS_FILE, sorted(progress.records)
     if not names:
-        raise RefusedError(f"{path}: no trajectory is completed yet; run dino_cache.py first")
+        raise RefusedError(f"{path}: no trajectory is completed yet; run {program_name('dino_cache.py')} first")
     fingerprints = sorted(progress.fingerprints)
     numbers = {fingerprint: number for number, fingerprint in enumerate(fingerprints)}
     rows = (
@@ -74,8 +76,8 @@ def _index_of(progress: Progress) -> CacheIndex:
         _check_spans(chunks, names)
     except (ValueError, OverflowError) as error:
         raise RefusedError(
-            f"{path}: not a usable progress record: {error}. `progress_utils.py rebuild --cache-dir "
-            f"{progress.cache_dir}` makes it anew from the chunk files"
+            f"{path}: not a usable progress record: {error}. "
+            f"{progress_command(f'rebuild --cache-dir {progress.cache_dir}')} makes it anew from the chunk files"
         ) from error
     checksums = [f"{progress.records[name]['checksum_kind']}:{progress.checksums[name]}" for name in names]
     return CacheIndex(names, checksums, fingerprints, chunks)
@@ -124,7 +126,7 @@ def reading_error(chunk: RecordedChunk, error: Exception) -> Exception:
     reason = "recorded, but not there" if isinstance(error, OSError) else error
     return DamagedChunkError(
         f"{chunk.path}: {reason}. If a run has redone it since this dataset was made, make the dataset anew; else "
-        f"`progress_utils.py verify --cache-dir {chunk.cache_dir} --deep` tells what is wrong"
+        f"{progress_command(f'verify --cache-dir {chunk.cache_dir} --deep')} says what is wrong"
     )
 
 

@@ -24,7 +24,15 @@ from dino_cache import (
     bytes_digest,
     metadata_digest,
 )
-from progress_utils import CANNOT_LOOK, DamagedChunkError, Progress, RefusedError, TrajectoryRecord, chunk_file_name
+from progress_utils import (
+    CANNOT_LOOK,
+    DamagedChunkError,
+    Progress,
+    RefusedError,
+    TrajectoryRecord,
+    chunk_file_name,
+    progress_command,
+)
 
 
 class StoredDataset(NamedTuple):
@@ -138,7 +146,13 @@ def check_dataset(dataset: h5py.Dataset, name: str, shape: tuple[int | None, ...
         raise DamagedChunkError(
             f"{name} is {dataset.shape} {dataset.dtype.str}, expected {shape} {expected_type} in one piece"
         )
-    return StoredDataset(offset, dataset.nbytes, expected_type, dataset.attrs["digest"], dataset.shape)
+    return StoredDataset(
+        offset=offset,
+        size=dataset.nbytes,
+        dtype=expected_type,
+        digest=dataset.attrs["digest"],
+        shape=dataset.shape,
+    )
 
 
 def _check_bytes(path: Path, name: str, dataset: StoredDataset) -> None:
@@ -240,8 +254,8 @@ def recorded_chunk(progress: Progress, name: str, index: int, *, deep: bool) -> 
         file = h5py.File(chunk.path, locking=False)
     except (DamagedChunkError, OSError) as error:
         raise RefusedError(
-            f"{chunk.path}: {error}. If a run has just replaced it, give the command again; else `progress_utils.py "
-            f"verify --cache-dir {progress.cache_dir} --deep --repair` and a run mend it"
+            f"{chunk.path}: {error}. If a run has just replaced it, give the command again; else "
+            f"{progress_command(f'verify --cache-dir {progress.cache_dir} --deep --repair')} and a run mend it"
         ) from error
     with file:
         yield file

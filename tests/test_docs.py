@@ -25,7 +25,7 @@ BLOCK_TIMEOUT_S = 120
 
 # The commands of progress_utils.py itself, and those of dino_cache_extras, whose modules are opened one at a time.
 OWN_COMMANDS = ("show", "list", "reset", "reset-failed")
-EXTRA_COMMANDS = tuple(getattr(progress_utils, "COMMAND_MODULES", ("verify", "rebuild", "export", "report")))
+EXTRA_COMMANDS = tuple(progress_utils.COMMAND_MODULES)
 COMMANDS = (*OWN_COMMANDS, *EXTRA_COMMANDS)
 
 

@@ -114,13 +114,13 @@ def _write_flat(
     with h5py.File(raw, "w", libver="v110") as file:  # attributes may exceed 64 kB then
         columns = _make_columns(progress, file, token_datasets, sum(lengths), folder)
         _write_episodes(progress, file, [name for name, _ in found], lengths)
-        position, told = 0, set()
+        position, filled = 0, set()
         for name, rows in with_bar(parts, "Exporting"):
             with recorded_chunk(progress, name, rows.index, deep=True) as chunk:
-                told |= _copy_rows(chunk, rows, columns, position)
+                filled |= _copy_rows(chunk, rows, columns, position)
             raw.check()
             position += rows.stop - rows.start
-        for name in columns.keys() - told:
+        for name in columns.keys() - filled:
             del file[name]  # nothing was written to it, so that it takes no space
 
 

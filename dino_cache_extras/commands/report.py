@@ -34,7 +34,7 @@ from dino_cache_extras.commands.report_facts import (
     REPORT_TRAJECTORIES,
     CacheSample,
     ChunkFacts,
-    TrajectoryLook,
+    TrajectorySample,
     colours_of_patches,
     failure_causes,
     frames_to_picture,
@@ -75,37 +75,37 @@ def report(cache_dir: Path, *, output: Path, data_folder: Path | None) -> int:
     open_library("matplotlib")
     if output.is_dir():
         raise RefusedError(f"-o {output}: is a folder; give the name of a file")
-    look = CacheSample(progress, data_folder or (Path(progress.data_folder) if progress.data_folder else None))
+    sample = CacheSample(progress, data_folder or (Path(progress.data_folder) if progress.data_folder else None))
     sections = [
-        _summary_section(look),
+        _summary_section(sample),
         _failures_section(progress.failures),
-        _figures_section(look),
-        _trajectories_section(look),
-        _pictures_section(look),
-        _configuration_section(look),
+        _figures_section(sample),
+        _trajectories_section(sample),
+        _pictures_section(sample),
+        _configuration_section(sample),
     ]
-    page = _page(f"{progress.dataset_name}: dino_cache report", _problems_section(look) + "".join(sections))
+    page = _page(f"{progress.dataset_name}: dino_cache report", _problems_section(sample) + "".join(sections))
     write_durably(output, page.encode(errors="replace"))
     print(f"Wrote {output} ({human_bytes(output.stat().st_size)})")
     return 0
 
 
-def _summary_section(look: CacheSample) -> str:
-    progress = look.progress
+def _summary_section(sample: CacheSample) -> str:
+    progress = sample.progress
     owner = read_lock_owner(progress.cache_dir)
     state = "idle" if owner is None else "stale" if owner.is_stale else "running"
     total = progress.num_trajectories
     share = f"of {total:,} ({100 * len(progress.records) / total:.1f}%)" if total else "of unknown"
     size = sum(sum(record["bytes"]) for record in progress.records.values())
-    rate = night_rate(look.night)
+    rate = night_rate(sample.night)
     tiles = [
         ("completed trajectories", f"{len(progress.records):,}", share),
         ("failed trajectories", f"{len(progress.failures):,}", "see below" if progress.failures else "none"),
-        ("frames", f"{sum(look.num_frames.values()):,}", "each counted once"),
+        ("frames", f"{sum(sample.num_frames.values()):,}", "each counted once"),
         ("chunks", f"{progress.total_chunks:,}", human_bytes(size)),
         ("pose jumps", *_jumps_tile(progress)),
         ("rate", f"{rate:.1f} frames/s" if rate else "?", "mean of the last night"),
-        ("time left", _time_left(look, owner, rate), state),
+        ("time left", _time_left(sample, owner, rate), state),
         ("working time", f"{progress.elapsed_s / 3600:.1f} h", "of all runs"),
     ]
     cards = "".join(f"<div class=tile><b>{_text(value)}</b>{_text(name)}<i>{_text(more)}</i></div>"
@@ -129,8 +129,8 @@ def _report_remarks(progress: Progress) -> list[str]:
     return remarks
 
 
-def _time_left(look: CacheSample, owner: LockOwner | None, rate: float | None) -> str:
-    progress, total = look.progress, look.progress.num_trajectories
+def _time_left(sample: CacheSample, owner: LockOwner | None, rate: float | None) -> str:
+    progress, total = sample.progress, sample.progress.num_trajectories
     if owner is not None and not owner.is_stale and owner.run is not None and owner.run.frames_per_s > 0:
         return human_duration(owner.run.frames_left / owner.run.frames_per_s)
     left = (total or 0) - len(progress.records) - len(progress.failures)
@@ -138,11 +138,11 @@ def _time_left(look: CacheSample, owner: LockOwner | None, rate: float | None) -
         return "none"
     if not rate or total is None:
         return "?"
-    return human_duration(left * sum(look.num_frames.values()) / len(progress.records) / rate)
+    return human_duration(left * sum(sample.num_frames.values()) / len(progress.records) / rate)
 
 
-def _problems_section(look: CacheSample) -> str:
-    problems = list(look.problems)
+def _problems_section(sample: CacheSample) -> str:
+    problems = list(sample.problems)
     items = "".join(f"<li>{_text(problem)}</li>" for problem in problems[:REPORT_NAMES])
     more = f"<p>... and {len(problems) - REPORT_NAMES} more</p>" if len(problems) > REPORT_NAMES else ""
     title = f"<p class=warn>{len(problems)} of the chunk files looked into are not as recorded</p>"
@@ -165,26 +165,26 @@ def _failures_section(failures: dict[str, Failure]) -> str:
     return f"<h2>{len(failures):,} failed, by cause</h2>{''.join(groups)}"
 
 
-def _figures_section(look: CacheSample) -> str:
+def _figures_section(sample: CacheSample) -> str:
     """The rate, and histograms of the chunks."""
-    lengths = [stop - start for record in look.progress.records.values() for start, stop in record["spans"]]
-    distances = [fact.distance_m for fact in look.facts if fact.distance_m is not None]
+    lengths = [stop - start for record in sample.progress.records.values() for start, stop in record["spans"]]
+    distances = [fact.distance_m for fact in sample.facts if fact.distance_m is not None]
     if not lengths:
         return ""
     sampled = f"{len(distances):,} of {len(lengths):,} chunks" if len(distances) < len(lengths) else "all chunks"
     figures = [_figure(_histogram(lengths, "chunk length [frames]"), "Length of all chunks")]
     if distances:
         figures.append(_figure(_histogram(distances, "chunk distance [m]"), f"Travelled distance of {sampled}"))
-    elif look.facts:
+    elif sample.facts:
         figures.append(
             _figure("", "No travelled distances: the chunks were cut by number of frames (chunk_by: frames)")
         )
-    if night_rate(look.night):
-        begin, end = (time.localtime(look.night[i].created_at) for i in (0, -1))
+    if night_rate(sample.night):
+        begin, end = (time.localtime(sample.night[i].created_at) for i in (0, -1))
         day = "%a %d %b "
         until = time.strftime(("" if begin[:3] == end[:3] else day) + "%H:%M", end)
         caption = f"Rate of the last night, {time.strftime(day + '%H:%M', begin)} to {until}"
-        figures.insert(0, _figure(_rate_figure(look.night), caption))
+        figures.insert(0, _figure(_rate_figure(sample.night), caption))
     return f"<h2>Rate and chunks</h2><div class=grid>{''.join(figures)}</div>"
 
 
@@ -216,11 +216,11 @@ def _histogram(values: list[float], label: str) -> str:
     return _svg(draw)
 
 
-def _trajectories_section(look: CacheSample) -> str:
-    if not look.trajectories:
+def _trajectories_section(sample: CacheSample) -> str:
+    if not sample.trajectories:
         return ""
-    total = len(look.progress.records)
-    which = f"A seeded sample of {len(look.trajectories)} of {total:,}." if total > REPORT_TRAJECTORIES else "All."
+    total = len(sample.progress.records)
+    which = f"A seeded sample of {len(sample.trajectories)} of {total:,}." if total > REPORT_TRAJECTORIES else "All."
     keys = [
         f"Maps: each chunk in a colour, wide and narrow in turn, so that overlaps show; {_key(RED)} a pose jump; the "
         "ring is the start.",
@@ -228,7 +228,7 @@ def _trajectories_section(look: CacheSample) -> str:
         "frame's. A camera that works leaves the first frame slowly and stays near 1 from frame to frame; a frozen one "
         "is flat, shuffled frames jump up and down.",
     ]
-    cards = "".join(map(_trajectory_card, look.trajectories))
+    cards = "".join(map(_trajectory_card, sample.trajectories))
     return f"<h2>Trajectories</h2><p>{which} {' '.join(keys)}</p><div class=grid>{cards}</div>"
 
 
@@ -246,51 +246,51 @@ def _key(colour: str) -> str:
     return f'<span class=key style="background:{colour}"></span>'
 
 
-def _trajectory_card(look: TrajectoryLook) -> str:
-    parts = _count(look.num_chunks, "chunk")
-    if look.num_chunks > look.chunks_seen:
-        parts = f"the first {look.chunks_seen} of {parts}"
-    jumps = f", {_count(len(look.jumps), 'pose jump')}" if look.jumps else ""
-    remarks = "".join(f"<p class=warn>{_text(remark)}</p>" for remark in look.remarks[:REPORT_REMARKS])
-    if look.paths:
-        figures = _svg(lambda axes: _draw_map(axes, look), height_in=2.6)
+def _trajectory_card(sample: TrajectorySample) -> str:
+    parts = _count(sample.num_chunks, "chunk")
+    if sample.num_chunks > sample.chunks_seen:
+        parts = f"the first {sample.chunks_seen} of {parts}"
+    jumps = f", {_count(len(sample.jumps), 'pose jump')}" if sample.jumps else ""
+    remarks = "".join(f"<p class=warn>{_text(remark)}</p>" for remark in sample.remarks[:REPORT_REMARKS])
+    if sample.paths:
+        figures = _svg(lambda axes: _draw_map(axes, sample), height_in=2.6)
     else:
         figures = "<p><i>No map: it has no positions.</i></p>"
-    if len(look.frame_index):
-        figures += _svg(lambda axes: _draw_similarity(axes, look), height_in=1.9)
-    return f"<figure><figcaption><b>{_text(look.name)}</b> {parts}{jumps}</figcaption>{remarks}{figures}</figure>"
+    if len(sample.frame_index):
+        figures += _svg(lambda axes: _draw_similarity(axes, sample), height_in=1.9)
+    return f"<figure><figcaption><b>{_text(sample.name)}</b> {parts}{jumps}</figcaption>{remarks}{figures}</figure>"
 
 
-def _draw_map(axes: Any, look: TrajectoryLook) -> None:
-    for number, path in enumerate(look.paths):
+def _draw_map(axes: Any, sample: TrajectorySample) -> None:
+    for number, path in enumerate(sample.paths):
         thin = path[:: max(1, len(path) // REPORT_POINTS)]
         colour = CHUNK_COLOURS[number % len(CHUNK_COLOURS)]
         axes.plot(
             *thin.T, color=colour, linewidth=3.5 - 2 * (number % 2), solid_capstyle="round", zorder=2 + number % 2
         )
-    for number in look.jumps:
-        ends = (look.paths[number - 1][-1], look.paths[number][0])
+    for number in sample.jumps:
+        ends = (sample.paths[number - 1][-1], sample.paths[number][0])
         axes.plot(*zip(*ends), color=RED, linestyle=(0, (2, 2)), linewidth=1.2, marker="x", markersize=6, zorder=5)
-    axes.plot(*look.paths[0][0], marker="o", markersize=7, markerfacecolor="none", markeredgecolor=INK, zorder=6)
+    axes.plot(*sample.paths[0][0], marker="o", markersize=7, markerfacecolor="none", markeredgecolor=INK, zorder=6)
     axes.set(xlabel="x [m]", ylabel="y [m]")
     axes.set_aspect("equal", adjustable="datalim")
     axes.margins(0.08)
 
 
-def _draw_similarity(axes: Any, look: TrajectoryLook) -> None:
-    axes.plot(look.frame_index, look.to_next, color=ORANGE, linewidth=1)
-    axes.plot(look.frame_index, look.to_first, color=BLUE, linewidth=1.4)
-    for frame in look.jump_frames:
+def _draw_similarity(axes: Any, sample: TrajectorySample) -> None:
+    axes.plot(sample.frame_index, sample.to_next, color=ORANGE, linewidth=1)
+    axes.plot(sample.frame_index, sample.to_first, color=BLUE, linewidth=1.4)
+    for frame in sample.jump_frames:
         axes.axvline(frame, color=RED, linestyle=(0, (2, 2)), linewidth=1.2)
-    lowest = min(look.to_first.min(), look.to_next.min())
+    lowest = min(sample.to_first.min(), sample.to_next.min())
     axes.set(xlabel="frame", ylabel="cosine similarity", ylim=(min(lowest - 0.02, 0.9), 1.01))
 
 
-def _pictures_section(look: CacheSample) -> str:
+def _pictures_section(sample: CacheSample) -> str:
     """Patch tokens as colours beside the frames that they are of."""
-    wanted = frames_to_picture(look)
+    wanted = frames_to_picture(sample)
     pictures = [
-        picture for picture in (look._tried(read_patches, look.progress, *frame) for frame in wanted) if picture
+        picture for picture in (sample.tried(read_patches, sample.progress, *frame) for frame in wanted) if picture
     ]
     if not pictures:
         return ""
@@ -298,7 +298,7 @@ def _pictures_section(look: CacheSample) -> str:
     cards, unseen = [], set()
     for (name, frame, patches), rgb in zip(pictures, colours):
         try:
-            shown = f'<img alt="frame {frame}" src="{_frame_as_url(look, name, frame)}">'
+            shown = f'<img alt="frame {frame}" src="{_frame_as_url(sample, name, frame)}">'
         except RefusedError as error:
             shown, _ = "", unseen.add(str(error))
         height, width = patches.shape[:2]
@@ -313,9 +313,9 @@ def _pictures_section(look: CacheSample) -> str:
     return f"<h2>Patch tokens</h2><p>{about}</p>{notes}<div class=grid>{''.join(cards)}</div>"
 
 
-def _frame_as_url(look: CacheSample, name: str, frame: int) -> str:
+def _frame_as_url(sample: CacheSample, name: str, frame: int) -> str:
     """A frame, cut and scaled as the encoder saw it. RefusedError where it cannot be had."""
-    progress, folder = look.progress, look.data_folder
+    progress, folder = sample.progress, sample.data_folder
     spec = CacheSpec.model_validate(progress.specs[progress.records[name]["fingerprint"]])
     if folder is None:
         raise RefusedError("Frames are not shown: give --data-folder, the record does not say where they are")
@@ -352,18 +352,18 @@ def _image_as_url(rgb: Any, kind: str) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
-def _configuration_section(look: CacheSample) -> str:
-    progress = look.progress
+def _configuration_section(sample: CacheSample) -> str:
+    progress = sample.progress
     weights = progress.weights or {}
     rows = {
         **progress.processing_config,
         "weights source": weights.get("source"),
         "weights digest": weights.get("digest"),
     }
-    if look.facts:
-        versions = json.loads(look.facts[-1].versions)
+    if sample.facts:
+        versions = json.loads(sample.facts[-1].versions)
         rows["made with"] = ", ".join(f"{name} {version}" for name, version in versions.items())
-    rows |= {"data folder": look.data_folder, "data format": progress.data_format}
+    rows |= {"data folder": sample.data_folder, "data format": progress.data_format}
     cells = "".join(f"<tr><th>{_text(key)}</th><td>{_text(value)}</td></tr>" for key, value in rows.items())
     return f"<h2>Configuration</h2><table>{cells}</table>"
 

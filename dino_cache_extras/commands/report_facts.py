@@ -40,7 +40,7 @@ class ChunkFacts(NamedTuple):
     versions: str
 
 
-class TrajectoryLook(NamedTuple):
+class TrajectorySample(NamedTuple):
     """What a report shows of a sampled trajectory: n frames of those looked into."""
 
     name: str
@@ -70,10 +70,10 @@ class CacheSample:
         self.night = self._last_night()
         names = list(progress.records)
         chosen = names if len(names) <= REPORT_TRAJECTORIES else self.random.sample(names, REPORT_TRAJECTORIES)
-        looks = [self._tried(_look_at_trajectory, progress, name) for name in sorted(chosen)]
-        self.trajectories = [look for look in looks if look is not None]
+        samples = [self.tried(_sample_trajectory, progress, name) for name in sorted(chosen)]
+        self.trajectories = [sample for sample in samples if sample is not None]
 
-    def _tried(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def tried(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return function(*arguments)
         except RefusedError as error:
@@ -91,14 +91,14 @@ class CacheSample:
         for last in range(step - 1, len(rows), step):
             name, new = rows[last]
             count = sum(part.stop - part.start for _, part in rows[last - step + 1 : last + 1])
-            facts.append(self._tried(_chunk_facts, self.progress, name, new.index, count))
+            facts.append(self.tried(_chunk_facts, self.progress, name, new.index, count))
         return sorted((fact for fact in facts if fact is not None), key=lambda fact: fact.created_at)
 
     def _first_chunk_after(self, rows: list[tuple[str, NewRows]], after: float) -> int:
         """Where, in the order of completion, chunks are younger; by bisection, a redone one may be out of order."""
 
         def is_older(row: tuple[str, NewRows]) -> bool:
-            fact = self._tried(_chunk_facts, self.progress, row[0], row[1].index, 0)
+            fact = self.tried(_chunk_facts, self.progress, row[0], row[1].index, 0)
             return fact is not None and fact.created_at < after
 
         return bisect.bisect_left(rows, True, key=lambda row: not is_older(row))
@@ -122,7 +122,7 @@ def _chunk_facts(progress: Progress, name: str, index: int, new_frames: int) -> 
         return ChunkFacts(len(chunk["frame_index"]), distance_m, created_at, new_frames, chunk.attrs["versions"])
 
 
-def _look_at_trajectory(progress: Progress, name: str) -> TrajectoryLook:
+def _sample_trajectory(progress: Progress, name: str) -> TrajectorySample:
     """Read positions and, of evenly spaced frames, features of a trajectory's first chunks."""
     record = progress.records[name]
     found = pieces(progress, name)
@@ -147,8 +147,18 @@ def _look_at_trajectory(progress: Progress, name: str) -> TrajectoryLook:
     rows = np.array(rows, int).reshape(-1, 2)
     remarks = _camera_remarks(unit[:, 0], to_next, np.array(steps) if paths else np.zeros(len(rows)), rows)
     to_first = unit[:, 0] @ unit[0, 0] if len(rows) else to_next
-    counts = (len(parts), len(record["spans"]), remarks)
-    return TrajectoryLook(name, paths, jumps, jump_frames, rows[:, 0], to_first, to_next, *counts)
+    return TrajectorySample(
+        name=name,
+        paths=paths,
+        jumps=jumps,
+        jump_frames=jump_frames,
+        frame_index=rows[:, 0],
+        to_first=to_first,
+        to_next=to_next,
+        chunks_seen=len(parts),
+        num_chunks=len(record["spans"]),
+        remarks=remarks,
+    )
 
 
 def _feature_pair(chunk: Any, row: int) -> Any:
@@ -201,19 +211,19 @@ def _cause(name: str, failure: Failure) -> str:
     return re.sub(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", "#", reason)
 
 
-def frames_to_picture(look: CacheSample) -> list[tuple[str, int, int]]:
+def frames_to_picture(sample: CacheSample) -> list[tuple[str, int, int]]:
     """(trajectory, chunk, row) of some frames: a third and two thirds into sampled trajectories with patch tokens."""
-    specs, records = look.progress.specs, look.progress.records
+    specs, records = sample.progress.specs, sample.progress.records
     names = [
         shown.name
-        for shown in look.trajectories
+        for shown in sample.trajectories
         if "patch" in specs[records[shown.name]["fingerprint"]].get("tokens", ())
     ]
-    names = sorted(look.random.sample(names, min(len(names), REPORT_PICTURES // 2)))
+    names = sorted(sample.random.sample(names, min(len(names), REPORT_PICTURES // 2)))
     frames = []
     for name, share in itertools.product(names, (1 / 3, 2 / 3)):
-        parts = [rows for episode in pieces(look.progress, name) for rows in episode]
-        row = int(share * look.num_frames[name])
+        parts = [rows for episode in pieces(sample.progress, name) for rows in episode]
+        row = int(share * sample.num_frames[name])
         for part in parts:
             if row < part.stop - part.start:
                 frames.append((name, part.index, part.start + row))

@@ -31,6 +31,7 @@ from progress_utils import (
     load_or_refuse,
     lock_owner,
     printable,
+    program_name,
 )
 
 
@@ -101,7 +102,7 @@ def check_trajectory(cache_dir: Path, task: tuple[str, TrajectoryRecord, str], *
 
 
 def damage_of(path: Path, problem: Exception) -> str:
-    """What is wrong with a chunk file. Raises RefusedError where that cannot be told."""
+    """What is wrong with a chunk file. Raises RefusedError where the file could not be looked at."""
     if isinstance(problem, OSError) and problem.errno in CANNOT_LOOK:
         raise RefusedError(f"{path}: cannot look: {problem.strerror}. Nothing was changed") from problem
     return str(problem)
@@ -171,7 +172,7 @@ def _repair(progress: Progress, findings: list[Finding], *, yes: bool) -> bool:
             path.unlink(missing_ok=True)
     print(f"Forgot {len(damaged)} trajectories, removed {len(leftovers)} leftovers", file=sys.stderr)
     if damaged:
-        print("The next run of dino_cache.py redoes what was forgotten", file=sys.stderr)
+        print(f"The next run of {program_name('dino_cache.py')} redoes what was forgotten", file=sys.stderr)
     return True
 
 

@@ -169,7 +169,8 @@ class LeRobotDataset:
     def episode(self, number: int) -> Episode:
         if number not in self._episodes:
             raise InputError(f"{episode_name(number)}: is not among the episodes that {self._info_file} belongs to")
-        return Episode(number, *self._episodes[number])
+        length, place = self._episodes[number]
+        return Episode(index=number, length=length, place=place)
 
     def data_file(self, episode: Episode) -> Path:
         """The parquet file with an episode's rows."""

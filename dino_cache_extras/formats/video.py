@@ -64,13 +64,11 @@ def find_videos(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
     """Videos below `data_folder`, sorted by folder; those without poses beside them are marked so. A folder that cannot
     be listed is yielded as a trajectory, so that it fails with that reason."""
     open_library("av")
-    unlistable: list[FolderFiles] = []
-    for folder in walk_folders(data_folder, unlistable=unlistable):
+    for folder in walk_folders(data_folder):
+        if folder.error and folder.name:
+            yield Trajectory(recordable_name(folder.name.rstrip("/")), folder.path / VIDEO_STEM, format="video")
         for name, file, pose_file in video_files(folder):
             yield Trajectory(recordable_name(name), folder.path / file, pose_file is None, format="video")
-    for folder in unlistable:
-        if folder.name:
-            yield Trajectory(recordable_name(folder.name.rstrip("/")), folder.path / VIDEO_STEM, format="video")
 
 
 def locate_video(data_folder: Path, name: str) -> Trajectory:

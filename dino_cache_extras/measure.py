@@ -1,0 +1,57 @@
+"""--dry-run --measure: frames/s of decoding and encoding, after a few seconds of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from dino_cache import (
+    ChunkLabel,
+    Hooks,
+    PreparedDataset,
+    StopRequest,
+    cache_trajectories,
+    load_encoders,
+    resolve_batch_size,
+    token_shapes,
+)
+
+MEASURE_S = 5.0  # time after the first batch in which --measure decodes and encodes
+
+
+def measure_rate(dataset: PreparedDataset, stop_request: StopRequest) -> float | None:
+    """Frames/s of decoding and encoding what is pending, after a few seconds of it; None where no frame is encoded."""
+    ticks: list[tuple[float, int]] = [(time.monotonic(), 0)]  # when so many frames were encoded
+
+    def is_over() -> bool:
+        return stop_request() or (len(ticks) > 1 and time.monotonic() - ticks[1][0] > MEASURE_S)
+
+    hooks = Hooks(should_stop=is_over, on_encoded=lambda count: ticks.append((time.monotonic(), ticks[-1][1] + count)))
+    options, encoder = dataset.config.options, dataset.encoder
+    label = ChunkLabel(
+        dataset_name=dataset.name,
+        spec=dataset.spec,
+        fingerprint="",
+        weights_digest=dataset.weights["digest"],
+        token_shapes=token_shapes(dataset.spec, dataset.shape),
+    )
+    for _ in cache_trajectories(dataset.pending, label, options, encoder, None, hooks):
+        pass
+    batch_size = resolve_batch_size(options, encoder)  # the first batch's time is that of filling the pipeline, too
+    begin_s, before = next((tick for tick in ticks[:-1] if tick[1] >= batch_size), ticks[0])
+    end_s, frames = ticks[-1]
+    return (frames - before) / (end_s - begin_s) if end_s > begin_s else None
+
+
+def measure(datasets: list[PreparedDataset], stop_request: StopRequest) -> dict[str, float | None]:
+    """Frames/s by dataset, of those that have frames to encode; loads the models and writes nothing."""
+    busy = [dataset for dataset in datasets if dataset.num_frames]
+    load_encoders(busy, stop_request)
+    rates = {}
+    for name in sorted({dataset.name for dataset in datasets} - {dataset.name for dataset in busy}):
+        print(f"Nothing to measure of {name}: it has no frames to encode", file=sys.stderr, flush=True)
+    for dataset in busy:
+        print(f"Measuring {dataset.name} on {dataset.workers.device} ...", file=sys.stderr, flush=True)
+        rates[dataset.name] = measure_rate(dataset, stop_request)
+        stop_request.check()
+    return rates
