@@ -1,6 +1,6 @@
-"""Whatever call a command is killed at, nothing false is recorded, and running it again gives what it would have given.
+"""A command killed at any of its calls: nothing false is recorded, and running it again gives what it would have given.
 
-Each scenario is a cache in some state and a command that is killed before its first, second, ... durability call, until
+A scenario is a cache in some state and a command that is killed before its first, second, ... durability call, until
 one runs to its end (crash_harness). After each death the cache is checked as it lies there, the job is taken up again,
 and the result is compared with that of a command that nobody disturbed.
 """
@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import itertools
 import shutil
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,28 +17,24 @@ from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
-import pytest
 import yaml
 
 import dino_cache
 import progress_utils
 from crash_harness import DIED, Call, Child, Command, Disk, Ending
-from dino_cache_extras.chunk_files import read_chunk_header
-from dino_cache_extras.commands import verify
 from support import (
     cache_content,
     check_stamps,
     chunk_files,
     make_trajectory,
     read_progress,
+    sealed,
     straight_line,
     tree,
     write_config,
     write_frame,
     write_poses,
 )
-
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and /proc")
 
 CHILDREN = 2  # at a time
 
@@ -115,107 +110,6 @@ def command(folder: Path, line: str) -> Command:
     return Command(lambda: progress_utils.main([name, "--cache-dir", str(cache), *options]), cache)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The scenarios
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def two_changed(lab: Lab) -> None:
-    """Both trajectories have new data."""
-    lab.add(A, D)
-    lab.configure()
-    lab.run()
-    for name, stamp in ((A, 11), (D, 14)):
-        shutil.rmtree(lab.data / name)
-        make_trajectory(lab.data / name, FRAMES[name], stamp=stamp, yaw=np.ones(FRAMES[name]))
-
-
-def nothing_yet(lab: Lab) -> None:
-    """Two good trajectories, one whose seventh frame is cut off, one with a pose that is not a number."""
-    lab.add(A, NESTED, C, D)
-    frame = lab.data / C / "6.png"
-    frame.write_bytes(frame.read_bytes()[:60])
-    lab.spoil_poses(D)
-    lab.configure()
-
-
-def changed_data(lab: Lab) -> None:
-    """One trajectory has new data, one lost a chunk, one is now invalid and is tried just once, one is as it was."""
-    lab.add(A, NESTED, C, D)
-    lab.configure(max_attempts=1)
-    lab.run()
-    shutil.rmtree(lab.data / A)
-    make_trajectory(lab.data / A, FRAMES[A], stamp=11, yaw=np.ones(FRAMES[A]))
-    (lab.cache / NESTED / "chunk_00001.h5").unlink()
-    lab.spoil_poses(C)
-
-
-def repainted(lab: Lab, *names: str) -> None:
-    """The data changed in a way that only redoing everything takes in: 10 more in the stamps."""
-    lab.add(*names)
-    lab.configure()
-    lab.run()
-    for name in names:
-        lab.paint(name, int(name[-1]) + 10)
-
-
-def two_repainted(lab: Lab) -> None:
-    repainted(lab, A, NESTED)
-
-
-def one_repainted(lab: Lab) -> None:
-    repainted(lab, NESTED)
-
-
-def one_repainted_and_reset(lab: Lab) -> None:
-    repainted(lab, NESTED)
-    assert lab.execute(lab.start, "reset --yes").code == 0
-
-
-def mended(lab: Lab) -> None:
-    """One trajectory failed as often as it may, and its data was mended in a way that nobody noticed."""
-    lab.add(A, C)
-    frame = lab.data / C / "6.png"
-    good = frame.read_bytes()
-    frame.write_bytes(bytes(len(good)))
-    lab.configure(max_attempts=1)
-    lab.run(code=1)
-    frame.write_bytes(good)
-
-
-def damaged(lab: Lab) -> None:
-    """One trajectory has a chunk with a wrong byte, one lost a chunk, one is sound; and things lie about."""
-    lab.add(A, NESTED, D)
-    lab.configure()
-    lab.run()
-    chunk = lab.cache / A / "chunk_00000.h5"
-    with h5py.File(chunk) as file:
-        place = file["yaw"].id.get_offset()
-    data = bytearray(chunk.read_bytes())
-    data[place] ^= 1
-    chunk.write_bytes(data)
-    (lab.cache / NESTED / "chunk_00001.h5").unlink()
-    shutil.copytree(lab.cache / D, lab.cache / ".staging" / "tmp1234")
-    (lab.cache / "progress.json.tmp").write_text("{")
-
-
-def lost_record(lab: Lab) -> None:
-    lab.add(A, NESTED)
-    lab.configure()
-    lab.run()
-    (lab.cache / "progress.json").unlink()
-
-
-def corrupt_record(lab: Lab) -> None:
-    """And one trajectory lost a chunk, so that it cannot be taken into the record."""
-    lab.add(A, NESTED)
-    lab.configure()
-    lab.run()
-    (lab.cache / NESTED / "chunk_00001.h5").unlink()
-    record = lab.cache / "progress.json"
-    record.write_bytes(record.read_bytes()[:300])
-
-
 @dataclass(frozen=True)
 class Scenario:
     prepare: Callable[[Lab], None]
@@ -235,18 +129,6 @@ class Scenario:
 
 
 BOTH = {A: 1, NESTED: 2}
-SCENARIOS = {
-    "a fresh run": Scenario(nothing_yet, "run", 1, 1, BOTH),
-    "a redo": Scenario(changed_data, "run", 1, 1, {A: 11, NESTED: 2, D: 4}, {A: 1, C: 3}, (NESTED,)),
-    "a redo, rarely saved": Scenario(two_changed, "run-rarely-saved", 0, 0, {A: 11, D: 14}, {A: 1, D: 4}),
-    "force_rebuild": Scenario(two_repainted, "run --force-rebuild", 0, 0, {A: 11, NESTED: 12}, BOTH),
-    "reset": Scenario(one_repainted, "reset --yes", 0, 0, {NESTED: 12}, {NESTED: 2}),
-    "a run after reset": Scenario(one_repainted_and_reset, "run", 0, 0, {NESTED: 12}, {NESTED: 2}),
-    "reset-failed": Scenario(mended, "reset-failed", 0, 0, {A: 1, C: 3}),
-    "verify --repair": Scenario(damaged, "verify --deep --repair --yes", 1, 0, {**BOTH, D: 4}, {}, (A, NESTED)),
-    "rebuild, no record": Scenario(lost_record, "rebuild --yes", 0, 0, BOTH),
-    "rebuild, corrupt record": Scenario(corrupt_record, "rebuild --yes", 1, 0, BOTH, {}, (NESTED,)),
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,17 +234,20 @@ def check_nothing_false(cache: Path, start: Path, scenario: Scenario, expected: 
             check_recorded(cache, name, recorded[name], expected)
         else:
             files = list((cache / name).iterdir())
-            headers = [read_chunk_header(path, deep=True).attributes for path in files]
-            assert [(header["trajectory"], header["num_chunks"]) for header in headers] == [(name, len(files))] * len(
-                files
-            )
+            heads = [(attributes["trajectory"], attributes["num_chunks"]) for attributes in map(sealed, files)]
+            assert heads == [(name, len(files))] * len(files)
 
 
 def check_recorded(cache: Path, name: str, checksum: str, expected: Undisturbed) -> None:
     """All its chunks are there and intact, of its own frames, and of the data that its checksum stands for."""
     record = read_progress(cache)["trajectory_records"][name]
-    assert verify.check_trajectory(cache, (name, record, checksum), deep=True) == []
-    assert record["spans"] == SPANS[name]
+    files = sorted((cache / name).iterdir())
+    heads = [sealed(path) for path in files]
+    assert [path.name for path in files] == [f"chunk_{index:05d}.h5" for index in range(len(SPANS[name]))]
+    assert [[head["start"], head["stop"]] for head in heads] == record["spans"] == SPANS[name]
+    assert [path.stat().st_size for path in files] == record["bytes"]
+    told = {(head["trajectory"], head["trajectory_checksum"], head["fingerprint"]) for head in heads}
+    assert told == {(name, checksum, record["fingerprint"])}
     with h5py.File(cache / name / "chunk_00000.h5") as file:
         stamp = int(file["cls_token"][0, 0])
     assert (name, checksum, stamp) in expected.stamps
@@ -429,26 +314,16 @@ def noted(crash: Crash) -> Iterator[None]:
         raise
 
 
-@pytest.fixture
-def lab(tmp_path: Path, encoders: list) -> Lab:
-    return Lab(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def survived() -> dict[str, int]:
-    """Scenario -> crash points."""
-    return {}
-
-
-@pytest.mark.parametrize("title", SCENARIOS)
-def test_killed_at_any_call_it_records_nothing_false_and_then_ends_as_if_undisturbed(title, lab, survived):
-    scenario, start = SCENARIOS[title], lab.cache
+def survive(lab: Lab, scenario: Scenario, check_more: Callable[[Path], Any] = lambda cache: None) -> int:
+    """The command killed at each call, the cache as it lies then, and what comes of going on; the number of deaths."""
+    start = lab.cache
     scenario.prepare(lab)
     expected = undisturbed(lab, scenario)
     died = []
     for crash in crashes(lab, scenario):
         with noted(crash):
             check_nothing_false(crash.folder / "cache", start, scenario, expected)
+            check_more(crash.folder / "cache")
         died.append(crash)
     for crash, endings in take_up_again(lab, died):
         cache = crash.folder / "cache"
@@ -460,29 +335,4 @@ def test_killed_at_any_call_it_records_nothing_false_and_then_ends_as_if_undistu
             calls = itertools.chain(crash.calls, *(ending.calls for ending in endings))
             Disk(checksums(start), chunk_folders(start)).replay(calls)
         shutil.rmtree(crash.folder)
-    survived[title] = len(died)
-
-
-@pytest.mark.parametrize(
-    ("title", "published", "replaced"),
-    [
-        ("a fresh run", [A, NESTED], []),
-        ("a redo", [A, NESTED], [A, NESTED, C]),
-        ("force_rebuild", [A, NESTED], [A, NESTED]),
-    ],
-)
-def test_nothing_is_recorded_or_replaced_before_a_power_cut_would_spare_it(title, published, replaced, lab):
-    """That the process was killed does not show what the disk had not been told to keep."""
-    SCENARIOS[title].prepare(lab)
-    recorded, folders = checksums(lab.cache), chunk_folders(lab.cache)
-    calls = lab.execute(lab.start, SCENARIOS[title].command).calls
-    disk = Disk(recorded, folders).replay(calls)
-    disk.check_settled()
-    assert (sorted(disk.published), sorted(disk.replaced)) == (published, replaced)
-
-
-def test_more_than_300_crash_points_are_survived(survived):
-    if survived.keys() != SCENARIOS.keys():
-        pytest.skip("not all scenarios were run, or one failed")
-    print(f"\n{sum(survived.values())} crash points survived")
-    assert sum(survived.values()) > 300
+    return len(died)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import os
@@ -173,6 +174,32 @@ def read_chunk(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """A chunk file's root attributes and datasets."""
     with h5py.File(path) as file:
         return dict(file.attrs), {name: file[name][...] for name in file}
+
+
+def blake2b(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def seal_of(path: Path) -> bytes:
+    """The first 512 bytes that a chunk file must have: where its datasets lie, and a digest of all other bytes."""
+    with h5py.File(path) as file:
+        data = sorted([it.id.get_offset(), it.nbytes] for it in file.values() if it.id.get_offset() is not None)
+    raw, rest, position = path.read_bytes(), json.dumps(data).encode(), 512
+    for offset, size in data:
+        rest, position = rest + raw[position:offset], offset + size
+    return json.dumps({"data": data, "digest": blake2b(rest + raw[position:])}).encode().ljust(512)
+
+
+def sealed(path: Path) -> dict[str, Any]:
+    """A chunk file's root attributes; AssertionError where a byte of the file does not agree with its digest."""
+    with h5py.File(path) as file:
+        digests = {name: dataset.attrs["digest"] for name, dataset in file.items()}
+        assert digests == {name: blake2b(dataset[...].tobytes()) for name, dataset in file.items()}
+        attributes = {key: value if isinstance(value, str) else int(value) for key, value in file.attrs.items()}
+    told = attributes.pop("attributes_digest")
+    assert told == blake2b(json.dumps([attributes, digests], sort_keys=True).encode())
+    assert path.read_bytes()[:512] == seal_of(path)
+    return attributes
 
 
 def cache_content(cache_dir: Path) -> dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]]:

@@ -1,6 +1,5 @@
 """A dataset with its cache, the commands on it, and ways to harm a chunk file."""
 
-import hashlib
 import io
 import json
 import os
@@ -13,7 +12,17 @@ import h5py
 import pytest
 
 import progress_utils
-from support import FRAMES, Outcome, cache_content, make_trajectory, read_progress, tree, write_config
+from support import (
+    FRAMES,
+    Outcome,
+    blake2b,
+    cache_content,
+    make_trajectory,
+    read_progress,
+    seal_of,
+    tree,
+    write_config,
+)
 
 STAMPS = {"t1": 1, "lab/t2": 2, "t3": 3}  # of three trajectories, each in chunks [0, 9), [6, 15), [12, 20)
 CHUNK = "t1/chunk_00001.h5"
@@ -83,10 +92,6 @@ def flip(path: Path, place: int, bits: int = 1) -> None:
         os.pwrite(file.fileno(), bytes([byte ^ bits]), place)
 
 
-def blake2b(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
 def reseal(path: Path, change: Callable[[h5py.File], Any]) -> None:
     """Change a chunk file and make its digests agree again."""
     with h5py.File(path, "r+") as file:
@@ -97,13 +102,7 @@ def reseal(path: Path, change: Callable[[h5py.File], Any]) -> None:
         attributes = {key: value if isinstance(value, str) else int(value) for key, value in file.attrs.items()}
         del attributes["attributes_digest"]
         file.attrs["attributes_digest"] = blake2b(json.dumps([attributes, digests], sort_keys=True).encode())
-    with h5py.File(path) as file:
-        data = sorted([it.id.get_offset(), it.nbytes] for it in file.values() if it.id.get_offset() is not None)
-    raw, rest, position = path.read_bytes(), json.dumps(data).encode(), 512
-    for offset, size in data:
-        rest, position = rest + raw[position:offset], offset + size
-    seal = {"data": data, "digest": blake2b(rest + raw[position:])}
-    path.write_bytes(json.dumps(seal).encode().ljust(512) + raw[512:])
+    path.write_bytes(seal_of(path) + path.read_bytes()[512:])
 
 
 def set_attributes(**attributes: Any) -> Callable[[h5py.File], None]:

@@ -6,8 +6,16 @@ from typing import Any
 import pytest
 
 import dino_cache
-from dino_cache import CacheSpec, RunOptions, measure_rate
+from dino_cache import CacheSpec, RunOptions
+from dino_cache_extras import measure
 from support import FRAMES, STAMP_SHAPE, make_trajectory, tree
+
+
+@pytest.fixture
+def clock(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """It stands for --measure too."""
+    monkeypatch.setattr(measure, "time", dino_cache.time)
+    return clock
 
 
 @pytest.mark.parametrize(
@@ -47,12 +55,12 @@ def test_parts_of_a_batch_that_end_together_do_not_deceive_the_measure(ends, clo
         return []
 
     begin = clock.now
-    monkeypatch.setattr(dino_cache, "cache_trajectories", cache)
+    monkeypatch.setattr(measure, "cache_trajectories", cache)
     dataset = SimpleNamespace(
         name="robot", spec=CacheSpec(), shape=STAMP_SHAPE, weights={"digest": ""}, pending=[],
         config=SimpleNamespace(options=RunOptions(batch_size=16)), encoder=None,
     )  # fmt: skip
-    assert measure_rate(dataset, lambda: False) == 4.0
+    assert measure.measure_rate(dataset, lambda: False) == 4.0
 
 
 def test_measure_without_dry_run_is_refused(robot, run_here, encoders, capsys):

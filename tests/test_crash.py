@@ -1,0 +1,141 @@
+"""Runs and resets that are killed at each of their calls (crash_lab)."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crash_harness import Disk
+from crash_lab import (
+    BOTH,
+    FRAMES,
+    NESTED,
+    A,
+    C,
+    D,
+    Lab,
+    Scenario,
+    checksums,
+    chunk_folders,
+    survive,
+)
+from support import make_trajectory
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and /proc")
+
+
+def two_changed(lab: Lab) -> None:
+    """Both trajectories have new data."""
+    lab.add(A, D)
+    lab.configure()
+    lab.run()
+    for name, stamp in ((A, 11), (D, 14)):
+        shutil.rmtree(lab.data / name)
+        make_trajectory(lab.data / name, FRAMES[name], stamp=stamp, yaw=np.ones(FRAMES[name]))
+
+
+def nothing_yet(lab: Lab) -> None:
+    """Two good trajectories, one whose seventh frame is cut off, one with a pose that is not a number."""
+    lab.add(A, NESTED, C, D)
+    frame = lab.data / C / "6.png"
+    frame.write_bytes(frame.read_bytes()[:60])
+    lab.spoil_poses(D)
+    lab.configure()
+
+
+def changed_data(lab: Lab) -> None:
+    """One trajectory has new data, one lost a chunk, one is now invalid and is tried just once, one is as it was."""
+    lab.add(A, NESTED, C, D)
+    lab.configure(max_attempts=1)
+    lab.run()
+    shutil.rmtree(lab.data / A)
+    make_trajectory(lab.data / A, FRAMES[A], stamp=11, yaw=np.ones(FRAMES[A]))
+    (lab.cache / NESTED / "chunk_00001.h5").unlink()
+    lab.spoil_poses(C)
+
+
+def repainted(lab: Lab, *names: str) -> None:
+    """The data changed in a way that only redoing everything takes in: 10 more in the stamps."""
+    lab.add(*names)
+    lab.configure()
+    lab.run()
+    for name in names:
+        lab.paint(name, int(name[-1]) + 10)
+
+
+def two_repainted(lab: Lab) -> None:
+    repainted(lab, A, NESTED)
+
+
+def one_repainted(lab: Lab) -> None:
+    repainted(lab, NESTED)
+
+
+def one_repainted_and_reset(lab: Lab) -> None:
+    repainted(lab, NESTED)
+    assert lab.execute(lab.start, "reset --yes").code == 0
+
+
+def mended(lab: Lab) -> None:
+    """One trajectory failed as often as it may, and its data was mended in a way that nobody noticed."""
+    lab.add(A, C)
+    frame = lab.data / C / "6.png"
+    good = frame.read_bytes()
+    frame.write_bytes(bytes(len(good)))
+    lab.configure(max_attempts=1)
+    lab.run(code=1)
+    frame.write_bytes(good)
+
+
+SCENARIOS = {
+    "a fresh run": Scenario(nothing_yet, "run", 1, 1, BOTH),
+    "a redo": Scenario(changed_data, "run", 1, 1, {A: 11, NESTED: 2, D: 4}, {A: 1, C: 3}, (NESTED,)),
+    "a redo, rarely saved": Scenario(two_changed, "run-rarely-saved", 0, 0, {A: 11, D: 14}, {A: 1, D: 4}),
+    "force_rebuild": Scenario(two_repainted, "run --force-rebuild", 0, 0, {A: 11, NESTED: 12}, BOTH),
+    "reset": Scenario(one_repainted, "reset --yes", 0, 0, {NESTED: 12}, {NESTED: 2}),
+    "a run after reset": Scenario(one_repainted_and_reset, "run", 0, 0, {NESTED: 12}, {NESTED: 2}),
+    "reset-failed": Scenario(mended, "reset-failed", 0, 0, {A: 1, C: 3}),
+}
+
+
+@pytest.fixture
+def lab(tmp_path: Path, encoders: list) -> Lab:
+    return Lab(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def survived() -> dict[str, int]:
+    """Scenario -> crash points."""
+    return {}
+
+
+@pytest.mark.parametrize("title", SCENARIOS)
+def test_killed_at_any_call_it_records_nothing_false_and_then_ends_as_if_undisturbed(title, lab, survived):
+    survived[title] = survive(lab, SCENARIOS[title])
+
+
+@pytest.mark.parametrize(
+    ("title", "published", "replaced"),
+    [
+        ("a fresh run", [A, NESTED], []),
+        ("a redo", [A, NESTED], [A, NESTED, C]),
+        ("force_rebuild", [A, NESTED], [A, NESTED]),
+    ],
+)
+def test_nothing_is_recorded_or_replaced_before_a_power_cut_would_spare_it(title, published, replaced, lab):
+    """That the process was killed does not show what the disk had not been told to keep."""
+    SCENARIOS[title].prepare(lab)
+    recorded, folders = checksums(lab.cache), chunk_folders(lab.cache)
+    calls = lab.execute(lab.start, SCENARIOS[title].command).calls
+    disk = Disk(recorded, folders).replay(calls)
+    disk.check_settled()
+    assert (sorted(disk.published), sorted(disk.replaced)) == (published, replaced)
+
+
+def test_more_than_300_crash_points_are_survived(survived):
+    if survived.keys() != SCENARIOS.keys():
+        pytest.skip("not all scenarios were run, or one failed")
+    print(f"\n{sum(survived.values())} crash points survived")
+    assert sum(survived.values()) > 300
