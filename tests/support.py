@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -471,3 +472,12 @@ def write_gnm(folder: Path, trajectories: list[Rendered]) -> list[str]:
 
 
 FIRST, SECOND = Rendered(1, 40), Rendered(2, 27)
+
+# Names of trajectories.
+NFC, NFD = unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café")
+ODD_NAMES = [
+    *(" ", "a b ", "tab\tand\nnew line", "\x01\x1b[31m", "a\u2028b", "\u202egpj.0"),  # blank, control, right to left
+    *(NFC, NFD, "Case", "case", "CASE/x", "x" * 255, "ü" * 127, "..."),  # alike, long
+    *("-rf", "[0-9]*?", "%s {0} $HOME ~", "back\\slash", "'\"`;|&"),  # special elsewhere
+    *("walk.tmp", "chunk_00000.h5", "deep/progress.json", "deep/.lock", "0.png", "traj_data"),  # like the tool's own
+]
