@@ -1,16 +1,17 @@
 """Fixtures for runs in this process."""
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
 import dino_cache
-from formats import BitEncoder
-from support import STAMP_SHAPE, StampEncoder, write_config
+from support import STAMP_SHAPE, BitEncoder, Outcome, Robot, StampEncoder, write_config
 
 # A shell's background jobs ignore it, and what they start would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -22,14 +23,6 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
         config.option.dist = "no"
         return 0
     return 2
-
-
-class Outcome(NamedTuple):
-    """How a run ended: exit code, stdout, stderr."""
-
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture
@@ -78,3 +71,34 @@ def run_bits(
         return run_here(config, *arguments)
 
     return run
+
+
+@pytest.fixture
+def robot(tmp_path: Path) -> Robot:
+    robot = Robot(tmp_path / "data", tmp_path / "data" / "dino_cache_small", tmp_path / "robot.yaml")
+    robot.configure()
+    return robot
+
+
+@pytest.fixture
+def before_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], Any]], None]:
+    """Have something done before each batch is encoded: it gets the number of batches that were, from 0."""
+    encode = StampEncoder.encode
+
+    def install(action: Callable[[int], Any]) -> None:
+        def act_and_encode(self: StampEncoder, pixels: Any) -> Any:
+            action(len(self.batch_sizes))
+            return encode(self, pixels)
+
+        monkeypatch.setattr(StampEncoder, "encode", act_and_encode)
+
+    return install
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The run's clock stands at `clock.now` [s]; file times and pauses elsewhere are as ever."""
+    clock = SimpleNamespace(now=1000.0)
+    here = SimpleNamespace(**{**vars(time), "monotonic": lambda: clock.now})
+    monkeypatch.setattr(dino_cache, "time", here)
+    return clock

@@ -8,6 +8,9 @@ pixels that reached it and write it into the tokens; every row of every chunk ca
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
+import io
 import json
 import os
 import pickle
@@ -15,9 +18,10 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -39,6 +43,9 @@ from dino_cache import (
     format_named,
     token_shapes,
 )
+
+if TYPE_CHECKING:
+    import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "data" / "real"
@@ -130,6 +137,14 @@ def cache_command(config: Path, *arguments: str, fake: bool = True) -> list[str]
     return [sys.executable, str(script), "--config", str(config), *arguments]
 
 
+class Outcome(NamedTuple):
+    """How a command ended: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
 def run_cache(
     config: Path, *arguments: str, fake: bool = True, env: dict[str, str] | None = None, timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
@@ -160,6 +175,32 @@ def read_chunk(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """A chunk file's root attributes and datasets."""
     with h5py.File(path) as file:
         return dict(file.attrs), {name: file[name][...] for name in file}
+
+
+def blake2b(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def seal_of(path: Path) -> bytes:
+    """The first 512 bytes that a chunk file must have: where its datasets lie, and a digest of all other bytes."""
+    with h5py.File(path) as file:
+        data = sorted([it.id.get_offset(), it.nbytes] for it in file.values() if it.id.get_offset() is not None)
+    raw, rest, position = path.read_bytes(), json.dumps(data).encode(), 512
+    for offset, size in data:
+        rest, position = rest + raw[position:offset], offset + size
+    return json.dumps({"data": data, "digest": blake2b(rest + raw[position:])}).encode().ljust(512)
+
+
+def sealed(path: Path) -> dict[str, Any]:
+    """A chunk file's root attributes; AssertionError where a byte of the file does not agree with its digest."""
+    with h5py.File(path) as file:
+        digests = {name: dataset.attrs["digest"] for name, dataset in file.items()}
+        assert digests == {name: blake2b(dataset[...].tobytes()) for name, dataset in file.items()}
+        attributes = {key: value if isinstance(value, str) else int(value) for key, value in file.attrs.items()}
+    told = attributes.pop("attributes_digest")
+    assert told == blake2b(json.dumps([attributes, digests], sort_keys=True).encode())
+    assert path.read_bytes()[:512] == seal_of(path)
+    return attributes
 
 
 def cache_content(cache_dir: Path) -> dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]]:
@@ -253,3 +294,190 @@ def no_hang(seconds: int = 60) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A dataset and its runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+# A trajectory of 20 frames, 0.25 m apart: with 2 m chunks that overlap by 0.5 m, three of them with 9 + 9 + 8 rows.
+FRAMES, CHUNKS, ROWS = 20, 3, 26
+
+
+class Robot(NamedTuple):
+    """A dataset of one cache, in the folders that a user would have."""
+
+    data: Path
+    cache: Path
+    config: Path
+
+    def add(self, *names: str, **what: Any) -> None:
+        """Good trajectories; the digit at the end of a name is its stamp."""
+        for name in names:
+            make_trajectory(self.data / name, FRAMES, stamp=int(name[-1]), **what)
+
+    def add_broken(self, name: str) -> None:
+        """One whose third pose is not a number; mend makes it good."""
+        make_trajectory(self.data / name, FRAMES, stamp=int(name[-1]))
+        position = straight_line(FRAMES)
+        position[2, 1] = np.nan
+        write_poses(self.data / name, position, np.zeros(FRAMES))
+
+    def mend(self, name: str) -> None:
+        write_poses(self.data / name, straight_line(FRAMES), np.zeros(FRAMES))
+
+    def configure(self, **settings: Any) -> None:
+        write_config(self.config, self.data, **settings)
+
+    def check(self, *names: str) -> None:
+        """These and no others are completed, with all their chunks and every row from its own frame."""
+        progress = read_progress(self.cache)
+        assert sorted(progress["completed_trajectories"]) == sorted(names)
+        assert sorted(progress["trajectory_checksums"]) == sorted(names)
+        for name in names:
+            assert check_stamps(self.cache, name, int(name[-1])) == ROWS
+        assert len(chunk_files(self.cache)) == progress["total_chunks"] == CHUNKS * len(names)
+        assert list((self.cache / ".staging").iterdir()) == []
+
+
+def frames_encoded(encoders: list[StampEncoder]) -> int:
+    """By the latest encoder."""
+    return sum(encoders[-1].batch_sizes)
+
+
+def unreadable(monkeypatch: pytest.MonkeyPatch, is_lost: Callable[[str], bool], number: int = errno.EIO) -> None:
+    """Opening a file whose path is_lost gives an I/O error, as on a mount that went away."""
+    opened = os.open
+
+    def fail(path: Any, *arguments: Any, **keywords: Any) -> int:
+        if is_lost(str(path)):
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "open", fail)
+
+
+def attempts(robot: Robot) -> dict[str, int]:
+    return {name: failure["attempts"] for name, failure in read_progress(robot.cache)["failures"].items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A record by hand
+# ---------------------------------------------------------------------------------------------------------------------
+
+SPEC = {"dino_model_type": "small", "max_chunk_distance_m": 50.0, "frame_pattern": r"(\d+)\.jpg"}
+
+
+def record(failed: int = 0, **changes: Any) -> dict[str, Any]:
+    """progress.json by hand: `a` with two chunks and `b/ü` with one are completed, f0, f1, ... failed."""
+    entry = {"fingerprint": "f" * 16, "checksum_kind": "stat"}
+    failure = {"error_type": "InputError", "attempts": 3, "time": 1.0, "checksum": None, "checksum_kind": "stat"}
+    return {
+        "format_version": 1,
+        "dataset_name": "robot",
+        "start_time": 1641800000.0,
+        "last_update": 1641828645.0,  # Mon Jan 10 15:30:45 2022 UTC
+        "elapsed_s": 9000.0,
+        "completed_trajectories": ["a", "b/ü"],
+        "failed_trajectories": [f"f{i}" for i in range(failed)],
+        "total_chunks": 3,
+        "processing_config": SPEC,
+        "trajectory_checksums": {"a": "0" * 16, "b/ü": "1" * 16},
+        "data_folder": "/data/robot",
+        "data_format": "gnm",
+        "num_trajectories": 8,
+        "checksum_kind": "stat",
+        "rebuild_started": None,
+        "weights": {"source": "random", "size": None, "mtime": None, "digest": "d" * 16},
+        "specs": {"f" * 16: SPEC},
+        "trajectory_records": {
+            "a": {**entry, "spans": [[0, 9], [7, 12]], "bytes": [100, 60]},
+            "b/ü": {**entry, "spans": [[0, 5]], "bytes": [70]},
+        },
+        "failures": {f"f{i}": {**failure, "reason": f"f{i}/0.jpg: broken"} for i in range(failed)},
+        **changes,
+    }
+
+
+def write_record(cache_dir: Path, failed: int = 0, **changes: Any) -> Path:
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record(failed, **changes), ensure_ascii=False)
+    (cache_dir / "progress.json").write_text(text, encoding="utf-8")
+    return cache_dir
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rendered trajectories
+# ---------------------------------------------------------------------------------------------------------------------
+
+SIZE = (48, 64)  # height, width [px]
+
+
+class BitEncoder(StampEncoder):
+    """Reads the stamp and the number out of the blocks."""
+
+    def stamps(self, pixels: torch.Tensor) -> torch.Tensor:
+        rows, columns = ([int((i + 0.5) * size / 4) for i in range(4)] for size in pixels.shape[-2:])
+        white = pixels.float().mean(1)[:, rows][:, :, columns].flatten(1) > 128  # (B, 16)
+        values = (white.int() << torch.arange(16)).sum(1)
+        return torch.stack([values >> 12, values % 4096 // 256, values % 256], 1)
+
+
+def render(stamp: int, number: int) -> np.ndarray:
+    """(48, 64, 3) uint8."""
+    bits = (stamp << 12 | number) >> np.arange(16) & 1
+    blocks = np.where(bits, 235, 20).astype(np.uint8).reshape(4, 4)
+    return np.repeat(blocks.repeat(SIZE[0] // 4, 0).repeat(SIZE[1] // 4, 1)[..., None], 3, 2)
+
+
+class Rendered(NamedTuple):
+    """A trajectory; its positions and yaws are the same in float32."""
+
+    stamp: int
+    count: int
+
+    @property
+    def position(self) -> np.ndarray:
+        number = np.arange(self.count)
+        return np.stack([number * 0.25, number % 5 * 0.125], 1)
+
+    @property
+    def yaw(self) -> np.ndarray:
+        return np.arange(self.count) % 100 / 64
+
+    @property
+    def frames(self) -> list[np.ndarray]:
+        return [render(self.stamp, number) for number in range(self.count)]
+
+    @property
+    def jpegs(self) -> list[bytes]:
+        return [encoded(frame) for frame in self.frames]
+
+
+def encoded(frame: np.ndarray, kind: str = "JPEG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, kind, quality=90)
+    return file.getvalue()
+
+
+def write_gnm(folder: Path, trajectories: list[Rendered]) -> list[str]:
+    """Folders t<stamp>; as all writers here, returns the trajectories' names."""
+    for trajectory in trajectories:
+        path = folder / f"t{trajectory.stamp}"
+        path.mkdir(parents=True)
+        for number, data in enumerate(trajectory.jpegs):
+            (path / f"{number}.jpg").write_bytes(data)
+        (path / "traj_data.pkl").write_bytes(pickle.dumps({"position": trajectory.position, "yaw": trajectory.yaw}))
+    return [f"t{trajectory.stamp}" for trajectory in trajectories]
+
+
+FIRST, SECOND = Rendered(1, 40), Rendered(2, 27)
+
+# Names of trajectories.
+NFC, NFD = unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café")
+ODD_NAMES = [
+    *(" ", "a b ", "tab\tand\nnew line", "\x01\x1b[31m", "a\u2028b", "\u202egpj.0"),  # blank, control, right to left
+    *(NFC, NFD, "Case", "case", "CASE/x", "x" * 255, "ü" * 127, "..."),  # alike, long
+    *("-rf", "[0-9]*?", "%s {0} $HOME ~", "back\\slash", "'\"`;|&"),  # special elsewhere
+    *("walk.tmp", "chunk_00000.h5", "deep/progress.json", "deep/.lock", "0.png", "traj_data"),  # like the tool's own
+]

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import Outcome
-from dino_cache import Span, plan_chunks, travelled_distance
-from support import check_stamps, make_trajectory, no_hang, read_chunk, straight_line, write_config
+from dino_cache import Span, plan_chunks, plan_frame_chunks, travelled_distance
+from support import Outcome, check_stamps, make_trajectory, no_hang, read_chunk, straight_line, write_config
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The rule, read literally.
@@ -244,3 +243,20 @@ def test_chunk_files_follow_the_plan_across_pose_jumps(jumping_run: tuple[Path, 
 def test_a_piece_that_is_not_stored_is_reported(jumping_run: tuple[Path, Outcome]) -> None:
     _, outcome = jumping_run
     assert "jumping" in outcome.out + outcome.err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# By number of frames
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "overlap", "expected"),
+    [
+        (10, 10, 3, [(0, 10)]), (11, 10, 3, [(0, 10), (7, 11)]), (17, 10, 3, [(0, 10), (7, 17)]),
+        (18, 10, 3, [(0, 10), (7, 17), (14, 18)]), (1, 10, 3, [(0, 1)]), (3, 1, 0, [(0, 1), (1, 2), (2, 3)]),
+        (2, 10, 9, [(0, 2)]), (12, 10, 9, [(0, 10), (1, 11), (2, 12)]),
+    ],
+)  # fmt: skip
+def test_chunks_by_number_of_frames(count: int, most: int, overlap: int, expected: list[tuple[int, int]]) -> None:
+    assert plan_frame_chunks(count, most, overlap) == expected

@@ -12,10 +12,9 @@ import pytest
 import yaml
 
 import dino_cache
-from conftest import Outcome
 from dino_cache import CacheSpec, DatasetConfig, RunOptions, check_image_size, load_config, spec_differences
 from progress_utils import RefusedError
-from support import ROOT, chunk_files, make_trajectory, tree, write_config
+from support import FIRST, ROOT, Outcome, chunk_files, make_trajectory, tree, write_config, write_gnm
 
 SHIPPED = sorted((ROOT / "config" / "data").glob("*.yaml"))
 REAL_MODEL_SHAPE = dino_cache.model_shape  # the fixture `encoders` replaces it
@@ -647,3 +646,36 @@ def test_weights_that_are_not_there_end_with_exit_2_and_name_the_file(
     assert encoders == []
     assert chunk_files(good) == []
     assert not list(good.rglob("progress.json"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings that do not apply
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dataset", "key"),
+    [
+        ({"image_key": "images/rgb_left"}, "image_key"),
+        ({"yaw_key": "yaw"}, "yaw_key"),
+        ({"max_chunk_frames": 10}, "max_chunk_frames"),
+        ({"chunk_by": "frames", "max_chunk_distance_m": 3.0}, "max_chunk_distance_m"),
+    ],
+)
+def test_a_setting_under_a_dataset_that_does_not_apply_to_it_is_refused(
+    run_bits: Callable[..., Outcome], tmp_path: Path, dataset: dict[str, Any], key: str
+) -> None:
+    write_gnm(tmp_path / "data", [FIRST])
+    outcome = run_bits(dataset)
+    assert outcome.code == 2
+    assert f"datasets.robot.{key}: {dataset[key]}: does not apply" in outcome.err
+
+
+def test_a_setting_at_the_top_that_does_not_apply_makes_no_other_cache(
+    run_bits: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    write_gnm(tmp_path / "data", [FIRST])
+    assert run_bits().code == 0
+    outcome = run_bits(image_key="observation.images.front", max_chunk_frames=10)
+    assert outcome.code == 0, outcome.err
+    assert "changed" not in outcome.err

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from conftest import Outcome
 from dino_cache import CacheSpec, FrameDecoder, InputError, read_file
-from support import ROOT, check_stamps, chunk_files, make_trajectory, run_cache, write_config, write_frame
+from support import ROOT, Outcome, check_stamps, chunk_files, make_trajectory, run_cache, write_config, write_frame
 
 ROOMS = ROOT / "sample" / "rendered_rooms" / "corridor_straight"  # 160x120 JPEGs with edges and textures
 

@@ -5,7 +5,6 @@ is gone.
 """
 
 import errno
-import json
 import os
 import re
 import resource
@@ -18,55 +17,20 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 import progress_utils
-from conftest import Outcome
-from progress_utils import cache_lock
-from support import (
-    StampEncoder,
-    check_stamps,
-    chunk_files,
-    make_trajectory,
-    read_progress,
-    tree,
-    write_config,
+from faults_support import (
+    DAMAGES,
+    IS_NO_FILE,
+    NAMES,
+    Robot,
+    before_batch,
+    damage,
+    immutable,
+    read_only_mount,
+    utils,
 )
-
-NAMES = ("t0", "t1", "t2")  # the digit is the stamp
-ROWS = 26  # 20 frames in three chunks, 9 + 9 + 8
-
-
-class Robot:
-    """Three good trajectories and a config whose cache may lie on a disk of its own."""
-
-    def __init__(self, folder: Path, cache: Path):
-        self.data, self.cache, self.config = folder / "data", cache, folder / "robot.yaml"
-        for name in NAMES:
-            make_trajectory(self.data / name, stamp=int(name[-1]))
-        self.configure()
-
-    def configure(self, **settings: Any) -> None:
-        content = yaml.safe_load(write_config(self.config, self.data, **settings).read_text())
-        content["datasets"]["robot"]["cache_dir"] = str(self.cache)
-        self.config.write_text(yaml.safe_dump(content))
-
-    def check_recorded(self) -> list[str]:
-        """What is recorded is true, and no trajectory is blamed; returns the completed ones."""
-        if not (self.cache / "progress.json").exists():
-            return []
-        progress = read_progress(self.cache)
-        assert progress["failures"] == {}
-        for name in progress["completed_trajectories"]:
-            sizes = [path.stat().st_size for path in chunk_files(self.cache / name)]
-            assert sizes == progress["trajectory_records"][name]["bytes"]
-            assert check_stamps(self.cache, name, int(name[-1])) == ROWS
-        return progress["completed_trajectories"]
-
-    def check_finished(self, outcome: Outcome) -> None:
-        assert outcome.code == 0, outcome.err
-        assert sorted(self.check_recorded()) == list(NAMES)
-        assert list((self.cache / ".staging").iterdir()) == []
+from support import Outcome, check_stamps, chunk_files, make_trajectory, read_progress, tree, write_config
 
 
 @pytest.fixture
@@ -80,24 +44,6 @@ def check_stopped(outcome: Outcome, number: int) -> None:
     assert os.strerror(number) in outcome.err
     assert "run the same command again" in outcome.err
     assert "unexpected" not in outcome.err
-
-
-def utils(capsys: pytest.CaptureFixture[str], *arguments: object) -> Outcome:
-    """progress_utils.py in this process, without a terminal."""
-    capsys.readouterr()
-    code = progress_utils.main([str(argument) for argument in arguments])
-    return Outcome(code, *capsys.readouterr())
-
-
-def before_batch(monkeypatch: pytest.MonkeyPatch, action: Callable[[int, torch.Tensor], object]) -> None:
-    """Do something before a batch is encoded: it gets the number of those before it, and the batch."""
-    encode = StampEncoder.encode
-
-    def act_and_encode(self: StampEncoder, pixels: torch.Tensor) -> Any:
-        action(len(self.batch_sizes), pixels)
-        return encode(self, pixels)
-
-    monkeypatch.setattr(StampEncoder, "encode", act_and_encode)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,19 +172,6 @@ def test_a_cache_disk_that_is_gone_in_mid_run_stops_it(robot, run_here, monkeypa
     robot.check_finished(run_here(robot.config))
 
 
-def immutable(folder: Path, on: bool) -> bool:
-    """Not even root may write."""
-    return subprocess.run(["chattr", "+i" if on else "-i", folder], capture_output=True, check=False).returncode == 0
-
-
-def read_only_mount(folder: Path, on: bool) -> bool:
-    mode = "remount,ro,bind" if on else "remount,rw,bind"
-    commands = (
-        [["mount", "--bind", folder, folder]] * on + [["mount", "-o", mode, folder]] + [["umount", folder]] * (not on)
-    )
-    return all(subprocess.run(command, capture_output=True, check=False).returncode == 0 for command in commands)
-
-
 @pytest.mark.parametrize("forbid", [immutable, read_only_mount])
 def test_a_cache_that_may_not_be_written_is_refused_and_can_be_read(robot, run_here, capsys, forbid):
     assert run_here(robot.config, "--limit", "1").code == 5
@@ -247,38 +180,16 @@ def test_a_cache_that_may_not_be_written_is_refused_and_can_be_read(robot, run_h
         pytest.skip("may not forbid writing here")
     try:
         outcome = run_here(robot.config)
-        edits = [
-            utils(capsys, *edit, "--cache-dir", robot.cache) for edit in (["reset", "--yes"], ["rebuild", "--yes"])
-        ]
-        for refused in (outcome, *edits):
+        for refused in (outcome, utils(capsys, "reset", "--yes", "--cache-dir", robot.cache)):
             assert refused.code == 2, refused.err
             assert str(robot.cache) in refused.err
             assert "unexpected" not in refused.err
-        for reading in ("show", "verify"):
-            assert utils(capsys, reading, "--cache-dir", robot.cache).code == 0
+        assert utils(capsys, "show", "--cache-dir", robot.cache).code == 0
         assert utils(capsys, "list", "--root", robot.cache).code == 0
         assert tree(robot.cache) == before
     finally:
         forbid(robot.cache, False)
     robot.check_finished(run_here(robot.config))
-
-
-def test_a_flipped_byte_in_a_chunk_is_found_and_redone(robot, run_here, capsys):
-    shutil.rmtree(robot.data / "t1")
-    shutil.rmtree(robot.data / "t2")
-    run_here(robot.config)
-    chunk = robot.cache / "t0" / "chunk_00001.h5"
-    content = bytearray(chunk.read_bytes())
-    row = bytes(torch.tensor([0.0, 0.0, 9.0, 8.0], dtype=torch.float16).numpy())  # of frame 9, in a batch of 8
-    content[content.index(row)] ^= 1
-    chunk.write_bytes(content)
-    found = utils(capsys, "verify", "--deep", "--cache-dir", robot.cache)
-    assert found.code == 1
-    assert "t0/chunk_00001.h5: the bytes of cls_token" in found.out
-    assert utils(capsys, "verify", "--deep", "--repair", "--yes", "--cache-dir", robot.cache).code == 1
-    assert run_here(robot.config).code == 0
-    assert utils(capsys, "verify", "--deep", "--cache-dir", robot.cache).code == 0
-    assert robot.check_recorded() == ["t0"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -418,42 +329,10 @@ def test_a_device_that_fails_for_good_stops_the_run_and_blames_no_trajectory(rob
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def overwrite(content: bytes) -> Callable[[Path], object]:
-    return lambda path: path.write_bytes(content)
-
-
-def change(**values: Any) -> Callable[[Path], object]:
-    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
-def make_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def link_to_itself(path: Path) -> None:
-    path.unlink()
-    path.symlink_to(path)
-
-
-DAMAGES: dict[str, Callable[[Path], object]] = {
-    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
-    "empty": overwrite(b""),
-    "not UTF-8": overwrite(b'{"format_version": 1, "dataset_name": "\xff"}'),
-    "of a newer version": change(format_version=2),
-    "of wrong types": change(completed_trajectories={"t0": 1}, failures=[]),
-    "a folder": make_folder,
-    "a link to itself": link_to_itself,
-}
-IS_NO_FILE = ("a folder", "a link to itself")
-
-
 @pytest.fixture
 def damaged(robot: Robot, run_here: Callable[..., Outcome], request: pytest.FixtureRequest) -> Robot:
     run_here(robot.config)
-    shutil.rmtree(robot.cache / "t1")  # one trajectory is enough, and is verified in this process
-    shutil.rmtree(robot.cache / "t2")
-    DAMAGES[request.param](robot.cache / "progress.json")
+    damage(robot, request.param)
     return robot
 
 
@@ -465,7 +344,7 @@ def test_a_damaged_record_is_refused_by_name_with_the_way_out_and_nothing_change
         run_here(damaged.config, "--dry-run"),
         run_here(damaged.config, "--force-rebuild"),
     ]
-    for command in ("show", "reset-failed", "verify"):
+    for command in ("show", "reset-failed"):
         outcomes.append(utils(capsys, command, "--cache-dir", cache))
     for outcome in outcomes:
         assert outcome.code == 2, outcome
@@ -476,24 +355,22 @@ def test_a_damaged_record_is_refused_by_name_with_the_way_out_and_nothing_change
 
 
 @pytest.mark.parametrize("damaged", [damage for damage in DAMAGES if damage not in IS_NO_FILE], indirect=True)
-@pytest.mark.parametrize("command", ["reset", "rebuild"])
-def test_a_damaged_record_is_set_aside_by_what_its_refusal_names(damaged, run_here, capsys, command):
-    damage = (damaged.cache / "progress.json").read_bytes()
+def test_a_damaged_record_is_set_aside_by_the_reset_that_its_refusal_names(damaged, run_here, capsys):
+    content = (damaged.cache / "progress.json").read_bytes()
     listed = utils(capsys, "list", "--root", damaged.cache)
     assert listed.code == 1
     assert str(damaged.cache / "progress.json") in listed.out
-    assert utils(capsys, command, "--yes", "--cache-dir", damaged.cache).code == 0
-    (aside,) = damaged.cache.glob(f"progress.json.{command}-*")
-    assert aside.read_bytes() == damage
-    assert read_progress(damaged.cache)["completed_trajectories"] == (["t0"] if command == "rebuild" else [])
+    assert utils(capsys, "reset", "--yes", "--cache-dir", damaged.cache).code == 0
+    (aside,) = damaged.cache.glob("progress.json.reset-*")
+    assert aside.read_bytes() == content
+    assert read_progress(damaged.cache)["completed_trajectories"] == []
     damaged.check_finished(run_here(damaged.config))
 
 
 @pytest.mark.parametrize("damaged", ["a folder"], indirect=True)
-@pytest.mark.parametrize("command", ["reset", "rebuild"])
-def test_a_folder_in_the_records_place_is_not_replaced(damaged, capsys, command):
+def test_a_folder_in_the_records_place_is_not_replaced(damaged, capsys):
     before = tree(damaged.cache)
-    outcome = utils(capsys, command, "--yes", "--cache-dir", damaged.cache)
+    outcome = utils(capsys, "reset", "--yes", "--cache-dir", damaged.cache)
     assert outcome.code == 2, outcome
     assert str(damaged.cache / "progress.json") in outcome.err
     assert tree(damaged.cache) == before
@@ -503,7 +380,7 @@ def test_a_folder_in_the_records_place_is_not_replaced(damaged, capsys, command)
 # Two at a time
 # ---------------------------------------------------------------------------------------------------------------------
 
-EDITS = (["reset", "--yes"], ["reset-failed"], ["rebuild", "--yes"], ["verify", "--repair", "--yes"])
+EDITS = (["reset", "--yes"], ["reset-failed"])
 
 
 def test_during_a_run_edits_are_refused_and_reading_works(robot, run_here, monkeypatch, capsys):
@@ -516,27 +393,15 @@ def test_during_a_run_edits_are_refused_and_reading_works(robot, run_here, monke
         said = capsys.readouterr().err
         shown = progress_utils.main(["show", "--cache-dir", str(robot.cache)])
         listed = progress_utils.main(["list", "--root", str(robot.cache)])
-        checked = progress_utils.main(["verify", "--deep", "--cache-dir", str(robot.cache)])
-        seen.update(edits=edits, said=said, reading=[shown, listed, checked], out=capsys.readouterr().out)
+        seen.update(edits=edits, said=said, reading=[shown, listed], out=capsys.readouterr().out)
 
     before_batch(monkeypatch, use_the_cache)
     outcome = run_here(robot.config)
     assert seen["edits"] == [4] * len(EDITS)
     assert seen["said"].count(f"pid {os.getpid()} ") == len(EDITS)
-    assert seen["reading"] == [0, 0, 0]
+    assert seen["reading"] == [0, 0]
     assert "Dataset: robot\n" in seen["out"]
-    assert "\nSound\n" in seen["out"]
     robot.check_finished(outcome)
-
-
-def test_verify_reads_while_the_lock_is_held_and_says_who_is_at_work(robot, run_here, capsys):
-    run_here(robot.config, "--limit", "1")
-    before = tree(robot.cache)
-    with cache_lock(robot.cache):
-        outcome = utils(capsys, "verify", "--deep", "--cache-dir", robot.cache)
-    assert outcome.code == 0, outcome
-    assert f"a run is at work (pid {os.getpid()} " in outcome.out
-    assert tree(robot.cache) == before
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])

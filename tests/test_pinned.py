@@ -14,11 +14,8 @@ import h5py
 import pytest
 
 import dino_cache
-from conftest import Outcome
 from dino_cache import CacheSpec, attributes_digest, metadata_digest
-from dino_cache_extras.chunk_files import read_chunk_header
-from formats import BitEncoder
-from support import tree
+from support import BitEncoder, Outcome, tree
 
 PINNED = Path(__file__).parent / "pinned"
 CHUNK = PINNED / "gnm/cache/t3/chunk_00001.h5"  # frames 4 to 9 of 12
@@ -90,19 +87,6 @@ def test_a_spec_is_recorded_as_it_was() -> None:
         "overlap_distance_m": 0.5,
     }
     assert json.dumps(CacheSpec(**settings).to_json()) == SPEC
-
-
-def test_a_chunk_file_of_an_earlier_version_is_sound_and_says_what_it_said() -> None:
-    header = read_chunk_header(CHUNK, deep=True)
-    assert header.attributes == ATTRIBUTES
-    assert {name: dataset.digest for name, dataset in header.datasets.items()} == DATASET_DIGESTS
-    assert {name: (dataset.dtype, dataset.shape) for name, dataset in header.datasets.items()} == {
-        "cls_token": ("<f2", (6, 4)),
-        "frame_index": ("<i8", (6,)),
-        "position": ("<f8", (6, 2)),
-        "travelled_distance": ("<f8", (6,)),
-        "yaw": ("<f8", (6,)),
-    }
 
 
 def test_digests_of_the_same_content_are_what_they_were() -> None:

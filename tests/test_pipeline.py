@@ -511,3 +511,34 @@ def test_prefetch_that_is_closed_cancels_what_has_not_begun():
         results.close()  # 1 may have begun, 2 to 5 wait
         release.set()
     assert set(begun) <= {0, 1}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looking at many files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wait_s", [0, 0.0005], ids=["a quick disk", "a slow one"])
+@pytest.mark.parametrize("count", [0, 1, 64, 65, 300])
+def test_map_files_gives_every_result_in_order(count, wait_s):
+    threads = set()
+
+    def square(number: int) -> int:
+        threads.add(threading.get_ident())
+        if wait_s:
+            time.sleep(wait_s)
+        return number * number
+
+    assert list(dino_cache.map_files(square, list(range(count)))) == [number * number for number in range(count)]
+    if wait_s and count > 64:  # the other way round, a busy machine may make any function look slow
+        assert len(threads) > 1
+
+
+def test_map_files_raises_in_the_place_of_the_result():
+    def fail_at_200(number: int) -> int:
+        time.sleep(0.0005)
+        return 1 // (200 - number)
+
+    results = dino_cache.map_files(fail_at_200, list(range(300)))
+    with pytest.raises(ZeroDivisionError):
+        list(results)

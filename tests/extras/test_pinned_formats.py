@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 import dino_cache
-from conftest import Outcome
 from dino_cache import CacheSpec
-from support import tree
+from dino_cache_extras.chunk_files import read_chunk_header
+from support import Outcome, tree
+from test_pinned import ATTRIBUTES, CHUNK, DATASET_DIGESTS
 
 PINNED = Path(__file__).parent / "pinned"
 CHECKSUMS = {  # folder -> (format, trajectory, checksum of the kind stat, of the kind content)
@@ -26,6 +27,19 @@ def test_a_checksum_is_what_it_was(folder: str) -> None:
     trajectory = dino_cache.format_named(format_name).locate(PINNED / folder / "data", name)
     source = dino_cache.open_source(trajectory, dino_cache.data_keys(CacheSpec()))
     assert (source.checksum("stat"), source.checksum("content")) == (stat, content)
+
+
+def test_a_chunk_file_of_an_earlier_version_is_sound_and_says_what_it_said() -> None:
+    header = read_chunk_header(CHUNK, deep=True)
+    assert header.attributes == ATTRIBUTES
+    assert {name: dataset.digest for name, dataset in header.datasets.items()} == DATASET_DIGESTS
+    assert {name: (dataset.dtype, dataset.shape) for name, dataset in header.datasets.items()} == {
+        "cls_token": ("<f2", (6, 4)),
+        "frame_index": ("<i8", (6,)),
+        "position": ("<f8", (6, 2)),
+        "travelled_distance": ("<f8", (6,)),
+        "yaw": ("<f8", (6,)),
+    }
 
 
 def chunks(cache: Path) -> dict[str, bytes | None]:

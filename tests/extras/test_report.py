@@ -17,6 +17,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from formats_support import WRITERS, write_recon, write_videos
 
 import dino_cache
 import progress_utils
@@ -24,9 +25,18 @@ from dino_cache_extras import chunk_files
 from dino_cache_extras.commands import report as report_command
 from dino_cache_extras.commands import report_facts
 from dino_cache_extras.commands.report_facts import failure_causes
-from formats import WRITERS, BitEncoder, Rendered, write_gnm, write_recon, write_videos
 from progress_utils import cache_lock
-from support import make_trajectory, read_progress, straight_line, tree, write_config, write_frame
+from support import (
+    BitEncoder,
+    Rendered,
+    make_trajectory,
+    read_progress,
+    straight_line,
+    tree,
+    write_config,
+    write_frame,
+    write_gnm,
+)
 
 FRAMES = 40  # 0.25 m apart, five full batches of 8
 

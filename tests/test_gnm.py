@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import yaml
 
-from conftest import Outcome
 from dino_cache import (
     FRAME_PATTERN,
     InputError,
@@ -31,6 +30,7 @@ from dino_cache import (
 from progress_utils import RefusedError
 from support import (
     ROOT,
+    Outcome,
     check_stamps,
     chunk_files,
     make_trajectory,

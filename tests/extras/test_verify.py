@@ -1,10 +1,7 @@
-"""verify and rebuild: whatever is wrong with a cache is found, what is repaired ends as if nothing had happened."""
+"""verify finds whatever is wrong with a cache, and what it repairs ends as if nothing had happened."""
 
-import contextlib
 import errno
 import fcntl
-import hashlib
-import io
 import itertools
 import json
 import multiprocessing
@@ -13,25 +10,31 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
+from commands_support import (
+    CHUNK,
+    STAMPS,
+    CachedRobot,
+    Problem,
+    answer,
+    flip,
+    mix,
+    reseal,
+    set_attributes,
+    swap,
+)
 
-import progress_utils
 from dino_cache_extras.chunk_files import read_chunk_header
 from dino_cache_extras.commands import verify as verify_command
 from progress_utils import DamagedChunkError, cache_lock
-from support import ROOT, cache_content, make_trajectory, read_progress, tree, wait_until, write_config
+from support import FRAMES, make_trajectory, read_progress, tree
 
-# 20 frames 0.25 m apart in chunks of 2 m that overlap by 0.5 m: [0, 9), [6, 15), [12, 20) of every trajectory
-FRAMES = 20
-STAMPS = {"t1": 1, "lab/t2": 2, "t3": 3}
 DATASETS = ("cls_token", "patch_tokens", "position", "yaw", "frame_index", "travelled_distance")
 TEXTS = (
     "format", "dataset_name", "trajectory", "spec", "fingerprint", "weights_digest", "trajectory_checksum",
@@ -39,141 +42,19 @@ TEXTS = (
 )  # fmt: skip
 NUMBERS = ("format_version", "chunk_index", "num_chunks", "start", "stop")
 DIGESTS = tuple(f"{name}/digest" for name in DATASETS)
-CHUNK = "t1/chunk_00001.h5"
 OWN = ("notes.txt", "own.tmp", "plots/a.tmp", "lab/b.txt")  # the user's files, in the cache folder
 
 
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-class Problem(NamedTuple):
-    """A finding without its reason."""
-
-    kind: str
-    path: str
-
-
-class Robot:
-    """A dataset, its cache, and the commands on it."""
-
-    def __init__(self, root: Path, run: Callable[..., Any], capsys: pytest.CaptureFixture[str]):
-        self.data, self.cache, self.config = root / "data", root / "data" / "dino_cache_small", root / "robot.yaml"
-        self._run, self._capsys = run, capsys
-        self.configure()
-
-    def configure(self, **settings: Any) -> None:
-        write_config(self.config, self.data, **{"tokens": ["cls", "patch"], "batch_size": FRAMES, **settings})
-
-    def add(self, name: str, stamp: int) -> None:
-        make_trajectory(self.data / name, FRAMES, stamp=stamp)
-
-    def run(self, *arguments: str, code: int = 0) -> None:
-        outcome = self._run(self.config, *arguments)
-        assert outcome.code == code, outcome.err
-
-    def utils(self, command: str, *options: str) -> Outcome:
-        self._capsys.readouterr()
-        code = progress_utils.main([command, "--cache-dir", str(self.cache), *options])
-        return Outcome(code, *self._capsys.readouterr())
-
-    def verify(self, *options: str) -> dict[Problem, str]:
-        """What verify finds, with its reasons; its exit code agrees, and it changed nothing."""
-        before = tree(self.cache)
-        outcome = self.utils("verify", "--json", *options)
-        assert tree(self.cache) == before
-        report = json.loads(outcome.out)
-        assert report["sound"] == (report["findings"] == []) == (outcome.code == 0)
-        assert outcome.code in (0, 1)
-        return {Problem(finding["kind"], finding["path"]): finding["reason"] for finding in report["findings"]}
-
-    def edit_record(self, change: Callable[[dict[str, Any]], Any]) -> None:
-        record = read_progress(self.cache)
-        change(record)
-        (self.cache / "progress.json").write_text(json.dumps(record))
-
-    def state(self) -> list[Any]:
-        """Chunks and record, without times: for np.testing.assert_equal."""
-        record = read_progress(self.cache)
-        for key in ("start_time", "last_update", "elapsed_s", "data_folder", "data_format", "num_trajectories"):
-            del record[key]
-        return [cache_content(self.cache), {**record, "completed_trajectories": set(record["completed_trajectories"])}]
-
-    def files(self) -> dict[str, bytes | None]:
-        """All of the cache but the lock file, which edits leave there."""
-        return {path: content for path, content in tree(self.cache).items() if path != ".lock"}
-
-
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("originals")
-
-
-def copy_of(original: Path, names: list[str], tmp_path: Path, run: Callable[..., Any], capsys: Any) -> Robot:
-    """A robot of its own with a complete cache of these trajectories, which is made once."""
-    if not original.exists():
-        original.mkdir()
-        robot = Robot(original, run, capsys)
-        for name in names:
-            robot.add(name, STAMPS[name])
-        robot.run()
-    shutil.copytree(original / "data", tmp_path / "data")
-    return Robot(tmp_path, run, capsys)
-
-
 @pytest.fixture
-def robot(originals, tmp_path, run_here, capsys) -> Robot:
+def robot(cached) -> CachedRobot:
     """Three trajectories are cached."""
-    return copy_of(originals / "three", list(STAMPS), tmp_path, run_here, capsys)
+    return cached(*STAMPS)
 
 
 @pytest.fixture
-def single(originals, tmp_path, run_here, capsys) -> Robot:
+def single(cached) -> CachedRobot:
     """One trajectory is cached."""
-    return copy_of(originals / "one", ["t1"], tmp_path, run_here, capsys)
-
-
-def flip(path: Path, place: int, bits: int = 1) -> None:
-    """Change one byte of a file; doing it twice changes nothing."""
-    with open(path, "r+b") as file:
-        (byte,) = os.pread(file.fileno(), 1, place)
-        os.pwrite(file.fileno(), bytes([byte ^ bits]), place)
-
-
-def blake2b(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def reseal(path: Path, change: Callable[[h5py.File], Any]) -> None:
-    """Change a chunk file and make its digests agree again."""
-    with h5py.File(path, "r+") as file:
-        change(file)
-        digests = {name: blake2b(dataset[...].tobytes()) for name, dataset in file.items()}
-        for name, digest in digests.items():
-            file[name].attrs["digest"] = digest
-        attributes = {key: value if isinstance(value, str) else int(value) for key, value in file.attrs.items()}
-        del attributes["attributes_digest"]
-        file.attrs["attributes_digest"] = blake2b(json.dumps([attributes, digests], sort_keys=True).encode())
-    with h5py.File(path) as file:
-        data = sorted([it.id.get_offset(), it.nbytes] for it in file.values() if it.id.get_offset() is not None)
-    raw, rest, position = path.read_bytes(), json.dumps(data).encode(), 512
-    for offset, size in data:
-        rest, position = rest + raw[position:offset], offset + size
-    seal = {"data": data, "digest": blake2b(rest + raw[position:])}
-    path.write_bytes(json.dumps(seal).encode().ljust(512) + raw[512:])
-
-
-def set_attributes(**attributes: Any) -> Callable[[h5py.File], None]:
-    return lambda file: file.attrs.update(attributes)
-
-
-def answer(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
-    """What is typed on the terminal."""
-    terminal = io.StringIO(line + "\n")
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(sys, "stdin", terminal)
+    return cached("t1")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,12 +249,6 @@ def test_deep_reads_datasets_larger_than_one_block(single, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # verify: chunk files against the record
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def swap(cache: Path, one: str, other: str) -> None:
-    os.rename(cache / one, cache / "x")
-    os.rename(cache / other, cache / one)
-    os.rename(cache / "x", cache / other)
 
 
 def resize(path: Path, by: int) -> None:
@@ -580,13 +455,6 @@ def test_json_has_the_findings_and_nothing_else_goes_to_stdout(robot):
     assert report == {**facts, "findings": [missing, leftover]}
 
 
-def mix(robot: Robot) -> None:
-    """A fourth trajectory, made with another configuration: two chunks."""
-    robot.add("t4", 4)
-    robot.configure(max_chunk_distance_m=3.0)
-    robot.run("--yes")
-
-
 def test_a_mixed_cache_is_sound_and_said_to_be_mixed(robot):
     mix(robot)
     for options in ([], ["--deep"]):
@@ -648,7 +516,7 @@ def test_verify_touches_nothing_and_works_while_a_run_holds_the_cache(robot):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def damage(robot: Robot) -> None:
+def damage(robot: CachedRobot) -> None:
     """One trajectory has a flipped byte, one lacks a chunk, one is sound; leftovers and the user's own lie about."""
     with h5py.File(robot.cache / CHUNK) as file:
         place = file["cls_token"].id.get_offset()
@@ -661,7 +529,7 @@ def damage(robot: Robot) -> None:
         (robot.cache / own).write_text(own)
 
 
-def check_repaired(robot: Robot, undisturbed: list[Any], encoders: list[Any]) -> None:
+def check_repaired(robot: CachedRobot, undisturbed: list[Any], encoders: list[Any]) -> None:
     """The next run redoes the two damaged trajectories, and then all is as if nothing had happened."""
     assert set(read_progress(robot.cache)["completed_trajectories"]) == {"t3"}
     encoders.clear()
@@ -758,58 +626,6 @@ def test_repair_removes_nothing_outside_the_cache(robot, tmp_path, place):
         assert list(staging.iterdir()) == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# rebuild
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def kept_aside(robot: Robot) -> list[bytes]:
-    return [path.read_bytes() for path in robot.cache.glob("progress.json.rebuild-*")]
-
-
-@pytest.mark.parametrize("content", [None, b"", b'{"half": '])
-def test_rebuild_restores_the_record_and_the_next_run_has_nothing_to_do(robot, encoders, content):
-    (robot.cache / "progress.json.bak").write_bytes(b"the copy before")
-    undisturbed, record = robot.state(), robot.cache / "progress.json"
-    record.unlink() if content is None else record.write_bytes(content)
-    files = robot.files()
-    assert robot.utils("rebuild", "--yes").code == 0
-    np.testing.assert_equal(robot.state(), undisturbed)
-    assert kept_aside(robot) == ([] if content is None else [content])
-    assert robot.files().items() >= {path: it for path, it in files.items() if path != "progress.json"}.items()
-    assert robot.verify("--deep") == {}
-    encoders.clear()
-    robot.run()
-    assert encoders == []
-    np.testing.assert_equal(robot.state(), undisturbed)
-
-
-def test_rebuild_of_a_good_record_keeps_it_aside(robot):
-    undisturbed, record = robot.state(), (robot.cache / "progress.json").read_bytes()
-    assert robot.utils("rebuild", "--yes").code == 0
-    assert kept_aside(robot) == [record]
-    np.testing.assert_equal(robot.state(), undisturbed)
-
-
-def test_rebuild_keeps_what_a_readable_record_knows_beside_the_chunks(robot):
-    failure = {"reason": "no poses", "error_type": "InputError", "attempts": 2, "time": 1.0, "checksum": None}
-    failures = {"bad": {**failure, "checksum_kind": "stat"}}
-    robot.edit_record(lambda record: record.update(elapsed_s=77, failures=failures, failed_trajectories=["bad"]))
-    assert robot.utils("rebuild", "--yes").code == 0
-    record = read_progress(robot.cache)
-    assert (record["elapsed_s"], record["failures"]) == (77, failures)
-    assert set(record["completed_trajectories"]) == set(STAMPS)
-
-
-def test_rebuild_is_refused_while_a_force_rebuild_is_unfinished(robot):
-    robot.run("--force-rebuild", "--limit", "1", code=5)
-    before = robot.files()
-    refused = robot.utils("rebuild", "--yes")
-    assert refused.code == 2
-    assert "force_rebuild is under way" in refused.err
-    assert robot.files() == before
-
-
 def test_the_holders_name_is_shown_while_it_lives_and_not_when_it_is_dead(robot):
     with cache_lock(robot.cache):
         assert f"a run is at work (pid {os.getpid()} " in robot.utils("verify").out
@@ -820,169 +636,3 @@ def test_the_holders_name_is_shown_while_it_lives_and_not_when_it_is_dead(robot)
     os.waitpid(child, 0)
     (robot.cache / ".lock.owner").write_text(owner.replace(str(os.getpid()), str(child)))  # as a kill -9 leaves it
     assert "a run is at work" not in robot.utils("verify").out
-
-
-@pytest.mark.parametrize("change", [{"a_new_setting": 1}, {"dino_model_type": "enormous"}])
-def test_rebuild_of_chunks_with_settings_of_a_newer_program_is_refused(single, change):
-    for path in (single.cache / "t1").iterdir():
-        with h5py.File(path) as file:
-            spec = json.dumps({**json.loads(file.attrs["spec"]), **change})
-        reseal(path, set_attributes(spec=spec))
-    before = single.files()
-    refused = single.utils("rebuild", "--yes")
-    assert refused.code == 2
-    assert next(iter(change)) in refused.err
-    assert "update the program" in refused.err
-    assert single.files() == before
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_the_workers_of_a_killed_command_end_too_and_hold_no_lock(robot):
-    for name in STAMPS:  # a chunk that takes minutes to read: two terabytes of zeros
-        path = robot.cache / name / "chunk_00000.h5"
-        path.write_bytes(b'{"data": [], "digest": ""}'.ljust(512))
-        os.truncate(path, 1 << 41)
-    command = [sys.executable, str(ROOT / "progress_utils.py"), "rebuild", "--yes", "--cache-dir", str(robot.cache)]
-    with subprocess.Popen(command, start_new_session=True) as process:
-
-        def group() -> list[str]:
-            stats = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")]
-            return [state for state, _, number, *_ in stats if int(number) == process.pid and state != "Z"]
-
-        try:
-            wait_until(lambda: len(group()) > 1 or progress_utils.available_cores() == 1)
-            process.kill()
-            process.wait()
-            wait_until(lambda: not group())
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    with cache_lock(robot.cache):
-        pass
-
-
-def test_a_rebuilt_record_began_with_its_first_chunk(robot):
-    reseal(robot.cache / CHUNK, set_attributes(created_at="2020-01-02T03:04:05Z"))
-    assert robot.utils("rebuild", "--yes").code == 0
-    assert read_progress(robot.cache)["start_time"] == 1577934245.0
-    assert robot.verify("--deep") == {}
-
-
-def spoil_data(path: Path) -> None:
-    with h5py.File(path) as file:
-        place = file["yaw"].id.get_offset()
-    flip(path, place)
-
-
-INCOMPLETE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    **{
-        f"chunk {index} is missing": (lambda cache, index=index: (cache / f"t1/chunk_0000{index}.h5").unlink(), "t1: ")
-        for index in range(3)
-    },
-    "a flipped byte": (lambda cache: spoil_data(cache / CHUNK), CHUNK),
-    "cut off": (lambda cache: os.truncate(cache / CHUNK, 5000), CHUNK),
-    "one more": (lambda cache: shutil.copy(cache / CHUNK, cache / "t1/chunk_00003.h5"), "t1: "),
-    "two in each other's place": (lambda cache: swap(cache, CHUNK, "t1/chunk_00002.h5"), "t1: "),
-    "one of another trajectory": (lambda cache: shutil.copy(cache / "t3/chunk_00001.h5", cache / CHUNK), "t1: "),
-    "all of another trajectory": (
-        lambda cache: (shutil.rmtree(cache / "t1"), shutil.copytree(cache / "t3", cache / "t1")), "t1: "
-    ),
-    "one of another configuration": (
-        lambda cache: reseal(cache / CHUNK, set_attributes(fingerprint="e" * 16)), "t1: "
-    ),
-    "one of other data": (
-        lambda cache: reseal(cache / CHUNK, set_attributes(trajectory_checksum="0" * 16)), "t1: "
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("damage", "named"), INCOMPLETE.values(), ids=INCOMPLETE)
-def test_what_is_not_complete_is_left_out_with_its_reason_and_the_next_run_redoes_just_that(
-    robot, encoders, damage, named
-):
-    undisturbed = robot.state()
-    damage(robot.cache)
-    (robot.cache / "progress.json").unlink()
-    rebuilt = robot.utils("rebuild", "--yes")
-    assert rebuilt.code == 1
-    (reason,) = re.findall(rf"^  left out: {named}(.*)$", rebuilt.err, re.MULTILINE)
-    assert len(reason) > 5
-    assert set(read_progress(robot.cache)["completed_trajectories"]) == {"lab/t2", "t3"}
-    assert robot.verify("--deep").keys() == {("unrecorded", "t1")}
-    encoders.clear()
-    robot.run()
-    assert sum(encoders[-1].batch_sizes) == FRAMES
-    np.testing.assert_equal(robot.state(), undisturbed)
-
-
-def test_half_made_chunks_and_the_users_own_files_are_not_taken_in(robot):
-    undisturbed = robot.state()
-    shutil.copytree(robot.cache / "t1", robot.cache / ".staging" / "tmp1")
-    (robot.cache / "mine").mkdir()
-    shutil.copy(robot.cache / CHUNK, robot.cache / "mine" / "my_chunk_00001.h5")
-    (robot.cache / "progress.json").unlink()
-    assert robot.utils("rebuild", "--yes").code == 0
-    np.testing.assert_equal(robot.state(), undisturbed)
-    assert (robot.cache / "mine" / "my_chunk_00001.h5").exists()
-
-
-@pytest.mark.parametrize(("latest", "max_chunk_distance_m"), [("t1", 2.0), ("t3", 2.0), ("t4", 3.0)])
-def test_a_rebuilt_mixed_cache_has_the_configuration_of_the_most_recent_chunk(robot, latest, max_chunk_distance_m):
-    mix(robot)
-    recorded = read_progress(robot.cache)
-    for name in (*STAMPS, "t4"):
-        for path in (robot.cache / name).iterdir():
-            reseal(path, set_attributes(created_at=f"20{30 if name == latest else 20}-01-01T00:00:00Z"))
-    rebuilt = robot.utils("rebuild", "--yes")
-    assert rebuilt.code == 0
-    assert "mixed" in rebuilt.err.lower()
-    record = read_progress(robot.cache)
-    assert record["processing_config"]["max_chunk_distance_m"] == max_chunk_distance_m
-    for key in ("specs", "trajectory_checksums", "total_chunks"):
-        assert record[key] == recorded[key]
-    assert robot.verify("--deep") == {}
-    assert json.loads(robot.utils("verify", "--json").out)["mixed"] is True
-
-
-def no_chunks(cache: Path) -> None:
-    for name in STAMPS:
-        shutil.rmtree(cache / name)
-
-
-def no_complete_one(cache: Path) -> None:
-    for name in STAMPS:
-        (cache / name / "chunk_00000.h5").unlink()
-
-
-@pytest.mark.parametrize("spoil", [no_chunks, no_complete_one])
-def test_rebuild_without_a_complete_trajectory_does_nothing(robot, spoil):
-    spoil(robot.cache)
-    before = robot.files()
-    refused = robot.utils("rebuild", "--yes")
-    assert refused.code == 2
-    assert str(robot.cache) in refused.err
-    assert robot.files() == before
-
-
-def test_rebuild_without_a_terminal_needs_yes(robot):
-    before = robot.files()
-    refused = robot.utils("rebuild")
-    assert refused.code == 2
-    assert "--yes" in refused.err
-    assert robot.files() == before
-
-
-@pytest.mark.parametrize(("line", "code"), [("n", 2), ("", 2), ("y", 0)])
-def test_rebuild_asks_on_a_terminal(robot, monkeypatch, line, code):
-    undisturbed = robot.state()
-    (robot.cache / "progress.json").unlink()
-    before = robot.files()
-    answer(monkeypatch, line)
-    asked = robot.utils("rebuild")
-    assert asked.code == code
-    assert "3 trajectories, 9 chunks" in asked.err
-    assert "[y/N]" in asked.err
-    if code == 0:
-        np.testing.assert_equal(robot.state(), undisturbed)
-    else:
-        assert robot.files() == before

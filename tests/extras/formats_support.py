@@ -7,85 +7,23 @@ survive JPEG and video compression; BitEncoder reads them back from what reached
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
-import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import av
 import h5py
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-import torch
-from PIL import Image
 
-from support import StampEncoder
+from dino_cache import TrajectoryResult
+from support import SIZE, BitEncoder, Rendered, encoded, read_chunk, stream_results, write_gnm
 
 FPS = 10
-SIZE = (48, 64)  # height, width [px]
 VIDEO_KEY = "observation.images.front"
-
-
-class BitEncoder(StampEncoder):
-    """Reads the stamp and the number out of the blocks."""
-
-    def stamps(self, pixels: torch.Tensor) -> torch.Tensor:
-        rows, columns = ([int((i + 0.5) * size / 4) for i in range(4)] for size in pixels.shape[-2:])
-        white = pixels.float().mean(1)[:, rows][:, :, columns].flatten(1) > 128  # (B, 16)
-        values = (white.int() << torch.arange(16)).sum(1)
-        return torch.stack([values >> 12, values % 4096 // 256, values % 256], 1)
-
-
-def render(stamp: int, number: int) -> np.ndarray:
-    """(48, 64, 3) uint8."""
-    bits = (stamp << 12 | number) >> np.arange(16) & 1
-    blocks = np.where(bits, 235, 20).astype(np.uint8).reshape(4, 4)
-    return np.repeat(blocks.repeat(SIZE[0] // 4, 0).repeat(SIZE[1] // 4, 1)[..., None], 3, 2)
-
-
-class Rendered(NamedTuple):
-    """A trajectory; its positions and yaws are the same in float32."""
-
-    stamp: int
-    count: int
-
-    @property
-    def position(self) -> np.ndarray:
-        number = np.arange(self.count)
-        return np.stack([number * 0.25, number % 5 * 0.125], 1)
-
-    @property
-    def yaw(self) -> np.ndarray:
-        return np.arange(self.count) % 100 / 64
-
-    @property
-    def frames(self) -> list[np.ndarray]:
-        return [render(self.stamp, number) for number in range(self.count)]
-
-    @property
-    def jpegs(self) -> list[bytes]:
-        return [encoded(frame) for frame in self.frames]
-
-
-def encoded(frame: np.ndarray, kind: str = "JPEG") -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(frame).save(file, kind, quality=90)
-    return file.getvalue()
-
-
-def write_gnm(folder: Path, trajectories: list[Rendered]) -> list[str]:
-    """Folders t<stamp>; as all writers here, returns the trajectories' names."""
-    for trajectory in trajectories:
-        path = folder / f"t{trajectory.stamp}"
-        path.mkdir(parents=True)
-        for number, data in enumerate(trajectory.jpegs):
-            (path / f"{number}.jpg").write_bytes(data)
-        (path / "traj_data.pkl").write_bytes(pickle.dumps({"position": trajectory.position, "yaw": trajectory.yaw}))
-    return [f"t{trajectory.stamp}" for trajectory in trajectories]
 
 
 def write_recon(folder: Path, trajectories: list[Rendered], *, fixed_length: bool = False) -> list[str]:
@@ -307,3 +245,25 @@ AV1_ENCODER = next((name for name in ("libsvtav1", "libaom-av1") if name in av.c
 if AV1_ENCODER:
     WRITERS["lerobot v2.1 av1"] = ("lerobot", lerobot("v2.1", AV1_ENCODER))
     WRITERS["lerobot v3.0 av1"] = ("lerobot", lerobot("v3.0", AV1_ENCODER))
+
+
+def cache(data: Path, cache_dir: Path, kind: str, **settings: Any) -> dict[str, TrajectoryResult]:
+    settings = {"resize": "stretch", "format": WRITERS[kind][0], **settings}
+    return {result.name: result for result in stream_results(data, cache_dir, BitEncoder(), **settings)}
+
+
+def chunks(cache_dir: Path, name: str) -> list[tuple[tuple[int, int], dict[str, np.ndarray]]]:
+    """(start, stop) and datasets of a trajectory's chunks."""
+    read = [read_chunk(path) for path in sorted((cache_dir / name).glob("*.h5"))]
+    return [((attributes["start"], attributes["stop"]), datasets) for attributes, datasets in read]
+
+
+def truncate(path: Path, share: float = 0.6) -> None:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+def edit_features(folder: Path, features: dict[str, Any], **changes: Any) -> None:
+    info = json.loads((folder / "meta/info.json").read_text())
+    kept = {**info["features"], **features}
+    info = {**info, "features": {key: value for key, value in kept.items() if value is not None}, **changes}
+    (folder / "meta/info.json").write_text(json.dumps(info))

@@ -12,12 +12,9 @@ import pytest
 import torch
 
 import progress_utils
-from conftest import Outcome
 from dino_cache import CacheWindows, RefusedError
-from formats import Rendered, write_gnm
-from support import read_chunk, read_progress, tree
+from support import FIRST, SECOND, Outcome, read_chunk, read_progress, tree, write_gnm
 
-FIRST, SECOND = Rendered(1, 40), Rendered(2, 27)
 BY_FRAMES = {"chunk_by": "frames", "max_chunk_frames": 10, "overlap_frames": 2}
 
 

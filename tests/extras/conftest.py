@@ -1,0 +1,35 @@
+"""Fixtures for the commands on a cache."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands_support import STAMPS, CachedRobot
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where caches lie that are made once for all tests of a file."""
+    return tmp_path_factory.mktemp("originals")
+
+
+@pytest.fixture
+def cached(
+    originals: Path, tmp_path: Path, run_here: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> Callable[..., CachedRobot]:
+    """cached(names of STAMPS) -> a robot of the test's own with a complete cache of these trajectories."""
+
+    def copy_of(*names: str) -> CachedRobot:
+        original = originals / str(len(names))
+        if not original.exists():
+            original.mkdir()
+            robot = CachedRobot(original, run_here, capsys)
+            for name in names:
+                robot.add(name, STAMPS[name])
+            robot.run()
+        shutil.copytree(original / "data", tmp_path / "data")
+        return CachedRobot(tmp_path, run_here, capsys)
+
+    return copy_of
