@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -145,6 +146,29 @@ def test_a_newer_record_stops_everything_and_asks_for_a_newer_program(tmp_path, 
         assert f"{cache_dir / 'progress.json'}: format_version is 2, this program knows 1" in message
         assert "Update the program" in message
     assert (cache_dir / "progress.json").read_text() == text
+
+
+def check_note(value: str) -> None:
+    if value == "wrong":
+        raise ValueError("it is wrong")
+
+
+@pytest.mark.parametrize(
+    ("note", "reason"), [("wrong", "key note: it is wrong"), (3, r"key note has the wrong type \(int\)")]
+)
+def test_a_new_key_is_a_row_that_is_saved_loaded_and_checked(tmp_path, monkeypatch, capsys, note, reason):
+    row = progress_utils.RecordKey((str,), lambda: "new", check=check_note, is_later=True)
+    monkeypatch.setitem(progress_utils.RECORD_KEYS, "note", row)
+    (tmp_path / "progress.json").write_text(json.dumps(record()))  # of a version that does not know the key
+    progress = Progress.load(tmp_path)
+    assert progress.note == "new"
+    progress.note = "kept"
+    progress.save()
+    assert read_progress(tmp_path)["note"] == "kept"
+    assert Progress.load(tmp_path).note == "kept"
+    (tmp_path / "progress.json").write_text(json.dumps({**record(), "note": note}))
+    assert progress_utils.main(["show", "--cache-dir", str(tmp_path)]) == 2
+    assert re.search(reason, capsys.readouterr().err)
 
 
 def check_way_out(cache_dir: Path, message: str) -> None:
