@@ -1046,7 +1046,7 @@ def checked_numbers(where: str, poses: dict[str, Any], key: str, count: int) -> 
     """(count,) float64 of what a source has under `key`. Raises InputError."""
     values = _pose_array(where, poses, key)
     if values.shape not in ((count,), (count, 1)):
-        raise InputError(f"{where}: {key} is {values.shape}, expected ({count},), one for each frame")
+        raise InputError(f"{where}: {key} is {values.shape}, expected ({count},), one for each position")
     values = values.reshape(-1)
     check_values(where, key, values, math.inf)
     return values
