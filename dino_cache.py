@@ -111,6 +111,7 @@ from progress_utils import (
     printable,
     program_name,
     progress_command,
+    set_aside,
 )
 
 try:
@@ -186,6 +187,19 @@ class InputError(Exception):
     """A trajectory's own fault, with the file and the value: it fails alone and the run goes on."""
 
 
+class InvalidDataError(InputError):
+    """The data could be read, and what they say breaks a rule. Where they changed since the trajectory was completed,
+    its chunks match no data any more. Any other InputError (cannot be opened, parsed, decoded) proves nothing."""
+
+
+class PlaceTakenError(InputError):
+    """What is not ours lies where a trajectory's chunks belong; it is tried again when that is gone."""
+
+
+class MachineError(DinoCacheError):
+    """The machine lacks memory or file descriptors: the run stops, no trajectory is blamed, a rerun resumes."""
+
+
 class StorageError(DinoCacheError):
     """The disk written to, or the mount read from, fails: the run stops, nothing false is recorded, a rerun resumes."""
 
@@ -200,6 +214,37 @@ class StoppedError(DinoCacheError):
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+MACHINE_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+@contextlib.contextmanager
+def input_errors(name: str) -> Iterator[None]:
+    """The one place that decides whose fault it is when a trajectory's data are opened, planned, read or decoded.
+
+    Raises:
+        InputError: the data's, whatever a library made of them.
+        OSError: the system could not read them; nothing is known of what they hold.
+        MachineError: no memory, or no file descriptors, were left. Other errors of ours pass too.
+    """
+    try:
+        yield
+    except (InputError, DinoCacheError):
+        raise
+    except MemoryError as error:
+        raise MachineError(
+            f"{name}: no memory was left to read it; free some and run the same command again"
+        ) from error
+    except OSError as error:
+        if error.errno in MACHINE_ERRNOS:
+            ways = "free memory, or raise the limit (ulimit -n), and run the same command again"
+            raise MachineError(f"{name}: cannot be read: {error}; {ways}") from error
+        if error.errno is not None:
+            raise
+        raise InputError(f"{name}: cannot be read: {error or type(error).__name__}") from error
+    except Exception as error:  # parsers and codecs make all sorts of odd bytes
+        raise InputError(f"{name}: cannot be read: {type(error).__name__}: {error}") from error
 
 
 # ======================================================================================================================
@@ -757,6 +802,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     except OSError as error:
         if error.errno == errno.ELOOP:  # a link to itself
             return False
+        if isinstance(error, PermissionError):  # it is taken for one, and fails alone where it is listed
+            return True
         raise
 
 
@@ -859,7 +906,7 @@ def trajectory_checksum(listing: TrajectoryListing, kind: ChecksumKind) -> str:
 
 
 def check_frames(listing: TrajectoryListing) -> None:
-    """Raise InputError unless the frames are regular files numbered 0, 1, 2, ... (or 1, 2, 3, ...) without a gap."""
+    """Raise InvalidDataError unless the frames are regular files numbered 0, 1, 2, ... (or 1, 2, 3, ...) without a gap."""
     name, frames = listing.trajectory.name, listing.frames
     if not frames:
         example = f"; it holds {recordable_name(listing.other_file)}, for one" if listing.other_file else ""
@@ -869,12 +916,12 @@ def check_frames(listing: TrajectoryListing) -> None:
             raise InputError(f"{name}/{frame.file_name}: not a regular file")
     first = frames[0].number
     if first > 1:
-        raise InputError(f"{name}: the first frame is {frames[0].file_name}; numbers must begin at 0 or 1")
+        raise InvalidDataError(f"{name}: the first frame is {frames[0].file_name}; numbers must begin at 0 or 1")
     for before, frame in zip(frames, frames[1:]):
         if frame.number == before.number:
-            raise InputError(f"{name}: {before.file_name} and {frame.file_name} are both frame {frame.number}")
+            raise InvalidDataError(f"{name}: {before.file_name} and {frame.file_name} are both frame {frame.number}")
         if frame.number != before.number + 1:
-            raise InputError(
+            raise InvalidDataError(
                 f"{name}: frame {before.number + 1} is missing between {before.file_name} and {frame.file_name}"
             )
 
@@ -1020,7 +1067,7 @@ def read_poses(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     where = f"{name}/{path.name}"
     try:
         poses = _parse_pose_file(path.name, read_file(path).tobytes())
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # hostile bytes can raise anything; whatever it is, this file is not poses
         raise InputError(f"{where}: cannot read poses: {str(error) or type(error).__name__}") from error
@@ -1033,32 +1080,32 @@ def read_poses(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def checked_position(where: str, poses: dict[str, Any], key: str) -> np.ndarray:
-    """(T, 2) float64: the first two columns of what a source has under `key`. Raises InputError."""
+    """(T, 2) float64: the first two columns of what a source has under `key`. Raises InvalidDataError."""
     position = _pose_array(where, poses, key)
     if position.ndim != 2 or position.shape[1] < 2:
-        raise InputError(f"{where}: {key} is {position.shape}, expected (T, 2)")
+        raise InvalidDataError(f"{where}: {key} is {position.shape}, expected (T, 2)")
     position = np.ascontiguousarray(position[:, :2])
     check_values(where, key, position, MAX_POSITION_M)
     return position
 
 
 def checked_numbers(where: str, poses: dict[str, Any], key: str, count: int) -> np.ndarray:
-    """(count,) float64 of what a source has under `key`. Raises InputError."""
+    """(count,) float64 of what a source has under `key`. Raises InvalidDataError."""
     values = _pose_array(where, poses, key)
     if values.shape not in ((count,), (count, 1)):
-        raise InputError(f"{where}: {key} is {values.shape}, expected ({count},), one for each position")
+        raise InvalidDataError(f"{where}: {key} is {values.shape}, expected ({count},), one for each position")
     values = values.reshape(-1)
     check_values(where, key, values, math.inf)
     return values
 
 
 def check_values(where: str, key: str, values: np.ndarray, most: float) -> None:
-    """Raise InputError, naming the first, where a value is not finite or its size exceeds `most`."""
+    """Raise InvalidDataError, naming the first, where a value is not finite or its size exceeds `most`."""
     bad = np.argwhere(~(np.isfinite(values) & (np.abs(values) <= most)))
     if len(bad):
         row = tuple(bad[0])
         allowed = f"; expected metres, at most {most:.0e}" if np.isfinite(values[row]) else ""
-        raise InputError(f"{where}: {key}{list(map(int, row))} is {values[row]}{allowed}")
+        raise InvalidDataError(f"{where}: {key}{list(map(int, row))} is {values[row]}{allowed}")
 
 
 def _rebuilt(values: Any) -> Any:
@@ -1072,15 +1119,15 @@ def _rebuilt(values: Any) -> Any:
 
 def _pose_array(where: str, poses: dict[str, Any], key: str) -> np.ndarray:
     if key not in poses:
-        raise InputError(f"{where}: has no {key}; its keys are {', '.join(map(str, poses))[:200]}")
+        raise InvalidDataError(f"{where}: has no {key}; its keys are {', '.join(map(str, poses))[:200]}")
     try:
         values = np.asarray(_plain_rows(poses[key]))
     except (ValueError, OverflowError) as error:  # rows of unequal length, numbers too large
-        raise InputError(f"{where}: {key}: {error}") from error
+        raise InvalidDataError(f"{where}: {key}: {error}") from error
     if values.dtype.kind not in "iuf":
-        raise InputError(f"{where}: {key} holds {values.dtype} values, expected numbers")
+        raise InvalidDataError(f"{where}: {key} holds {values.dtype} values, expected numbers")
     if not 0 < values.size <= MAX_POSE_NUMBERS:
-        raise InputError(f"{where}: {key} is {values.shape}: holds no poses, or too many")
+        raise InvalidDataError(f"{where}: {key} is {values.shape}: holds no poses, or too many")
     return values.astype(np.float64)
 
 
@@ -1121,14 +1168,14 @@ class FolderSource:
         """
         pose_file, frames = self._listing.pose_file, self._listing.frames
         if pose_file is None and required:
-            raise InputError(f"{self._name}: no pose file; expected one of {', '.join(POSE_FILES)}")
+            raise InvalidDataError(f"{self._name}: no pose file; expected one of {', '.join(POSE_FILES)}")
         check_frames(self._listing)
         numbers = np.arange(len(frames), dtype=np.int64)
         if pose_file is None:
             return Poses(numbers, None, None)
         position, yaw = read_poses(self._folder / pose_file, self._name)
         if len(position) != len(frames):
-            raise InputError(
+            raise InvalidDataError(
                 f"{self._name}: {len(frames)} frames ({frames[0].file_name} ... {frames[-1].file_name}) "
                 f"but {len(position)} poses in {pose_file}"
             )
@@ -1393,7 +1440,7 @@ def plan_trajectory(
     else:
         travelled, spans = None, plan_frame_chunks(len(frame_index), spec.max_chunk_frames, spec.overlap_frames)
     if not spans:
-        raise InputError(
+        raise InvalidDataError(
             f"{trajectory.name}: insufficient movement: {travelled[-1]:.3g} m in all, no piece between pose jumps "
             f"reaches min_chunk_distance_m {spec.min_chunk_distance_m}"
         )
@@ -1953,6 +2000,7 @@ CHUNK_FORMAT = "dino_cache"
 CHUNK_FORMAT_VERSION = 1
 READ_BLOCK_BYTES = 1 << 24  # bytes of a chunk file that are read and digested at a time
 NAME_FAULTS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR)  # errors of one trajectory's place in the cache
+ACCESS_FAULTS = (errno.EACCES, errno.EPERM)  # there, of this place too; of staging or the record, the disk's
 
 
 @dataclass(frozen=True)
@@ -2202,17 +2250,39 @@ class ChunkStore:
                 return {}
             raise
 
-    def foreign_files(self, name: str) -> list[str]:
-        """What lies where a trajectory's folder belongs and is not a chunk file: replacing the folder would lose it."""
+    def is_older(self, name: str, when: float) -> bool:
+        """Whether a trajectory's chunk files were made before `when` (epoch seconds), by their file times."""
         try:
-            with os.scandir(self.folder(name)) as entries:
-                return sorted(entry.name for entry in entries if not (is_chunk_file(entry.name) and entry.is_file()))
+            return os.stat(self.folder(name) / chunk_file_name(0)).st_mtime < when
+        except OSError:
+            return True
+
+    def foreign_files(self, name: str) -> list[str]:
+        """What lies where a trajectory's folder belongs and is neither a chunk file nor the folder of a trajectory whose
+        name begins with this one's: replacing the folder would lose it."""
+        try:
+            return sorted(entry.name for entry in self._entries(name) if not _is_ours(entry))
         except NotADirectoryError:
             return [name]
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
                 return []
             raise
+
+    def _entries(self, name: str) -> list[os.DirEntry[str]]:
+        with os.scandir(self.folder(name)) as entries:
+            return list(entries)
+
+    def refuse_taken_place(self, name: str) -> None:
+        """Raise PlaceTakenError where a trajectory's folder cannot become its chunks'. Asked before it is encoded, and
+        again before it is published."""
+        where = place = self.folder(name)
+        while not os.path.exists(place) and place != self.cache_dir:
+            place = place.parent
+        if os.path.isdir(place) and not os.access(place, os.R_OK | os.W_OK | os.X_OK):
+            raise PlaceTakenError(f"{name}: cannot replace what lies in {where}: no access to {place}; give it")
+        if foreign := self.foreign_files(name):
+            raise PlaceTakenError(f"{name}: {where} holds what is not a chunk file ({foreign[0]}); move it away")
 
     def publish(self, staged: Path, name: str, before_replacing: Callable[[str], None]) -> Path | None:
         """Make a staged folder a trajectory's final one, durably; returns where the folder replaced lies now.
@@ -2229,11 +2299,26 @@ class ChunkStore:
         if target.exists():
             before_replacing(name)
             replaced = self.new_staging_folder() / "replaced"
+            if any(entry.is_dir() for entry in self._entries(name)):
+                self._replace_files(target, staged, replaced)
+                return replaced
             os.rename(target, replaced)
         os.rename(staged, target)
         with PROFILE("fsync"):
             fsync_path(target.parent)
         return replaced
+
+    def _replace_files(self, target: Path, staged: Path, replaced: Path) -> None:
+        """Exchange the chunk files of a folder in which other trajectories' folders lie, which stay where they are."""
+        replaced.mkdir()
+        for entry in self._entries(target.relative_to(self.cache_dir).as_posix()):
+            if entry.is_file():
+                os.rename(entry.path, replaced / entry.name)
+        for path in sorted(staged.iterdir()):
+            os.rename(path, target / path.name)
+        staged.rmdir()
+        with PROFILE("fsync"):
+            fsync_path(target)
 
     def _make_durable(self, folder: Path) -> None:
         """Make a folder and force its entry to the disk, once a run: an earlier run may have died in between."""
@@ -2246,12 +2331,17 @@ class ChunkStore:
     def remove_chunks(self, name: str) -> None:
         """Delete a trajectory's chunk files, at once where nothing else is beside them. They must not be recorded."""
         folder = self.folder(name)
-        foreign, chunks = self.foreign_files(name), self.chunk_sizes(name)
+        try:
+            entries = self._entries(name)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        chunks = [entry for entry in entries if is_chunk_file(entry.name) and entry.is_file()]
         if not chunks:
             return
-        if foreign:
-            for file in chunks.keys() - set(foreign):
-                (folder / file).unlink()
+        if len(chunks) < len(entries):
+            for entry in chunks:
+                os.unlink(entry.path)
+            fsync_path(folder)
             return
         removed = self.new_staging_folder() / "removed"
         os.rename(folder, removed)
@@ -2261,6 +2351,14 @@ class ChunkStore:
     def has_chunks(self) -> bool:
         """Whether any trajectory's chunk lies in this cache."""
         return any(chunk_folders(self.cache_dir))
+
+
+def _is_ours(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry of a trajectory's folder is a chunk file, or a folder that holds such and nothing else."""
+    if not entry.is_dir(follow_symlinks=False):
+        return is_chunk_file(entry.name) and entry.is_file()
+    with os.scandir(entry.path) as inner:
+        return all([_is_ours(child) for child in inner])
 
 
 @functools.cache
@@ -2437,14 +2535,17 @@ class Hooks:
 
 
 def plan_or_fail(
-    trajectory: Trajectory, spec: CacheSpec, checksum_kind: ChecksumKind
+    trajectory: Trajectory, spec: CacheSpec, checksum_kind: ChecksumKind, store: ChunkStore | None = None
 ) -> TrajectoryPlan | TrajectoryResult:
-    """Open, check and cut a trajectory; a failure is a value."""
+    """Open, check and cut a trajectory, for whose chunks there must be a place in the store; a failure is a value."""
     checksum = None
     try:
-        source = open_source(trajectory, data_keys(spec))
-        checksum = source.checksum(checksum_kind)
-        return plan_trajectory(trajectory, source, checksum, checksum_kind, spec)
+        with input_errors(trajectory.name):
+            if store is not None:
+                store.refuse_taken_place(trajectory.name)
+            source = open_source(trajectory, data_keys(spec))
+            checksum = source.checksum(checksum_kind)
+            return plan_trajectory(trajectory, source, checksum, checksum_kind, spec)
     except (InputError, OSError) as error:
         return TrajectoryResult(trajectory.name, checksum, checksum_kind, error=error)
 
@@ -2468,15 +2569,15 @@ def _read_frames(run: list[Frame], decoder: FrameDecoder) -> list[Frame]:
     """Frames of one plan with their bytes, or with their pixels where the source decodes; from the one on that cannot
     be had, with the reason."""
     plan, done = run[0].plan, []
-    contents = plan.reader.read([int(plan.frame_index[frame.row]) for frame in run])
     try:
-        for frame in run:
-            content = next(contents)
-            if content.ndim == 1:
-                done.append(frame._replace(data=content))
-            else:  # at once: the input's size is what waits for the encoder
-                with PROFILE("decode"):
-                    done.append(frame._replace(pixels=decoder.fit(content, frame.name)))
+        with input_errors(plan.trajectory.name):
+            contents = plan.reader.read([int(plan.frame_index[frame.row]) for frame in run])
+            for frame, content in zip(run, contents, strict=True):
+                if content.ndim == 1:
+                    done.append(frame._replace(data=content))
+                else:  # at once: the input's size is what waits for the encoder
+                    with PROFILE("decode"):
+                        done.append(frame._replace(pixels=decoder.fit(content, frame.name)))
     except (InputError, OSError) as error:
         plan.reader.close()
         done += [frame._replace(error=error) for frame in run[len(done) :]]
@@ -2490,7 +2591,7 @@ def decode_or_fail(
     if isinstance(item, TrajectoryResult) or item.data is None or item.plan.trajectory.name in failed:
         return item
     try:
-        with PROFILE("decode"):
+        with PROFILE("decode"), input_errors(item.plan.trajectory.name):
             return item._replace(data=None, pixels=decoder(item.data, item.name))
     except InputError as error:
         return item._replace(data=None, error=error)
@@ -2662,7 +2763,7 @@ class StreamWriter:
             return []
         if not encoded.finite.all():
             frame = plan.reader.name(int(plan.frame_index[rows[int(np.argmin(encoded.finite))]]))
-            return self._give_up(plan, f"{frame}: its features are not finite")
+            return self._give_up(plan, InvalidDataError(f"{frame}: its features are not finite"))
         if self._open is None:
             self._open = TrajectoryWriter(self._store.new_staging_folder(), plan, self._label)
         self._open.write(rows, encoded.tokens)
@@ -2671,16 +2772,17 @@ class StreamWriter:
     def _publish(self) -> list[TrajectoryResult]:
         writer, plan = self._open, self._open.plan
         name = plan.trajectory.name
-        if foreign := self._store.foreign_files(name):
-            where = self._store.folder(name)
-            return self._give_up(plan, f"{name}: {where} holds what is not a chunk file ({foreign[0]}); move it away")
         try:
+            self._store.refuse_taken_place(name)
             replaced = self._store.publish(writer.folder, name, self._before_replacing)
+        except PlaceTakenError as error:
+            return self._give_up(plan, error)
         except OSError as error:
-            if error.errno not in NAME_FAULTS:
+            if error.errno not in (*NAME_FAULTS, *ACCESS_FAULTS):
                 raise
             where = self._store.folder(name)
-            return self._give_up(plan, f"{name}: cannot make {where}: {error.strerror}; rename it, or make way")
+            reason = f"{name}: cannot make {where}: {error.strerror}; rename it, or make way"
+            return self._give_up(plan, PlaceTakenError(reason))
         self._open = None
         result = TrajectoryResult(
             name=name,
@@ -2693,9 +2795,9 @@ class StreamWriter:
         )
         return [result]
 
-    def _give_up(self, plan: TrajectoryPlan, reason: str) -> list[TrajectoryResult]:
+    def _give_up(self, plan: TrajectoryPlan, error: InputError) -> list[TrajectoryResult]:
         self.close()
-        return _fail(plan, InputError(reason), self._failed)
+        return _fail(plan, error, self._failed)
 
     def close(self) -> None:
         """Drop the trajectory begun, if any."""
@@ -2752,7 +2854,7 @@ def cache_trajectories(
     batch_size = resolve_batch_size(options, encoder)
     frames_ahead = max(4 * workers, 2 * batch_size * encoder.batches_in_flight)
     groups_ahead = max(FILE_THREADS, 2 * batch_size // READ_TOGETHER)
-    plan = functools.partial(plan_or_fail, spec=spec, checksum_kind=options.checksum)
+    plan = functools.partial(plan_or_fail, spec=spec, checksum_kind=options.checksum, store=store)
     decoder = FrameDecoder(spec)
     read = functools.partial(read_group, decoder=decoder, failed=failed)
     decode = functools.partial(decode_or_fail, decoder=decoder, failed=failed)
@@ -2890,6 +2992,8 @@ class TrajectoryState(NamedTuple):
     status: Literal["completed", "pending", "failed"]
     remark: str | None = None  # why a recorded one is redone, or what is odd
     new_checksum: str | None = None  # of the kind now asked for, where the recorded one is of the other
+    has_changed: bool = False  # its data could be read, and their checksum is not the recorded one
+    is_whole: bool = True  # its chunk files are those recorded
 
 
 class Work(NamedTuple):
@@ -2921,6 +3025,8 @@ class PreparedDataset:
     selection: Selection
     states: list[TrajectoryState]
     weights: dict[str, Any] | None  # source, size, mtime, digest
+    lost: dict[str, str]  # recorded, not among the data now, and with chunk files that are not as recorded -> how
+    has_forgotten: bool = False  # a forced rebuild that begins now forgot completed trajectories
     pending: list[Trajectory] = field(default_factory=list)  # to do in this run, failed ones last
     left_out: int = 0  # pending too, beyond --limit
     work: dict[str, Work] = field(default_factory=dict)  # trajectory name -> its cost, of the pending ones
@@ -2965,16 +3071,11 @@ def prepare_dataset(config: DatasetConfig, stop_request: StopRequest) -> Prepare
     progress = open_progress(config)
     config = settle_format(config)
     spec = settle_spec(config, progress.processing_config.get("precision"))
-    if config.options.force_rebuild and progress.rebuild_started is None:
-        progress.empty()
-        progress.rebuild_started = time.time()
-        LOG.warning(
-            "%s: force_rebuild: every trajectory is redone (by every run, if it is True in the config file)",
-            config.name,
-        )
     selection = select_trajectories(config, spec, stop_request)
     refuse_case_collisions(config.cache_dir, selection.trajectories)
-    store = ChunkStore(config.cache_dir)
+    store, has_forgotten = ChunkStore(config.cache_dir), False
+    if config.options.force_rebuild:
+        has_forgotten = forget_selected(config, progress, selection, store)
     compare = functools.partial(
         compare_with_record, progress=progress, store=store, spec=spec, checksum_kind=config.options.checksum
     )
@@ -2990,7 +3091,34 @@ def prepare_dataset(config: DatasetConfig, stop_request: StopRequest) -> Prepare
         selection=selection,
         states=states,
         weights=progress.weights,
+        lost=lost_trajectories(progress, store, {trajectory.name for trajectory in selection.trajectories}),
+        has_forgotten=has_forgotten,
     )
+
+
+def forget_selected(config: DatasetConfig, progress: Progress, selection: Selection, store: ChunkStore) -> bool:
+    """Forget what a forced rebuild will redo, and nothing else; says whether one begins that forgets something. One that
+    was interrupted goes on: trajectories whose chunk files are younger than its beginning are redone already."""
+    names = {trajectory.name for trajectory in selection.trajectories}
+    began, is_new = progress.rebuild_started, progress.rebuild_started is None
+    if is_new:
+        which = f"every trajectory{' of the split' if config.split else ''} is redone"
+        LOG.warning("%s: force_rebuild: %s (by every run, if it is True in the config file)", config.name, which)
+        progress.rebuild_started = time.time()
+    else:
+        names = {name for name in names & progress.records.keys() if store.is_older(name, began)}
+    kept = sorted(progress.records.keys() - names)
+    if kept and is_new:
+        what = "completed trajectories are not among those redone, and stay"
+        LOG.warning("%s: %d %s: %s", config.name, len(kept), what, human_list(kept))
+    forgotten = names & progress.records.keys()
+    if kept or not is_new:
+        for name in names:
+            progress.forget(name)
+            progress.failures.pop(name, None)
+    else:
+        progress.empty()
+    return bool(forgotten) and is_new
 
 
 def open_progress(config: DatasetConfig) -> Progress:
@@ -3127,13 +3255,25 @@ def compare_with_record(
     failure = progress.failures.get(trajectory.name)
     if failure is None:
         return TrajectoryState(trajectory, "pending")
+    if failure["error_type"] == PlaceTakenError.__name__:
+        return _compare_place(trajectory, store)
     try:
-        checksum = open_source(trajectory, data_keys(spec)).checksum(failure["checksum_kind"])
+        with input_errors(trajectory.name):
+            checksum = open_source(trajectory, data_keys(spec)).checksum(failure["checksum_kind"])
     except (InputError, OSError):
         checksum = None
     if checksum != failure["checksum"]:
         return TrajectoryState(trajectory, "pending", "failed before; its data changed")
     return TrajectoryState(trajectory, "failed")
+
+
+def _compare_place(trajectory: Trajectory, store: ChunkStore) -> TrajectoryState:
+    """The state of one that failed since something lay where its chunks belong."""
+    try:
+        store.refuse_taken_place(trajectory.name)
+    except (PlaceTakenError, OSError):
+        return TrajectoryState(trajectory, "failed")
+    return TrajectoryState(trajectory, "pending", "failed before; the place of its chunks is free now")
 
 
 def _compare_completed(
@@ -3143,32 +3283,55 @@ def _compare_completed(
     store: ChunkStore,
     checksum_kind: ChecksumKind,
 ) -> TrajectoryState:
+    """The state of a recorded one. It stays completed unless a checksum says that its data changed, or its chunk files
+    are not those recorded: what cannot be read or parsed now proves nothing."""
     keys = DataKeys.of(progress.specs[record["fingerprint"]])  # those that it was made with
-    new_checksum = None
+    has_changed, new_checksum, remark = False, None, None
     try:
-        source = open_source(trajectory, keys)
-        if source.checksum(record["checksum_kind"]) != progress.checksums[trajectory.name]:
-            return TrajectoryState(trajectory, "pending", "its data changed")
-        if record["checksum_kind"] != checksum_kind:
-            new_checksum = source.checksum(checksum_kind)
-    except InputError as error:
-        return TrajectoryState(trajectory, "pending", f"its data changed: {error}")
+        with input_errors(trajectory.name):
+            source = open_source(trajectory, keys)
+            has_changed = source.checksum(record["checksum_kind"]) != progress.checksums[trajectory.name]
+            if record["checksum_kind"] != checksum_kind:
+                new_checksum = source.checksum(checksum_kind)
+    except (InputError, OSError) as error:
+        remark = f"cannot be checked, stays as it is: {error}"
+    try:
+        found = chunk_files(trajectory.name, store)
     except OSError as error:
-        return TrajectoryState(trajectory, "completed", f"cannot be checked, stays as it is: {error}")
-    expected = {chunk_file_name(index): size for index, size in enumerate(record["bytes"])}
-    found = {file: size for file, size in store.chunk_sizes(trajectory.name).items() if is_chunk_file(file)}
-    if found != expected:
-        return TrajectoryState(trajectory, "pending", _chunk_difference(expected, found))
-    return TrajectoryState(trajectory, "completed", new_checksum=new_checksum)
+        return TrajectoryState(trajectory, "completed", f"its chunks cannot be checked, and stay as they are: {error}")
+    lost, extra = lost_chunk(record, found), found.keys() - {chunk_file_name(i) for i in range(len(record["bytes"]))}
+    if has_changed or lost or extra:
+        why = "its data changed" if has_changed else lost or f"its {min(extra)} is not in the record"
+        return TrajectoryState(trajectory, "pending", why, has_changed=has_changed, is_whole=lost is None)
+    return TrajectoryState(trajectory, "completed", remark, new_checksum)
 
 
-def _chunk_difference(expected: dict[str, int], found: dict[str, int]) -> str:
-    for file, size in expected.items():
+def chunk_files(name: str, store: ChunkStore) -> dict[str, int]:
+    """File name -> size [bytes] of a trajectory's chunk files. Raises OSError where they cannot be listed."""
+    return {file: size for file, size in store.chunk_sizes(name).items() if is_chunk_file(file)}
+
+
+def lost_chunk(record: TrajectoryRecord, found: dict[str, int]) -> str | None:
+    """What is wrong with the first recorded chunk file that is missing or has another size; None where none is."""
+    for index, size in enumerate(record["bytes"]):
+        file = chunk_file_name(index)
         if file not in found:
             return f"its {file} is missing"
         if found[file] != size:
             return f"its {file} has {found[file]} bytes, recorded are {size}"
-    return f"its {min(found.keys() - expected.keys())} is not in the record"
+    return None
+
+
+def lost_trajectories(progress: Progress, store: ChunkStore, present: Container[str]) -> dict[str, str]:
+    """Recorded trajectories that are not among the data now, and whose chunk files are not as recorded -> how. They
+    cannot be redone, and with a record of files that are gone a reader would refuse the cache."""
+    lost = {}
+    for name, record in progress.records.items():
+        if name not in present:
+            with contextlib.suppress(OSError):  # cannot be looked at: nothing is known
+                if difference := lost_chunk(record, chunk_files(name, store)):
+                    lost[name] = difference
+    return lost
 
 
 def confirm_changes(
@@ -3247,7 +3410,7 @@ def settle_encoding(dataset: PreparedDataset) -> None:
 
 def estimate_work(dataset: PreparedDataset, stop_request: StopRequest) -> list[str]:
     """Plan every pending trajectory, keeping only what it will cost; returns the reasons of those that will fail."""
-    plan = functools.partial(plan_or_fail, spec=dataset.spec, checksum_kind="stat")
+    plan = functools.partial(plan_or_fail, spec=dataset.spec, checksum_kind="stat", store=dataset.store)
     reasons = []
     for outcome in map_files(plan, dataset.pending):
         stop_request.check()
@@ -3344,6 +3507,8 @@ def remarks(dataset: PreparedDataset) -> list[str]:
         if state.remark:
             verb = "Redoing" if state.status == "pending" else "Completed"
             lines.append(f"{verb} {state.trajectory.name}: {state.remark}")
+    for name, how in sorted(dataset.lost.items()):
+        lines.append(f"No longer completed: {name}: {how}, and its data are not there to redo it")
     records, failures = dataset.progress.records, dataset.progress.failures
     present = {trajectory.name for trajectory in dataset.trajectories}
     most = dataset.config.options.max_attempts
@@ -3356,7 +3521,10 @@ def remarks(dataset: PreparedDataset) -> list[str]:
     }
     kept = [name for name, record in records.items() if record["fingerprint"] in others]
     for names, what in (
-        (sorted(records.keys() - present), "recorded trajectories are not among the data now; their chunks stay"),
+        (
+            sorted(records.keys() - present - dataset.lost.keys()),
+            "recorded trajectories are not among the data now; their chunks stay",
+        ),
         (dataset.selection.missing, "names of the split are not in the data folder"),
         (dataset.selection.lack_poses, "folders hold frames but no pose file, left out"),
         (given_up, f"failed trajectories are not tried again after {most} attempts (reset-failed allows it)"),
@@ -3550,7 +3718,9 @@ class MountGuard:
             raise StorageError(
                 f"data_folder {self._data_folder} no longer lists ({error.strerror}): {_LOST_MOUNT}"
             ) from error
-        return result.error.errno in LOST_MOUNT_ERRNOS or not self._paths[result.name].exists()
+        if isinstance(result.error, PermissionError):  # nothing there can be looked at, and this is no lost mount
+            return False
+        return result.error.errno in LOST_MOUNT_ERRNOS or not os.path.exists(self._paths[result.name])
 
     def release(self) -> list[TrajectoryResult]:
         """A trajectory succeeded, so the mount is there: those held back are themselves at fault."""
@@ -3571,7 +3741,8 @@ class DatasetRun:
         )
         self._mount = MountGuard(dataset.config.data_folder, dataset.pending)
         self._unchanged_failures = {s.trajectory.name for s in dataset.states if s.status == "failed"}
-        self._num_unreadable = sum(bool(s.status == "completed" and s.remark) for s in dataset.states)
+        self._states = {state.trajectory.name: state for state in dataset.states}
+        self._num_odd = sum(bool(s.status == "completed" and s.remark) for s in dataset.states) + len(dataset.lost)
         self._must_save = False  # a run that has nothing to do, and changes no setting, leaves the record as it is
         self._elapsed_before_s = dataset.progress.elapsed_s
 
@@ -3608,7 +3779,7 @@ class DatasetRun:
         elif dataset.left_out:
             exit_code = EXIT_WORK_LEFT
         else:
-            exit_code = EXIT_SOME_FAILED if failures or held_back or self._num_unreadable else EXIT_COMPLETED
+            exit_code = EXIT_SOME_FAILED if failures or held_back or self._num_odd else EXIT_COMPLETED
         return DatasetOutcome(
             name=dataset.name,
             exit_code=exit_code,
@@ -3642,7 +3813,9 @@ class DatasetRun:
             name = state.trajectory.name
             record: TrajectoryRecord = {**progress.records[name], "checksum_kind": self._options.checksum}
             progress.complete(name, state.new_checksum, record)
-        has_changed = bool(new_checksums) or before != self._settings()
+        for name in dataset.lost:
+            progress.forget(name)
+        has_changed = bool(new_checksums or dataset.lost) or before != self._settings()
         self._must_save = bool(dataset.pending or progress.rebuild_started) or has_changed
         with storage_errors(self._store.cache_dir):
             self._store.empty_staging()
@@ -3716,9 +3889,10 @@ class DatasetRun:
     def _fail(self, result: TrajectoryResult) -> None:
         name, error = result.name, result.error
         LOG.warning("Failed: %s", error, exc_info=error)
-        if isinstance(error, OSError) and name in self._progress.records:
+        if name in self._progress.records and not self._withdraw_failed(name, error):
             LOG.warning("%s stays as it was completed", name)
-            self._num_unreadable += 1
+            self._counts.num_completed += 1
+            self._num_odd += 1
             return
         before = self._progress.failures.get(name)
         unchanged = before is not None and (name in self._unchanged_failures or before["checksum"] == result.checksum)
@@ -3730,12 +3904,21 @@ class DatasetRun:
             "checksum": result.checksum,
             "checksum_kind": result.checksum_kind,
         }
-        if isinstance(error, InputError):
-            self._withdraw(name)
-            with storage_errors(self._store.cache_dir):
-                self._store.remove_chunks(name)  # made from data that is no more
         self._progress.fail(name, failure)
         self._save()
+
+    def _withdraw_failed(self, name: str, error: Exception) -> bool:
+        """Un-record a completed trajectory whose redoing failed, if its record is no longer true; says whether it was.
+        Its chunks are removed only where data that could be read changed, and break a rule: they match none any more."""
+        state = self._states[name]
+        is_void = state.has_changed and isinstance(error, InvalidDataError)
+        if not is_void and state.is_whole:
+            return False
+        self._withdraw(name)
+        if is_void:
+            with storage_errors(self._store.cache_dir):
+                self._store.remove_chunks(name)
+        return True
 
     def _withdraw(self, name: str) -> None:
         """Un-record a trajectory, durably: its chunks are about to be replaced or removed."""
@@ -3799,10 +3982,15 @@ def hint_at_other_gpus() -> None:
 
 
 def begin_rebuild(dataset: PreparedDataset) -> None:
-    """Where everything is redone, withdraw the record before any dataset's work: a plain run then goes on with all."""
-    progress = dataset.progress
+    """Where much is redone, withdraw it from the record before any dataset's work: a plain run then goes on with all.
+    The record before it is set aside."""
+    progress, cache_dir = dataset.progress, dataset.config.cache_dir
     if progress.rebuild_started is not None and dataset.config.options.enable_progress_tracking:
-        with storage_errors(dataset.config.cache_dir):
+        with storage_errors(cache_dir):
+            if dataset.has_forgotten:
+                LOG.warning(
+                    "%s: the record before it is kept as %s", dataset.name, set_aside(cache_dir, "rebuild").name
+                )
             progress.save()
 
 
