@@ -72,7 +72,7 @@ from collections.abc import Callable, Container, Hashable, Iterable, Iterator, M
 from concurrent.futures import CancelledError, Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple, Protocol, TypeVar
+from typing import IO, TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
 from progress_utils import (
     GC_THRESHOLDS,
@@ -906,7 +906,7 @@ def trajectory_checksum(listing: TrajectoryListing, kind: ChecksumKind) -> str:
 
 
 def check_frames(listing: TrajectoryListing) -> None:
-    """Raise InvalidDataError unless the frames are regular files numbered 0, 1, 2, ... (or 1, 2, 3, ...) without a gap."""
+    """Raise InputError unless the frames are regular files numbered 0, 1, 2, ... (or 1, 2, 3, ...) without a gap."""
     name, frames = listing.trajectory.name, listing.frames
     if not frames:
         example = f"; it holds {recordable_name(listing.other_file)}, for one" if listing.other_file else ""
@@ -1043,11 +1043,27 @@ def _parse_pose_file(file_name: str, data: bytes) -> Any:
     if file_name.endswith(".json"):
         return json.loads(data)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        unpacked = sum(member.file_size for member in archive.infolist())
-    if unpacked > MAX_FILE_BYTES:
-        raise InputError(f"unpacks to {unpacked} bytes")
+        members = archive.infolist()
+        if (unpacked := sum(member.file_size for member in members)) > MAX_FILE_BYTES:
+            raise InputError(f"unpacks to {unpacked} bytes")
+        for member in members:
+            with archive.open(member) as file:
+                _check_claim(file, member.file_size)
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         return {key: arrays[key] for key in arrays.files if key in ("position", "yaw")}
+
+
+def _check_claim(file: IO[bytes], size: int) -> None:
+    """Raise InputError where the head of a .npy file claims an array that its `size` [bytes] cannot hold: numpy would
+    allocate it first."""
+    try:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, number_type = read_header(file)
+    except ValueError:  # no .npy file, or an odd one: refused where it is read
+        return
+    if math.prod(shape) * number_type.itemsize > size:
+        raise InputError(f"it claims an array of shape {reprlib.repr(shape)} in {size} bytes")
 
 
 def read_poses(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -2258,8 +2274,8 @@ class ChunkStore:
             return True
 
     def foreign_files(self, name: str) -> list[str]:
-        """What lies where a trajectory's folder belongs and is neither a chunk file nor the folder of a trajectory whose
-        name begins with this one's: replacing the folder would lose it."""
+        """What lies where a trajectory's folder belongs and would be lost with it: neither a chunk file nor the folder
+        of a trajectory whose name begins with this one's."""
         try:
             return sorted(entry.name for entry in self._entries(name) if not _is_ours(entry))
         except NotADirectoryError:
@@ -2358,7 +2374,7 @@ def _is_ours(entry: os.DirEntry[str]) -> bool:
     if not entry.is_dir(follow_symlinks=False):
         return is_chunk_file(entry.name) and entry.is_file()
     with os.scandir(entry.path) as inner:
-        return all([_is_ours(child) for child in inner])
+        return all(_is_ours(child) for child in inner)
 
 
 @functools.cache
@@ -3027,6 +3043,7 @@ class PreparedDataset:
     weights: dict[str, Any] | None  # source, size, mtime, digest
     lost: dict[str, str]  # recorded, not among the data now, and with chunk files that are not as recorded -> how
     has_forgotten: bool = False  # a forced rebuild that begins now forgot completed trajectories
+    other_caches: list[str] = field(default_factory=list)  # of the config's other datasets, where they are or were
     pending: list[Trajectory] = field(default_factory=list)  # to do in this run, failed ones last
     left_out: int = 0  # pending too, beyond --limit
     work: dict[str, Work] = field(default_factory=dict)  # trajectory name -> its cost, of the pending ones
@@ -3097,8 +3114,8 @@ def prepare_dataset(config: DatasetConfig, stop_request: StopRequest) -> Prepare
 
 
 def forget_selected(config: DatasetConfig, progress: Progress, selection: Selection, store: ChunkStore) -> bool:
-    """Forget what a forced rebuild will redo, and nothing else; says whether one begins that forgets something. One that
-    was interrupted goes on: trajectories whose chunk files are younger than its beginning are redone already."""
+    """Forget what a forced rebuild will redo, and nothing else; says whether one begins that forgets something. In one
+    that goes on, trajectories whose chunk files are younger than its beginning are redone already."""
     names = {trajectory.name for trajectory in selection.trajectories}
     began, is_new = progress.rebuild_started, progress.rebuild_started is None
     if is_new:
@@ -3211,15 +3228,20 @@ def select_trajectories(config: DatasetConfig, spec: CacheSpec, stop_request: St
         lack_poses = [trajectory.name for trajectory in found if trajectory.lacks_poses]
         found = [trajectory for trajectory in found if not trajectory.lacks_poses]
     if not found:
-        which = f" that split {config.split} names" if config.split else ""
-        why = "Is the disk mounted?"
-        if lack_poses:
-            why = f"These have frames and no poses, for which there is chunk_by: frames: {human_list(lack_poses)}"
-        raise RefusedError(
-            f"datasets.{config.name}.data_folder: {config.data_folder}: no trajectories below it{which}; a trajectory "
-            f"is {kind.trajectory}. {why}"
-        )
+        refuse_no_trajectories(config, kind, lack_poses)
     return Selection(found, missing, lack_poses)
+
+
+def refuse_no_trajectories(config: DatasetConfig, kind: Format, lack_poses: Sequence[str] = ()) -> NoReturn:
+    """Raise RefusedError: there is nothing to do in this data folder."""
+    which = f" that split {config.split} names" if config.split else ""
+    why = "Is the disk mounted?"
+    if lack_poses:
+        why = f"These have frames and no poses, for which there is chunk_by: frames: {human_list(lack_poses)}"
+    raise RefusedError(
+        f"datasets.{config.name}.data_folder: {config.data_folder}: no trajectories below it{which}; a trajectory "
+        f"is {kind.trajectory}. {why}"
+    )
 
 
 def refuse_same_names(trajectories: list[Trajectory]) -> None:
@@ -3353,7 +3375,7 @@ def confirm_changes(
             "it"
         )
         LOG.warning("%s", change)
-        if not yes and not ask_to_continue(ways, stop_request):
+        if not yes and not ask_to_continue("Continue with the changed configuration?", ways, stop_request):
             raise RefusedError(
                 f"{dataset.name}: not continued with the changed configuration. Nothing was changed. {ways}"
             )
@@ -3361,11 +3383,11 @@ def confirm_changes(
         failure["attempts"] = 0
 
 
-def ask_to_continue(ways: str, stop_request: StopRequest) -> bool:
+def ask_to_continue(question: str, ways: str, stop_request: StopRequest) -> bool:
     """Ask on the terminal; a signal ends the question."""
     stop_request.is_asking = True
     try:
-        return ask("Continue with the changed configuration?", otherwise="--yes")
+        return ask(question, otherwise="--yes")
     except RefusedError as error:
         raise RefusedError(f"{error} {ways}") from None
     finally:
@@ -3803,6 +3825,7 @@ class DatasetRun:
         dataset, progress = self._dataset, self._progress
         before = self._settings()
         progress.data_folder, progress.data_format = str(dataset.config.data_folder), dataset.config.format
+        progress.other_caches = dataset.other_caches or None
         progress.num_trajectories = len(progress.records.keys() | {name for name, *_ in dataset.trajectories})
         if dataset.pending or progress.records:
             progress.processing_config = dataset.spec.to_json()
@@ -3824,7 +3847,10 @@ class DatasetRun:
 
     def _settings(self) -> dict[str, Any]:
         """What the record says of the run, trajectories apart."""
-        keys = ("processing_config", "weights", "checksum_kind", "data_folder", "data_format", "num_trajectories")
+        keys = (
+            "processing_config", "weights", "checksum_kind", "data_folder", "data_format", "num_trajectories",
+            "other_caches",
+        )  # fmt: skip
         return {key: getattr(self._progress, key) for key in keys}
 
     def _process(self) -> None:
@@ -3908,8 +3934,8 @@ class DatasetRun:
         self._save()
 
     def _withdraw_failed(self, name: str, error: Exception) -> bool:
-        """Un-record a completed trajectory whose redoing failed, if its record is no longer true; says whether it was.
-        Its chunks are removed only where data that could be read changed, and break a rule: they match none any more."""
+        """Un-record a completed trajectory whose redoing failed, if its record is not true any more; says whether it
+        did. Its chunks are removed only where data that could be read changed, and break a rule: they match none."""
         state = self._states[name]
         is_void = state.has_changed and isinstance(error, InvalidDataError)
         if not is_void and state.is_whole:
@@ -4100,6 +4126,8 @@ def print_forecast(dataset: PreparedDataset, reasons: list[str], rates: dict[str
 # A run: every step from the config to the outcome, in the order that is promised
 # ======================================================================================================================
 
+FSTAB = Path("/etc/fstab")  # which disks belong where
+
 
 class RunArguments(NamedTuple):
     """What the command line asks for, the config's own settings apart."""
@@ -4121,15 +4149,19 @@ def run(arguments: RunArguments, stop_request: StopRequest) -> NightOutcome:
     """
     with contextlib.ExitStack() as resources:
         # 1) read the config
-        configs = select_datasets(load_config(arguments.config, arguments.overrides), arguments.datasets)
-        # 2) see that every data folder is there, and lock every cache before anything slow
+        all_configs = load_config(arguments.config, arguments.overrides)
+        configs = select_datasets(all_configs, arguments.datasets)
+        # 2) see that every disk is there, and lock every cache before anything slow
         for config in configs:
             refuse_missing_data(config)
             if not arguments.dry_run:
+                refuse_gone_cache(config, all_configs, stop_request, yes=arguments.yes)
                 resources.enter_context(locked_cache(config.cache_dir))
         # 3) read the records, list the trajectories, compare them
         with PROFILE("list"):
             datasets = [prepare_dataset(config, stop_request) for config in configs]
+        for dataset in datasets:
+            dataset.other_caches = other_caches(dataset, all_configs)
         # 4) have changed settings confirmed
         if not arguments.dry_run:
             for dataset in datasets:
@@ -4193,11 +4225,80 @@ def select_datasets(configs: list[DatasetConfig], names: list[str] | None) -> li
 
 
 def refuse_missing_data(config: DatasetConfig) -> None:
-    """Raise RefusedError unless the data folder is there."""
+    """Raise RefusedError unless the data folder is there and, before the cache folder is made, which may lie in it,
+    holds a trajectory: it could be the mount point of a disk that is absent."""
     if not config.data_folder.is_dir():
         raise RefusedError(
             f"datasets.{config.name}.data_folder: {config.data_folder} is not a folder; is the disk mounted?"
         )
+    if not config.cache_dir.exists():
+        is_known = config.format != "auto"
+        kind = format_named(
+            config.format if is_known else detect_format(config.data_folder, data_keys(config.spec)).name
+        )
+        if next(iter(kind.find(config.data_folder, config.spec)), None) is None:
+            refuse_no_trajectories(config, kind)
+
+
+def refuse_gone_cache(
+    config: DatasetConfig, all_configs: list[DatasetConfig], stop_request: StopRequest, *, yes: bool
+) -> None:
+    """Have it confirmed that a cache is begun where one was and nothing is left of it.
+
+    Raises:
+        RefusedError: the answer is no, there is neither --yes nor a terminal, or the cache's disk is not mounted.
+    """
+    if not is_empty_cache(config.cache_dir):
+        return
+    where = f"datasets.{config.name}.cache_dir: {config.cache_dir}"
+    if mount_point := absent_mount(config.cache_dir):
+        raise RefusedError(
+            f"{where}: nothing is mounted on {mount_point}, which {FSTAB} lists; mount it, or give another cache_dir"
+        )
+    witnesses = [other.cache_dir for other in all_configs if str(config.cache_dir) in recorded_caches(other.cache_dir)]
+    if not witnesses or yes or config.options.force_rebuild:
+        return
+    ways = "Ways on: mount the disk that it is on; or --yes begins it anew"
+    gone = f"{where}: there was a cache, as {witnesses[0] / PROGRESS_FILE} says, and nothing is left of it"
+    LOG.warning("%s", gone)
+    if not ask_to_continue("Begin it anew?", ways, stop_request):
+        raise RefusedError(f"{gone}. Nothing was changed. {ways}")
+
+
+def is_empty_cache(cache_dir: Path) -> bool:
+    """Whether the folder is missing, or holds nothing that a run has made but its lock."""
+    try:
+        return not set(os.listdir(cache_dir)) - {LOCK_FILE, LOCK_OWNER_FILE, "lost+found"}
+    except OSError:
+        return not os.path.lexists(cache_dir)
+
+
+def absent_mount(folder: Path) -> str | None:
+    """The mount point of /etc/fstab in which `folder` lies and on which nothing is mounted; None where all are."""
+    try:
+        lines = FSTAB.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    fields = [line.split() for line in lines if not line.lstrip().startswith("#")]
+    points = [entry[1].replace("\\040", " ") for entry in fields if len(entry) > 1 and entry[1].startswith("/")]
+    inside = [point for point in points if folder.is_relative_to(point)]
+    return next((point for point in sorted(inside, key=len) if not os.path.ismount(point)), None)
+
+
+def recorded_caches(cache_dir: Path) -> list[str]:
+    """Where the caches of the same config's other datasets were, as the record in `cache_dir` says."""
+    try:
+        progress = Progress.load(cache_dir)
+    except RefusedError:  # said where that dataset is prepared
+        return []
+    return (progress and progress.other_caches) or []
+
+
+def other_caches(dataset: PreparedDataset, all_configs: list[DatasetConfig]) -> list[str]:
+    """Where the caches of the config's other datasets are, or were when that was last recorded."""
+    recorded = dataset.progress.other_caches or []
+    others = [config.cache_dir for config in all_configs if config.name != dataset.name]
+    return sorted(str(path) for path in others if str(path) in recorded or (path / PROGRESS_FILE).exists())
 
 
 @contextlib.contextmanager

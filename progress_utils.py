@@ -622,6 +622,11 @@ def _check_time(value: float) -> None:
         raise ValueError(f"is {value}")
 
 
+def _check_caches(caches: list[Any] | None) -> None:
+    if not all(isinstance(cache_dir, str) for cache_dir in caches or []):
+        raise ValueError("holds something that is not a text")
+
+
 def _check_names(names: list[Any]) -> None:
     if not all(isinstance(name, str) for name in names):
         raise ValueError("holds a trajectory's name that is not a text")
@@ -690,6 +695,8 @@ RECORD_KEYS: dict[str, RecordKey] = {
     "data_folder": RecordKey((str, _NULL), is_later=True),
     "data_format": RecordKey((str, _NULL), is_later=True),
     "num_trajectories": RecordKey((int, _NULL), is_later=True),
+    # Where the caches of the same config's other datasets are: where one of them is gone entirely, a run asks.
+    "other_caches": RecordKey((list, _NULL), check=_check_caches, is_later=True),
     "checksum_kind": RecordKey((str,), lambda: "stat"),
     "rebuild_started": RecordKey((*_NUMBER, _NULL)),
     "processing_config": RecordKey((dict,), dict),
