@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -146,11 +146,16 @@ class Outcome(NamedTuple):
 
 
 def run_cache(
-    config: Path, *arguments: str, fake: bool = True, env: dict[str, str] | None = None, timeout: float = 120
+    config: Path,
+    *arguments: str,
+    fake: bool = True,
+    env: dict[str, str] | None = None,
+    timeout: float = 120,
+    prefix: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end, without a terminal."""
+    """Run to the end, without a terminal; `prefix` is a command that runs it."""
     return subprocess.run(
-        cache_command(config, *arguments, fake=fake),
+        [*prefix, *cache_command(config, *arguments, fake=fake)],
         capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**os.environ, **(env or {})}, timeout=timeout,
         check=False,
     )  # fmt: skip
