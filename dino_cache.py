@@ -3913,9 +3913,13 @@ class DatasetRun:
             shutil.rmtree(result.replaced.parent, ignore_errors=True)
 
     def _fail(self, result: TrajectoryResult) -> None:
-        name, error = result.name, result.error
+        """Record a failure. The one rule of completed work: its record and its chunks stay unless data that could be
+        read changed and break a rule, or chunk files that it names are gone. Chunks that no record names are void."""
+        name, error, state = result.name, result.error, self._states[result.name]
         LOG.warning("Failed: %s", error, exc_info=error)
-        if name in self._progress.records and not self._withdraw_failed(name, error):
+        is_recorded, is_invalid = name in self._progress.records, isinstance(error, InvalidDataError)
+        is_void = is_invalid and (state.has_changed or not is_recorded)
+        if is_recorded and state.is_whole and not is_void:
             LOG.warning("%s stays as it was completed", name)
             self._counts.num_completed += 1
             self._num_odd += 1
@@ -3930,21 +3934,12 @@ class DatasetRun:
             "checksum": result.checksum,
             "checksum_kind": result.checksum_kind,
         }
-        self._progress.fail(name, failure)
-        self._save()
-
-    def _withdraw_failed(self, name: str, error: Exception) -> bool:
-        """Un-record a completed trajectory whose redoing failed, if its record is not true any more; says whether it
-        did. Its chunks are removed only where data that could be read changed, and break a rule: they match none."""
-        state = self._states[name]
-        is_void = state.has_changed and isinstance(error, InvalidDataError)
-        if not is_void and state.is_whole:
-            return False
         self._withdraw(name)
         if is_void:
             with storage_errors(self._store.cache_dir):
                 self._store.remove_chunks(name)
-        return True
+        self._progress.fail(name, failure)
+        self._save()
 
     def _withdraw(self, name: str) -> None:
         """Un-record a trajectory, durably: its chunks are about to be replaced or removed."""
@@ -4360,8 +4355,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--measure", action="store_true", help="with --dry-run: decode and encode for some seconds to estimate the time"
     )
-    parser.add_argument("--force-rebuild", action="store_true", help="redo every trajectory")
-    parser.add_argument("--yes", action="store_true", help="go on with a changed configuration without asking")
+    parser.add_argument("--force-rebuild", action="store_true", help="redo every trajectory (of the split)")
+    parser.add_argument(
+        "--yes", action="store_true", help="go on with a changed configuration, or where a cache is gone"
+    )
     parser.add_argument("--limit", type=_positive(int), metavar="N", help="at most N pending trajectories per dataset")
     parser.add_argument("--max-hours", type=_positive(float), metavar="H", help="stop, resumably, after H hours")
     parser.add_argument("--profile", action="store_true", help="at the end, say where the time went, and the limit")

@@ -391,6 +391,7 @@ def record(failed: int = 0, **changes: Any) -> dict[str, Any]:
         "data_folder": "/data/robot",
         "data_format": "gnm",
         "num_trajectories": 8,
+        "other_caches": None,
         "checksum_kind": "stat",
         "rebuild_started": None,
         "weights": {"source": "random", "size": None, "mtime": None, "digest": "d" * 16},

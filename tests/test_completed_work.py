@@ -1,6 +1,7 @@
 """Completed work stays until something better is durable: what withdraws a record and removes chunks, and what not."""
 
 import errno
+import math
 import os
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from support import (
     FRAMES,
     Robot,
     attempts,
+    check_stamps,
     chunk_files,
     frames_encoded,
     read_progress,
@@ -24,6 +26,7 @@ from support import (
     tree,
     unreadable,
     write_config,
+    write_frame,
     write_poses,
 )
 
@@ -200,6 +203,37 @@ def test_a_foreign_file_is_found_before_encoding_and_the_trajectory_tried_again_
     foreign.unlink()
     assert run_here(robot.config).code == 0
     robot.check("t0", "t1")
+
+
+@pytest.mark.parametrize("first", ["a0", "a0/b1"])
+def test_a_trajectory_inside_another_ones_folder_stays_when_that_is_redone(robot, run_here, first):
+    """Without poses, a folder of frames may hold another one."""
+    robot.configure(chunk_by="frames", max_chunk_frames=10, overlap_frames=0)
+
+    def write_frames(name: str, count: int) -> None:
+        (robot.data / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            write_frame(robot.data / name / f"{number}.png", int(name[-1]), number)
+
+    for name in (first, *({"a0", "a0/b1"} - {first})):
+        write_frames(name, 20)
+        assert run_here(robot.config).code == 0
+    inner = {path: path.read_bytes() for path in (robot.cache / "a0/b1").iterdir()}
+    for count in (25, 8):  # three chunks instead of two, then one
+        for path in (robot.data / "a0").glob("*.png"):
+            path.unlink()
+        write_frames("a0", count)
+        outcome = run_here(robot.config)
+        assert outcome.code == 0, outcome.err
+        assert check_stamps(robot.cache, "a0", 0) == count
+        assert len(list(robot.cache.glob("a0/*.h5"))) == math.ceil(count / 10)
+        assert {path: path.read_bytes() for path in (robot.cache / "a0/b1").iterdir()} == inner
+        assert is_sound(robot)
+    (robot.data / "a0/3.png").unlink()  # a number is missing now
+    assert run_here(robot.config).code == 1
+    assert read_progress(robot.cache)["completed_trajectories"] == ["a0/b1"]
+    assert list(robot.cache.glob("a0/*.h5")) == []
+    assert {path: path.read_bytes() for path in (robot.cache / "a0/b1").iterdir()} == inner
 
 
 def test_a_foreign_file_leaves_a_completed_trajectory_completed(robot, run_here):

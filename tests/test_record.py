@@ -26,7 +26,7 @@ KEYS = {
 }  # fmt: skip
 
 
-LATER_KEYS = {"data_folder", "data_format", "num_trajectories"}  # that records of earlier versions lack
+LATER_KEYS = {"data_folder", "data_format", "num_trajectories", "other_caches"}  # that records of earlier versions lack
 
 
 def test_a_record_of_an_earlier_version_is_shown_and_listed(tmp_path):
