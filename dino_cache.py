@@ -96,6 +96,7 @@ from progress_utils import (
     cache_lock,
     chunk_file_name,
     chunk_folders,
+    console_error,
     end_without_library,
     example,
     fsync_path,
@@ -108,9 +109,12 @@ from progress_utils import (
     missing_library,
     open_door,
     open_library,
+    print_lines,
     printable,
     program_name,
     progress_command,
+    refuse_locale,
+    set_up_console,
 )
 
 try:
@@ -242,7 +246,7 @@ class Profile:
                 return
             yield item
 
-    def table(self) -> str:
+    def table(self) -> list[str]:
         """For people: per stage the seconds, the threads, and the share of the run that each of them was at work."""
         wall_s = time.perf_counter() - self._begin
         lines = [f"{'stage':16} {'seconds':>9} {'threads':>8} {'share of the run':>17}"]
@@ -253,7 +257,7 @@ class Profile:
             lines.append(f"{stage:16} {sum(seconds):9.2f} {len(seconds):8} {shares[stage]:17.1%}")
         at_work = {stage: share for stage, share in shares.items() if stage not in ("load", "wait for frames")}
         lines.append(f"whole run {wall_s:.2f} s; the limit was: {max(at_work, key=at_work.get)}")
-        return "\n".join(lines)
+        return lines
 
 
 STAGES = ("list", "load", "read", "decode", "wait for frames", "encode", "copy out", "write", "fsync", "record")
@@ -485,7 +489,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RefusedError(f"{path}: cannot read the config file: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # dates and keys that Python refuses, too
-        raise RefusedError(f"{path}: not a YAML file: {error}") from error
+        raise RefusedError(*f"{path}: not a YAML file: {error}".splitlines()) from error
     if not isinstance(data, dict):
         raise RefusedError(f"{path}: needs keys and values, as in config/data/dino_cache.yaml")
     return data
@@ -515,7 +519,7 @@ def _load_dataset(path: Path, name: Any, top: dict[str, Any], section: Any, over
             own_keys = (*section, *DatasetPaths.model_fields, "")  # "": a rule between keys, wherever they stand
             faults += explain_faults(error, lambda key, own_keys=own_keys: prefix if key in own_keys else "")
     if faults:
-        raise RefusedError("\n".join(f"{path}: {fault}" for fault in faults))
+        raise RefusedError(*(f"{path}: {fault}" for fault in faults))
     spec, options, paths = parsed
     data_folder = _resolve_path(path, f"{prefix}data_folder", paths.data_folder)
     default_cache_dir = data_folder / f"dino_cache_{spec.dino_model_type}"
@@ -2842,29 +2846,39 @@ FRAME_SETTINGS = ("max_chunk_frames", "overlap_frames")
 
 WORK_LIBRARIES = ("torch", "torchvision", "timm", "PIL.Image", "h5py")  # imported where there is work, and only there
 
+INSISTING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (*INSISTING_SIGNALS, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+
 EXIT_COMPLETED, EXIT_SOME_FAILED, EXIT_STOPPED_BY_FAULT, EXIT_WORK_LEFT = 0, 1, 3, 5
 
 
 class StopRequest:
-    """Whether the run shall end: SIGINT, SIGTERM or the deadline. A second signal ends the process at once."""
+    """Whether the run shall end: a signal or the deadline. A second SIGINT or SIGTERM ends the process at once; others
+    may come in company: a scheduler's SIGUSR1 before its SIGTERM, two SIGHUPs of a terminal that is closed."""
 
     def __init__(self, max_hours: float | None):
         self.signal_number: int | None = None
         self.is_asking = False
+        self._is_insisted_on = False  # a SIGINT or SIGTERM came
         self._deadline = math.inf if max_hours is None else time.monotonic() + max_hours * 3600
 
     def install(self) -> None:
-        """Handle the signals from here on."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        """Handle the signals from here on, but for those that came ignored: of nohup, or of a background job."""
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: Any) -> None:
-        if self.signal_number is not None:
+        if self._is_insisted_on and number in INSISTING_SIGNALS:
             os._exit(128 + number)
+        self._is_insisted_on |= number in INSISTING_SIGNALS
+        if self.signal_number is not None:
+            return
         self.signal_number = number
         if self.is_asking:  # Python would go on waiting for the answer
             self.check()
-        os.write(2, b"\nStopping: what is in flight is finished or dropped (once more to stop at once)\n")
+        with contextlib.suppress(OSError):  # a terminal that is gone; sys.stderr may be at work below this handler
+            os.write(2, b"\nStopping: what is in flight is finished or dropped (Ctrl-C or SIGTERM to stop at once)\n")
 
     def __call__(self) -> bool:
         return self.signal_number is not None or time.monotonic() > self._deadline
@@ -3183,13 +3197,13 @@ def confirm_changes(
         return
     if dataset.progress.records:
         lines = [f"  {key}: {old} -> {new}" for key, old, new in differences]
-        change = "\n".join([f"{dataset.name}: the configuration changed since this cache was begun:", *lines])
         ways = (
             "Ways on: --yes keeps what is completed and makes the rest with the new configuration; --force-rebuild "
             f"redoes everything, as {progress_command(f'reset --cache-dir {dataset.config.cache_dir}')} does; or undo "
             "it"
         )
-        LOG.warning("%s", change)
+        for line in (f"{dataset.name}: the configuration changed since this cache was begun:", *lines):
+            LOG.warning("%s", line)
         if not yes and not ask_to_continue(ways, stop_request):
             raise RefusedError(
                 f"{dataset.name}: not continued with the changed configuration. Nothing was changed. {ways}"
@@ -3806,16 +3820,73 @@ def begin_rebuild(dataset: PreparedDataset) -> None:
             progress.save()
 
 
+class LogFormatter(logging.Formatter):
+    """A record as one line, whatever names it holds; the lines of a traceback follow it, indented."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+    def formatException(self, fault: Any) -> str:
+        text, error = super().formatException(fault), fault[1]
+        while error is not None:
+            if str(error):
+                text = text.replace(str(error), printable(error))
+            error = error.__cause__ or error.__context__
+        return "\n".join("    " + printable(line) for line in text.split("\n"))
+
+
+class Backlog(logging.Handler):
+    """What is said while no cache's log is open. Each log gets what it lacks when it is opened, and at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.locked: list[Path] = []  # caches that this run holds or held
+        self._records: list[logging.LogRecord] = []
+        self._num_handed: dict[Path, int] = {}  # cache folder -> records that its log has, of those opened
+
+    def begin(self) -> None:
+        """Keep what is said from here on; what an earlier run of this process said is forgotten."""
+        for kept in (self.locked, self._records, self._num_handed):
+            kept.clear()
+        LOG.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._records.append(record)
+
+    def hand_to(self, cache_dir: Path, log: logging.Handler) -> None:
+        """Write into a log what it lacks."""
+        for record in self._records[self._num_handed.get(cache_dir, 0) :]:
+            log.handle(record)
+        self._num_handed[cache_dir] = len(self._records)
+
+    def end(self) -> None:
+        """Write what was said since into the logs of this run; where the console could not be told why the run was
+        refused, into those of all caches that it held. Otherwise a refusal leaves caches as they are."""
+        for cache_dir in self.locked if console_error() else list(self._num_handed):
+            if self._num_handed.get(cache_dir, 0) < len(self._records):
+                with contextlib.suppress(OSError), log_file(cache_dir):
+                    pass
+        LOG.removeHandler(self)
+
+
+BACKLOG = Backlog()
+
+
 @contextlib.contextmanager
 def log_file(cache_dir: Path) -> Iterator[None]:
     """Everything that is logged goes to the cache's log file too, with times and tracebacks."""
     handler = logging.FileHandler(cache_dir / LOG_FILE, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
+    BACKLOG.hand_to(cache_dir, handler)
+    has_backlog = BACKLOG in LOG.handlers
+    LOG.removeHandler(BACKLOG)
     LOG.addHandler(handler)
     try:
         yield
     finally:
         LOG.removeHandler(handler)
+        if has_backlog:
+            LOG.addHandler(BACKLOG)
         with contextlib.suppress(OSError):  # a full disk: what is buffered cannot be written
             handler.close()
 
@@ -3870,42 +3941,42 @@ def print_cost(dataset: PreparedDataset, rates: dict[str, float | None]) -> None
             spec = dataset.spec.model_copy(update={"tokens": tokens})
             chosen = " (chosen)" if tokens == dataset.spec.tokens else ""
             sizes.append(f"{' + '.join(tokens)} {human_bytes(cache_bytes(dataset, spec, works))}{chosen}")
-        print(f"  by tokens: {', '.join(sizes)}")
+        print_lines(f"  by tokens: {', '.join(sizes)}")
     if rate := rates.get(dataset.name):
         how = f"at {rate:.1f} frames/s, measured while decoding and encoding on {dataset.workers.device}"
         how += " in one process, without Ray" if dataset.config.options.executor == "ray" else ""
-        print(f"  estimated time: {human_duration(dataset.num_frames / rate)} {how}")
+        print_lines(f"  estimated time: {human_duration(dataset.num_frames / rate)} {how}")
 
 
 def print_forecast(dataset: PreparedDataset, reasons: list[str], rates: dict[str, float | None]) -> None:
     """What a run would do. `reasons`: why trajectories will fail; `rates`: frames/s by dataset, where measured."""
     taken = new_bytes(dataset)
-    print(f"Dataset {dataset.name}: {dataset.config.data_folder} -> {dataset.config.cache_dir}")
-    print(f"  trajectories: {len(dataset.trajectories)}")
-    print(f"  completed: {dataset.num_completed}")
-    print(f"  to do now: {len(dataset.pending)}")
-    print(f"  frames to encode: {dataset.num_frames}")
-    print(f"  chunks to write: {sum(work.num_chunks for work in dataset.work.values())}")
-    print(f"  bytes they take: {taken} ({human_bytes(taken)}), replacing {human_bytes(replaced_bytes(dataset))}")
+    print_lines(f"Dataset {dataset.name}: {dataset.config.data_folder} -> {dataset.config.cache_dir}")
+    print_lines(f"  trajectories: {len(dataset.trajectories)}")
+    print_lines(f"  completed: {dataset.num_completed}")
+    print_lines(f"  to do now: {len(dataset.pending)}")
+    print_lines(f"  frames to encode: {dataset.num_frames}")
+    print_lines(f"  chunks to write: {sum(work.num_chunks for work in dataset.work.values())}")
+    print_lines(f"  bytes they take: {taken} ({human_bytes(taken)}), replacing {human_bytes(replaced_bytes(dataset))}")
     print_cost(dataset, rates)
-    print(f"  free space: {human_bytes(free_bytes(dataset.config.cache_dir))}")
+    print_lines(f"  free space: {human_bytes(free_bytes(dataset.config.cache_dir))}")
     if dataset.progress.records:
         changes = spec_differences(dataset.progress.processing_config, dataset.spec)
         recorded, source = dataset.progress.weights, weights_source(dataset.spec)["source"]
         if recorded and recorded["source"] != source:
             changes.append(("weights", recorded["source"], source))
         for key, old, new in changes:
-            print(f"  changed configuration: {key}: {old} -> {new}")
+            print_lines(f"  changed configuration: {key}: {old} -> {new}")
         if changes:
-            print("  a run would ask about it, and without a terminal refuse to start unless --yes is given")
+            print_lines("  a run would ask about it, and without a terminal refuse to start unless --yes is given")
     for remark in remarks(dataset):
-        print(f"  {remark}")
+        print_lines(f"  {remark}")
     if reasons:
-        print(f"  will fail: {len(reasons)}")
+        print_lines(f"  will fail: {len(reasons)}")
         for reason in reasons[:SHOWN_NAMES]:
-            print(f"    {reason}")
+            print_lines(f"    {reason}")
         if len(reasons) > SHOWN_NAMES:
-            print(f"    ... and {len(reasons) - SHOWN_NAMES} more")
+            print_lines(f"    ... and {len(reasons) - SHOWN_NAMES} more")
 
 
 # ======================================================================================================================
@@ -3939,6 +4010,7 @@ def run(arguments: RunArguments, stop_request: StopRequest) -> NightOutcome:
             refuse_missing_data(config)
             if not arguments.dry_run:
                 resources.enter_context(locked_cache(config.cache_dir))
+                BACKLOG.locked.append(config.cache_dir)
         # 3) read the records, list the trajectories, compare them
         with PROFILE("list"):
             datasets = [prepare_dataset(config, stop_request) for config in configs]
@@ -4037,15 +4109,14 @@ class ConsoleHandler(logging.Handler):
 
 
 def set_up_process() -> None:
-    """Console output, and as many open files as the system grants: overlapping chunks are open together."""
+    """Logging, and as many open files as the system grants: overlapping chunks are open together."""
     gc.set_threshold(*GC_THRESHOLDS)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
     logging.raiseExceptions = False  # a full disk shall not drown its own message in tracebacks of the log file
     if not LOG.handlers:
         LOG.addHandler(ConsoleHandler())
+    BACKLOG.begin()
     process_umask()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
@@ -4116,8 +4187,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
     0 everything completed; 1 some trajectories failed; 2 refused, nothing started; 3 stopped by storage, device or an
-    unexpected error, resumable; 4 another run holds the cache; 5 --max-hours or --limit left work; 130, 143 signals.
+    unexpected error, resumable; 4 another run holds the cache; 5 --max-hours or --limit left work; 128 + n signal n.
     """
+    set_up_console()
     parser = build_parser()
     parsed = parser.parse_args(argv)
     if parsed.measure and not parsed.dry_run:
@@ -4126,20 +4198,32 @@ def main(argv: list[str] | None = None) -> int:
     stop_request.install()
     set_up_process()
     try:
-        outcome = run(run_arguments(parsed), stop_request)
-        if parsed.profile and not parsed.dry_run:
-            print(PROFILE.table())
+        return run_and_say(run_arguments(parsed), stop_request, with_profile=parsed.profile)
+    finally:
+        BACKLOG.end()
+
+
+def run_and_say(arguments: RunArguments, stop_request: StopRequest, *, with_profile: bool) -> int:
+    """Run, and say what kept it from running; returns the exit code."""
+    try:
+        refuse_locale()
+        outcome = run(arguments, stop_request)
+        if with_profile and not arguments.dry_run:
+            for line in PROFILE.table():
+                LOG.info("%s", line)
         return outcome.exit_code
     except DinoCacheError as error:
-        LOG.error("error: %s", error)
+        first, *more = error.args
+        for line in (f"error: {first}", *more):
+            LOG.error("%s", line)
         return error.exit_code
     except ImportError as error:
         refusal = missing_library(error)
         LOG.error("error: %s", refusal)
         return refusal.exit_code
     except Exception as error:
-        LOG.error("error: unexpected: %r", error)
-        traceback.print_exc()
+        LOG.error("error: unexpected: %r", error, exc_info=error)
+        print_lines(*traceback.format_exc().splitlines(), file=sys.stderr)
         return EXIT_STOPPED_BY_FAULT
 
 
