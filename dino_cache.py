@@ -43,6 +43,7 @@ import difflib
 import errno
 import functools
 import gc
+import glob
 import hashlib
 import importlib
 import importlib.metadata
@@ -1556,6 +1557,41 @@ def token_shapes(spec: CacheSpec, shape: ModelShape) -> dict[str, tuple[int, ...
     return {TOKEN_DATASETS[token]: shapes[token] for token in spec.tokens}
 
 
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, which may be many lines, or nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# CUDA and the libraries on it report a lack of memory in several classes of errors, some of them by the first thing
+# that they cannot make: a handle, or an algorithm's workspace.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|MemoryAllocation|ALLOC(ATION)?_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
+    r"|valid cuDNN algorithm|unable to find an engine",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the device, or the host, has no memory left."""
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+@contextlib.contextmanager
+def device_errors(what: str) -> Iterator[None]:
+    """Turn what a failing device, or one without memory, raises into DeviceError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        raise DeviceError(
+            f"{what} failed: {one_line(error)}. No trajectory is blamed; what is recorded is safe: run the same "
+            "command again to go on"
+        ) from error
+
+
 def resolve_device(device: str) -> str:
     """`auto` is CUDA where there is one.
 
@@ -1567,9 +1603,44 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     index = int(device.partition(":")[2] or 0)
-    if device != "cpu" and torch.cuda.device_count() <= index:
-        raise RefusedError(f"device: {device}: torch sees {torch.cuda.device_count()} CUDA devices; use cpu or auto")
+    if device != "cpu" and (count := torch.cuda.device_count()) <= index:
+        raise RefusedError(f"device: {device}: torch sees {count} CUDA devices; use cpu or auto", *unused_gpu())
     return device
+
+
+# What shows an NVIDIA GPU: its driver, the driver's device file, or (no driver loaded) the maker's number on the bus.
+GPU_SIGNS = ("/proc/driver/nvidia/gpus/*", "/dev/nvidia[0-9]*")
+BUS_DEVICES, NVIDIA, DISPLAY_CLASS = Path("/sys/bus/pci/devices"), "0x10de", "0x03"
+
+
+def _is_nvidia_gpu(bus_device: Path) -> bool:
+    try:
+        maker, kind = ((bus_device / name).read_text().strip() for name in ("vendor", "class"))
+    except OSError:
+        return False
+    return maker == NVIDIA and kind.startswith(DISPLAY_CLASS)
+
+
+def unused_gpu() -> list[str]:
+    """A line on why torch cannot use the GPU that is plugged in; none where there is no GPU, or CUDA_VISIBLE_DEVICES
+    hides it on purpose."""
+    import torch
+
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return []
+    sign = next((path for pattern in GPU_SIGNS for path in sorted(glob.glob(pattern))), None)
+    if sign is None:
+        sign = next(filter(_is_nvidia_gpu, sorted(BUS_DEVICES.glob("*"))), None)
+    if sign is None:
+        return []
+    try:
+        torch.cuda.init()
+        why = "it reports no usable device"
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
+        why = one_line(error)
+    return [
+        f"An NVIDIA GPU is plugged in ({sign}), which torch {torch.__version__} cannot use: {why}; see `nvidia-smi`"
+    ]
 
 
 def resolve_precision(wanted: str, recorded: str | None, device: str, model_type: ModelType) -> str:
@@ -1583,7 +1654,8 @@ def resolve_precision(wanted: str, recorded: str | None, device: str, model_type
         source = "recorded in this cache" if wanted == "auto" else "set in the config"
         raise RefusedError(
             f"precision: fp16 ({source}) needs CUDA and the device is {device}. Ways on: run on a machine with a GPU, "
-            "or set precision: bf16 or fp32 (a changed configuration, for the trajectories still to do)"
+            "or set precision: bf16 or fp32 (a changed configuration, for the trajectories still to do)",
+            *unused_gpu(),
         )
     return precision
 
@@ -1643,6 +1715,8 @@ def build_model(spec: CacheSpec) -> torch.nn.Module:
             return timm.create_model(name, pretrained=True, num_classes=0)
         return _load_weight_file(Path(spec.weights), name)
     except Exception as error:  # hub, network, unpickling and key errors come in many classes, all of them before work
+        if is_out_of_memory(error):
+            raise
         raise RefusedError(_weights_advice(spec, name, error)) from error
 
 
@@ -1710,7 +1784,7 @@ def _without_qkv_bias(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 def _weights_advice(spec: CacheSpec, model_name: str, error: Exception) -> str:
     if spec.weights != "pretrained":
-        reason = " ".join(str(error).split())[:500] or type(error).__name__
+        reason = one_line(error)[:500]
         family = "DINOv3" if spec.dino_model_type in DINOV3_NAMES else "DINOv2"
         return (
             f"weights: {spec.weights}: cannot be loaded into {model_name} (dino_model_type {spec.dino_model_type}): "
@@ -1719,7 +1793,7 @@ def _weights_advice(spec: CacheSpec, model_name: str, error: Exception) -> str:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    reason = one_line(error)[:300]
     downloaded = try_to_load_from_cache(f"timm/{model_name}", "model.safetensors")
     if isinstance(downloaded, str):
         return f"weights: pretrained: {downloaded} cannot be loaded: {reason}. Delete it and run again online"
@@ -1846,7 +1920,11 @@ class DinoEncoder:
         self._device = torch.device(device)
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[spec.precision]
         self._spec = spec
+        self._can_pin = True
         if self._device.type == "cuda":
+            if spec.precision == "fp32":
+                torch.backends.cuda.matmul.allow_tf32 = False
+                torch.backends.cudnn.allow_tf32 = False  # torch's default is True: 10 bits of the patch embedding's 23
             self._cores, self.default_batch_size, self.most_rows = None, 128, sys.maxsize
         else:
             self._num_cores = min(torch.get_num_threads(), available_cores())  # the former: OMP_NUM_THREADS
@@ -1862,7 +1940,9 @@ class DinoEncoder:
     def new_pixels(self, batch_size: int) -> torch.Tensor:
         """Room for (B, 3, H, W) uint8 frames; pinned for CUDA, and reused by torch once its copy is done."""
         shape = (batch_size, 3, *self._spec.image_size)
-        return self._torch.empty(shape, dtype=self._torch.uint8, pin_memory=self._cores is None)
+        if self._cores is None:
+            return self._pinned(shape, self._torch.uint8)
+        return self._torch.empty(shape, dtype=self._torch.uint8)
 
     def encode(self, pixels: torch.Tensor) -> Callable[[], EncodedRows]:
         """Start encoding (B, 3, H, W) uint8 RGB; calling the result waits for the tokens.
@@ -1925,15 +2005,31 @@ class DinoEncoder:
         return {**rows, "finite": self._torch.stack(finite).all(0)}
 
     def _to_pinned(self, tensor: torch.Tensor) -> torch.Tensor:
-        host = self._torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return host.copy_(tensor, non_blocking=True)
+        return self._pinned(tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
+
+    def _pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Room on the host that the device copies from and to by itself; where no more can be pinned (a limit of the
+        container), in ordinary memory, which is slower: a copy then waits."""
+        if self._can_pin:
+            try:
+                return self._torch.empty(shape, dtype=dtype, pin_memory=True)
+            except (RuntimeError, MemoryError) as error:
+                self._can_pin = False
+                LOG.warning("Cannot pin memory (%s): copies to and from the device are slower", one_line(error))
+        return self._torch.empty(shape, dtype=dtype)
 
 
 def load_encoder(spec: CacheSpec, device: str) -> tuple[Encoder, str]:
-    """An encoder on its device, and the digest of its weights. Raises RefusedError where the weights cannot be had."""
-    model = build_model(spec)
-    digest = weights_digest(model)
-    return DinoEncoder(model, spec, device), digest
+    """An encoder on its device, and the digest of its weights.
+
+    Raises:
+        RefusedError: the weights cannot be had.
+        DeviceError: host or device cannot hold the model, or the device does not work.
+    """
+    with device_errors(f"loading the model ({spec.dino_model_type}, to {device})"):
+        model = build_model(spec)
+        digest = weights_digest(model)
+        return DinoEncoder(model, spec, device), digest
 
 
 # Settings that do not reach an encoder: they choose frames, bring them to the input size, or cut trajectories. All
@@ -2528,7 +2624,8 @@ def full_batches(
     A failure is passed on at once; frames of its trajectory that come later are dropped. When stopping, the batch begun
     is dropped too.
     """
-    pixels, batch = new_pixels(batch_size), []
+    with device_errors("making room for a batch"):
+        pixels, batch = new_pixels(batch_size), []
     for frame in frames:
         if should_stop():
             return
@@ -2543,7 +2640,8 @@ def full_batches(
             batch.append((frame.plan, frame.row))
             if len(batch) == batch_size:
                 yield Batch(batch, pixels)
-                pixels, batch = new_pixels(batch_size), []
+                with device_errors("making room for a batch"):
+                    pixels, batch = new_pixels(batch_size), []
     if batch and not should_stop():
         yield Batch(batch, pixels[: len(batch)])
 
@@ -2577,7 +2675,7 @@ def encode_batches(
         for part in parts:
             if should_stop():
                 encoder.drop()
-            with _device_errors():
+            with device_errors("the encoder"):
                 rows = part()
             frames = batch.frames[start : start + len(rows.finite)]
             start += len(frames)
@@ -2590,7 +2688,7 @@ def encode_batches(
             if isinstance(batch, TrajectoryResult):
                 yield batch
                 continue
-            with _device_errors():
+            with device_errors("the encoder"):
                 parts, largest = _encode_within_memory(encoder, batch.pixels, largest)
             in_flight.append((batch, parts))
             if len(in_flight) > encoder.batches_in_flight:
@@ -2604,17 +2702,6 @@ def encode_batches(
             encoder.drop()
 
 
-@contextlib.contextmanager
-def _device_errors() -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        raise DeviceError(
-            f"the encoder failed: {str(error) or type(error).__name__}. No trajectory is blamed; what is recorded is "
-            "safe: run the same command again to go on"
-        ) from error
-
-
 def _encode_within_memory(
     encoder: Encoder, pixels: torch.Tensor, largest: int
 ) -> tuple[list[Callable[[], EncodedRows]], int]:
@@ -2625,7 +2712,9 @@ def _encode_within_memory(
     while True:
         try:
             return [encoder.encode(part) for part in pixels.split(largest)], largest
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if largest == 1:
                 raise RuntimeError(f"one frame does not fit into the device's memory: {error}") from error
         largest = (largest + 1) // 2  # outside the except clause, whose traceback keeps tensors alive
@@ -3333,7 +3422,8 @@ def load_encoders(datasets: list[PreparedDataset], stop_request: StopRequest) ->
             if recorded is not None and {**recorded, **source} == recorded:
                 continue
             if dataset.progress.records:
-                dataset.weights = {**source, "digest": weights_digest(build_model(dataset.spec))}
+                with device_errors("loading the model"):
+                    dataset.weights = {**source, "digest": weights_digest(build_model(dataset.spec))}
             continue
         device = dataset.workers.device if dataset.workers.encodes_here else "cpu"  # there only the digest is wanted
         key = encoder_key(dataset.spec, device)
@@ -3799,6 +3889,9 @@ def announce_encoding(dataset: PreparedDataset) -> None:
     LOG.info("Encoding with %s (%s) in %s on %s", spec.dino_model_type, source, spec.precision, where)
     if workers.encodes_here and workers.device.startswith("cuda"):
         hint_at_other_gpus()
+    if workers.encodes_here and dataset.config.options.device == "auto":
+        for line in unused_gpu():
+            LOG.warning("%s. The CPU is used instead", line)
     if spec.weights == "random":
         LOG.warning("WEIGHTS ARE RANDOM (seeded): the features are for trying things out and mean nothing")
 
