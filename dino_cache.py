@@ -3916,6 +3916,9 @@ def begin_rebuild(dataset: PreparedDataset) -> None:
 class LogFormatter(logging.Formatter):
     """A record as one line, whatever names it holds; the lines of a traceback follow it, indented."""
 
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(logging.makeLogRecord({**vars(record), "exc_text": None}))  # not what others made of it
+
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))
 
