@@ -43,6 +43,7 @@ import difflib
 import errno
 import functools
 import gc
+import glob
 import hashlib
 import importlib
 import importlib.metadata
@@ -96,6 +97,7 @@ from progress_utils import (
     cache_lock,
     chunk_file_name,
     chunk_folders,
+    console_error,
     end_without_library,
     example,
     fsync_path,
@@ -108,10 +110,13 @@ from progress_utils import (
     missing_library,
     open_door,
     open_library,
+    print_lines,
     printable,
     program_name,
     progress_command,
+    refuse_locale,
     set_aside,
+    set_up_console,
 )
 
 try:
@@ -287,7 +292,7 @@ class Profile:
                 return
             yield item
 
-    def table(self) -> str:
+    def table(self) -> list[str]:
         """For people: per stage the seconds, the threads, and the share of the run that each of them was at work."""
         wall_s = time.perf_counter() - self._begin
         lines = [f"{'stage':16} {'seconds':>9} {'threads':>8} {'share of the run':>17}"]
@@ -298,7 +303,7 @@ class Profile:
             lines.append(f"{stage:16} {sum(seconds):9.2f} {len(seconds):8} {shares[stage]:17.1%}")
         at_work = {stage: share for stage, share in shares.items() if stage not in ("load", "wait for frames")}
         lines.append(f"whole run {wall_s:.2f} s; the limit was: {max(at_work, key=at_work.get)}")
-        return "\n".join(lines)
+        return lines
 
 
 STAGES = ("list", "load", "read", "decode", "wait for frames", "encode", "copy out", "write", "fsync", "record")
@@ -530,7 +535,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RefusedError(f"{path}: cannot read the config file: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # dates and keys that Python refuses, too
-        raise RefusedError(f"{path}: not a YAML file: {error}") from error
+        raise RefusedError(*f"{path}: not a YAML file: {error}".splitlines()) from error
     if not isinstance(data, dict):
         raise RefusedError(f"{path}: needs keys and values, as in config/data/dino_cache.yaml")
     return data
@@ -560,7 +565,7 @@ def _load_dataset(path: Path, name: Any, top: dict[str, Any], section: Any, over
             own_keys = (*section, *DatasetPaths.model_fields, "")  # "": a rule between keys, wherever they stand
             faults += explain_faults(error, lambda key, own_keys=own_keys: prefix if key in own_keys else "")
     if faults:
-        raise RefusedError("\n".join(f"{path}: {fault}" for fault in faults))
+        raise RefusedError(*(f"{path}: {fault}" for fault in faults))
     spec, options, paths = parsed
     data_folder = _resolve_path(path, f"{prefix}data_folder", paths.data_folder)
     default_cache_dir = data_folder / f"dino_cache_{spec.dino_model_type}"
@@ -1615,6 +1620,41 @@ def token_shapes(spec: CacheSpec, shape: ModelShape) -> dict[str, tuple[int, ...
     return {TOKEN_DATASETS[token]: shapes[token] for token in spec.tokens}
 
 
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, which may be many lines, or nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# CUDA and the libraries on it report a lack of memory in several classes of errors, some of them by the first thing
+# that they cannot make: a handle, or an algorithm's workspace.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|MemoryAllocation|ALLOC(ATION)?_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
+    r"|valid cuDNN algorithm|unable to find an engine",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the device, or the host, has no memory left."""
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+@contextlib.contextmanager
+def device_errors(what: str) -> Iterator[None]:
+    """Turn what a failing device, or one without memory, raises into DeviceError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        raise DeviceError(
+            f"{what} failed: {one_line(error)}. No trajectory is blamed; what is recorded is safe: run the same "
+            "command again to go on"
+        ) from error
+
+
 def resolve_device(device: str) -> str:
     """`auto` is CUDA where there is one.
 
@@ -1626,9 +1666,44 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     index = int(device.partition(":")[2] or 0)
-    if device != "cpu" and torch.cuda.device_count() <= index:
-        raise RefusedError(f"device: {device}: torch sees {torch.cuda.device_count()} CUDA devices; use cpu or auto")
+    if device != "cpu" and (count := torch.cuda.device_count()) <= index:
+        raise RefusedError(f"device: {device}: torch sees {count} CUDA devices; use cpu or auto", *unused_gpu())
     return device
+
+
+# What shows an NVIDIA GPU: its driver, the driver's device file, or (no driver loaded) the maker's number on the bus.
+GPU_SIGNS = ("/proc/driver/nvidia/gpus/*", "/dev/nvidia[0-9]*")
+BUS_DEVICES, NVIDIA, DISPLAY_CLASS = Path("/sys/bus/pci/devices"), "0x10de", "0x03"
+
+
+def _is_nvidia_gpu(bus_device: Path) -> bool:
+    try:
+        maker, kind = ((bus_device / name).read_text().strip() for name in ("vendor", "class"))
+    except OSError:
+        return False
+    return maker == NVIDIA and kind.startswith(DISPLAY_CLASS)
+
+
+def unused_gpu() -> list[str]:
+    """A line on why torch cannot use the GPU that is plugged in; none where there is no GPU, or CUDA_VISIBLE_DEVICES
+    hides it on purpose."""
+    import torch
+
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return []
+    sign = next((path for pattern in GPU_SIGNS for path in sorted(glob.glob(pattern))), None)
+    if sign is None:
+        sign = next(filter(_is_nvidia_gpu, sorted(BUS_DEVICES.glob("*"))), None)
+    if sign is None:
+        return []
+    try:
+        torch.cuda.init()
+        why = "it reports no usable device"
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
+        why = one_line(error)
+    return [
+        f"An NVIDIA GPU is plugged in ({sign}), which torch {torch.__version__} cannot use: {why}; see `nvidia-smi`"
+    ]
 
 
 def resolve_precision(wanted: str, recorded: str | None, device: str, model_type: ModelType) -> str:
@@ -1642,7 +1717,8 @@ def resolve_precision(wanted: str, recorded: str | None, device: str, model_type
         source = "recorded in this cache" if wanted == "auto" else "set in the config"
         raise RefusedError(
             f"precision: fp16 ({source}) needs CUDA and the device is {device}. Ways on: run on a machine with a GPU, "
-            "or set precision: bf16 or fp32 (a changed configuration, for the trajectories still to do)"
+            "or set precision: bf16 or fp32 (a changed configuration, for the trajectories still to do)",
+            *unused_gpu(),
         )
     return precision
 
@@ -1702,6 +1778,8 @@ def build_model(spec: CacheSpec) -> torch.nn.Module:
             return timm.create_model(name, pretrained=True, num_classes=0)
         return _load_weight_file(Path(spec.weights), name)
     except Exception as error:  # hub, network, unpickling and key errors come in many classes, all of them before work
+        if is_out_of_memory(error):
+            raise
         raise RefusedError(_weights_advice(spec, name, error)) from error
 
 
@@ -1769,7 +1847,7 @@ def _without_qkv_bias(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 def _weights_advice(spec: CacheSpec, model_name: str, error: Exception) -> str:
     if spec.weights != "pretrained":
-        reason = " ".join(str(error).split())[:500] or type(error).__name__
+        reason = one_line(error)[:500]
         family = "DINOv3" if spec.dino_model_type in DINOV3_NAMES else "DINOv2"
         return (
             f"weights: {spec.weights}: cannot be loaded into {model_name} (dino_model_type {spec.dino_model_type}): "
@@ -1778,7 +1856,7 @@ def _weights_advice(spec: CacheSpec, model_name: str, error: Exception) -> str:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    reason = one_line(error)[:300]
     downloaded = try_to_load_from_cache(f"timm/{model_name}", "model.safetensors")
     if isinstance(downloaded, str):
         return f"weights: pretrained: {downloaded} cannot be loaded: {reason}. Delete it and run again online"
@@ -1905,7 +1983,11 @@ class DinoEncoder:
         self._device = torch.device(device)
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[spec.precision]
         self._spec = spec
+        self._can_pin = True
         if self._device.type == "cuda":
+            if spec.precision == "fp32":
+                torch.backends.cuda.matmul.allow_tf32 = False
+                torch.backends.cudnn.allow_tf32 = False  # torch's default is True: 10 bits of the patch embedding's 23
             self._cores, self.default_batch_size, self.most_rows = None, 128, sys.maxsize
         else:
             self._num_cores = min(torch.get_num_threads(), available_cores())  # the former: OMP_NUM_THREADS
@@ -1921,7 +2003,9 @@ class DinoEncoder:
     def new_pixels(self, batch_size: int) -> torch.Tensor:
         """Room for (B, 3, H, W) uint8 frames; pinned for CUDA, and reused by torch once its copy is done."""
         shape = (batch_size, 3, *self._spec.image_size)
-        return self._torch.empty(shape, dtype=self._torch.uint8, pin_memory=self._cores is None)
+        if self._cores is None:
+            return self._pinned(shape, self._torch.uint8)
+        return self._torch.empty(shape, dtype=self._torch.uint8)
 
     def encode(self, pixels: torch.Tensor) -> Callable[[], EncodedRows]:
         """Start encoding (B, 3, H, W) uint8 RGB; calling the result waits for the tokens.
@@ -1984,15 +2068,31 @@ class DinoEncoder:
         return {**rows, "finite": self._torch.stack(finite).all(0)}
 
     def _to_pinned(self, tensor: torch.Tensor) -> torch.Tensor:
-        host = self._torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return host.copy_(tensor, non_blocking=True)
+        return self._pinned(tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
+
+    def _pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Room on the host that the device copies from and to by itself; where no more can be pinned (a limit of the
+        container), in ordinary memory, which is slower: a copy then waits."""
+        if self._can_pin:
+            try:
+                return self._torch.empty(shape, dtype=dtype, pin_memory=True)
+            except (RuntimeError, MemoryError) as error:
+                self._can_pin = False
+                LOG.warning("Cannot pin memory (%s): copies to and from the device are slower", one_line(error))
+        return self._torch.empty(shape, dtype=dtype)
 
 
 def load_encoder(spec: CacheSpec, device: str) -> tuple[Encoder, str]:
-    """An encoder on its device, and the digest of its weights. Raises RefusedError where the weights cannot be had."""
-    model = build_model(spec)
-    digest = weights_digest(model)
-    return DinoEncoder(model, spec, device), digest
+    """An encoder on its device, and the digest of its weights.
+
+    Raises:
+        RefusedError: the weights cannot be had.
+        DeviceError: host or device cannot hold the model, or the device does not work.
+    """
+    with device_errors(f"loading the model ({spec.dino_model_type}, to {device})"):
+        model = build_model(spec)
+        digest = weights_digest(model)
+        return DinoEncoder(model, spec, device), digest
 
 
 # Settings that do not reach an encoder: they choose frames, bring them to the input size, or cut trajectories. All
@@ -2641,7 +2741,8 @@ def full_batches(
     A failure is passed on at once; frames of its trajectory that come later are dropped. When stopping, the batch begun
     is dropped too.
     """
-    pixels, batch = new_pixels(batch_size), []
+    with device_errors("making room for a batch"):
+        pixels, batch = new_pixels(batch_size), []
     for frame in frames:
         if should_stop():
             return
@@ -2656,7 +2757,8 @@ def full_batches(
             batch.append((frame.plan, frame.row))
             if len(batch) == batch_size:
                 yield Batch(batch, pixels)
-                pixels, batch = new_pixels(batch_size), []
+                with device_errors("making room for a batch"):
+                    pixels, batch = new_pixels(batch_size), []
     if batch and not should_stop():
         yield Batch(batch, pixels[: len(batch)])
 
@@ -2690,7 +2792,7 @@ def encode_batches(
         for part in parts:
             if should_stop():
                 encoder.drop()
-            with _device_errors():
+            with device_errors("the encoder"):
                 rows = part()
             frames = batch.frames[start : start + len(rows.finite)]
             start += len(frames)
@@ -2703,7 +2805,7 @@ def encode_batches(
             if isinstance(batch, TrajectoryResult):
                 yield batch
                 continue
-            with _device_errors():
+            with device_errors("the encoder"):
                 parts, largest = _encode_within_memory(encoder, batch.pixels, largest)
             in_flight.append((batch, parts))
             if len(in_flight) > encoder.batches_in_flight:
@@ -2717,17 +2819,6 @@ def encode_batches(
             encoder.drop()
 
 
-@contextlib.contextmanager
-def _device_errors() -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        raise DeviceError(
-            f"the encoder failed: {str(error) or type(error).__name__}. No trajectory is blamed; what is recorded is "
-            "safe: run the same command again to go on"
-        ) from error
-
-
 def _encode_within_memory(
     encoder: Encoder, pixels: torch.Tensor, largest: int
 ) -> tuple[list[Callable[[], EncodedRows]], int]:
@@ -2738,7 +2829,9 @@ def _encode_within_memory(
     while True:
         try:
             return [encoder.encode(part) for part in pixels.split(largest)], largest
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if largest == 1:
                 raise RuntimeError(f"one frame does not fit into the device's memory: {error}") from error
         largest = (largest + 1) // 2  # outside the except clause, whose traceback keeps tensors alive
@@ -2960,29 +3053,39 @@ FRAME_SETTINGS = ("max_chunk_frames", "overlap_frames")
 
 WORK_LIBRARIES = ("torch", "torchvision", "timm", "PIL.Image", "h5py")  # imported where there is work, and only there
 
+INSISTING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (*INSISTING_SIGNALS, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+
 EXIT_COMPLETED, EXIT_SOME_FAILED, EXIT_STOPPED_BY_FAULT, EXIT_WORK_LEFT = 0, 1, 3, 5
 
 
 class StopRequest:
-    """Whether the run shall end: SIGINT, SIGTERM or the deadline. A second signal ends the process at once."""
+    """Whether the run shall end: a signal or the deadline. A second SIGINT or SIGTERM ends the process at once; others
+    may come in company: a scheduler's SIGUSR1 before its SIGTERM, two SIGHUPs of a terminal that is closed."""
 
     def __init__(self, max_hours: float | None):
         self.signal_number: int | None = None
         self.is_asking = False
+        self._is_insisted_on = False  # a SIGINT or SIGTERM came
         self._deadline = math.inf if max_hours is None else time.monotonic() + max_hours * 3600
 
     def install(self) -> None:
-        """Handle the signals from here on."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        """Handle the signals from here on, but for those that came ignored: of nohup, or of a background job."""
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: Any) -> None:
-        if self.signal_number is not None:
+        if self._is_insisted_on and number in INSISTING_SIGNALS:
             os._exit(128 + number)
+        self._is_insisted_on |= number in INSISTING_SIGNALS
+        if self.signal_number is not None:
+            return
         self.signal_number = number
         if self.is_asking:  # Python would go on waiting for the answer
             self.check()
-        os.write(2, b"\nStopping: what is in flight is finished or dropped (once more to stop at once)\n")
+        with contextlib.suppress(OSError):  # a terminal that is gone; sys.stderr may be at work below this handler
+            os.write(2, b"\nStopping: what is in flight is finished or dropped (Ctrl-C or SIGTERM to stop at once)\n")
 
     def __call__(self) -> bool:
         return self.signal_number is not None or time.monotonic() > self._deadline
@@ -3368,13 +3471,13 @@ def confirm_changes(
         return
     if dataset.progress.records:
         lines = [f"  {key}: {old} -> {new}" for key, old, new in differences]
-        change = "\n".join([f"{dataset.name}: the configuration changed since this cache was begun:", *lines])
         ways = (
             "Ways on: --yes keeps what is completed and makes the rest with the new configuration; --force-rebuild "
             f"redoes everything, as {progress_command(f'reset --cache-dir {dataset.config.cache_dir}')} does; or undo "
             "it"
         )
-        LOG.warning("%s", change)
+        for line in (f"{dataset.name}: the configuration changed since this cache was begun:", *lines):
+            LOG.warning("%s", line)
         if not yes and not ask_to_continue("Continue with the changed configuration?", ways, stop_request):
             raise RefusedError(
                 f"{dataset.name}: not continued with the changed configuration. Nothing was changed. {ways}"
@@ -3504,7 +3607,8 @@ def load_encoders(datasets: list[PreparedDataset], stop_request: StopRequest) ->
             if recorded is not None and {**recorded, **source} == recorded:
                 continue
             if dataset.progress.records:
-                dataset.weights = {**source, "digest": weights_digest(build_model(dataset.spec))}
+                with device_errors("loading the model"):
+                    dataset.weights = {**source, "digest": weights_digest(build_model(dataset.spec))}
             continue
         device = dataset.workers.device if dataset.workers.encodes_here else "cpu"  # there only the digest is wanted
         key = encoder_key(dataset.spec, device)
@@ -3989,6 +4093,9 @@ def announce_encoding(dataset: PreparedDataset) -> None:
     LOG.info("Encoding with %s (%s) in %s on %s", spec.dino_model_type, source, spec.precision, where)
     if workers.encodes_here and workers.device.startswith("cuda"):
         hint_at_other_gpus()
+    if workers.encodes_here and dataset.config.options.device == "auto":
+        for line in unused_gpu():
+            LOG.warning("%s. The CPU is used instead", line)
     if spec.weights == "random":
         LOG.warning("WEIGHTS ARE RANDOM (seeded): the features are for trying things out and mean nothing")
 
@@ -4015,16 +4122,76 @@ def begin_rebuild(dataset: PreparedDataset) -> None:
             progress.save()
 
 
+class LogFormatter(logging.Formatter):
+    """A record as one line, whatever names it holds; the lines of a traceback follow it, indented."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(logging.makeLogRecord({**vars(record), "exc_text": None}))  # not what others made of it
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+    def formatException(self, fault: Any) -> str:
+        text, error = super().formatException(fault), fault[1]
+        while error is not None:
+            if str(error):
+                text = text.replace(str(error), printable(error))
+            error = error.__cause__ or error.__context__
+        return "\n".join("    " + printable(line) for line in text.split("\n"))
+
+
+class Backlog(logging.Handler):
+    """What is said while no cache's log is open. Each log gets what it lacks when it is opened, and at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.locked: list[Path] = []  # caches that this run holds or held
+        self._records: list[logging.LogRecord] = []
+        self._num_handed: dict[Path, int] = {}  # cache folder -> records that its log has, of those opened
+
+    def begin(self) -> None:
+        """Keep what is said from here on; what an earlier run of this process said is forgotten."""
+        for kept in (self.locked, self._records, self._num_handed):
+            kept.clear()
+        LOG.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._records.append(record)
+
+    def hand_to(self, cache_dir: Path, log: logging.Handler) -> None:
+        """Write into a log what it lacks."""
+        for record in self._records[self._num_handed.get(cache_dir, 0) :]:
+            log.handle(record)
+        self._num_handed[cache_dir] = len(self._records)
+
+    def end(self) -> None:
+        """Write what was said since into the logs of this run; where the console could not be told why the run was
+        refused, into those of all caches that it held. Otherwise a refusal leaves caches as they are."""
+        for cache_dir in self.locked if console_error() else list(self._num_handed):
+            if self._num_handed.get(cache_dir, 0) < len(self._records):
+                with contextlib.suppress(OSError), log_file(cache_dir):
+                    pass
+        LOG.removeHandler(self)
+
+
+BACKLOG = Backlog()
+
+
 @contextlib.contextmanager
 def log_file(cache_dir: Path) -> Iterator[None]:
     """Everything that is logged goes to the cache's log file too, with times and tracebacks."""
     handler = logging.FileHandler(cache_dir / LOG_FILE, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
+    BACKLOG.hand_to(cache_dir, handler)
+    has_backlog = BACKLOG in LOG.handlers
+    LOG.removeHandler(BACKLOG)
     LOG.addHandler(handler)
     try:
         yield
     finally:
         LOG.removeHandler(handler)
+        if has_backlog:
+            LOG.addHandler(BACKLOG)
         with contextlib.suppress(OSError):  # a full disk: what is buffered cannot be written
             handler.close()
 
@@ -4079,42 +4246,42 @@ def print_cost(dataset: PreparedDataset, rates: dict[str, float | None]) -> None
             spec = dataset.spec.model_copy(update={"tokens": tokens})
             chosen = " (chosen)" if tokens == dataset.spec.tokens else ""
             sizes.append(f"{' + '.join(tokens)} {human_bytes(cache_bytes(dataset, spec, works))}{chosen}")
-        print(f"  by tokens: {', '.join(sizes)}")
+        print_lines(f"  by tokens: {', '.join(sizes)}")
     if rate := rates.get(dataset.name):
         how = f"at {rate:.1f} frames/s, measured while decoding and encoding on {dataset.workers.device}"
         how += " in one process, without Ray" if dataset.config.options.executor == "ray" else ""
-        print(f"  estimated time: {human_duration(dataset.num_frames / rate)} {how}")
+        print_lines(f"  estimated time: {human_duration(dataset.num_frames / rate)} {how}")
 
 
 def print_forecast(dataset: PreparedDataset, reasons: list[str], rates: dict[str, float | None]) -> None:
     """What a run would do. `reasons`: why trajectories will fail; `rates`: frames/s by dataset, where measured."""
     taken = new_bytes(dataset)
-    print(f"Dataset {dataset.name}: {dataset.config.data_folder} -> {dataset.config.cache_dir}")
-    print(f"  trajectories: {len(dataset.trajectories)}")
-    print(f"  completed: {dataset.num_completed}")
-    print(f"  to do now: {len(dataset.pending)}")
-    print(f"  frames to encode: {dataset.num_frames}")
-    print(f"  chunks to write: {sum(work.num_chunks for work in dataset.work.values())}")
-    print(f"  bytes they take: {taken} ({human_bytes(taken)}), replacing {human_bytes(replaced_bytes(dataset))}")
+    print_lines(f"Dataset {dataset.name}: {dataset.config.data_folder} -> {dataset.config.cache_dir}")
+    print_lines(f"  trajectories: {len(dataset.trajectories)}")
+    print_lines(f"  completed: {dataset.num_completed}")
+    print_lines(f"  to do now: {len(dataset.pending)}")
+    print_lines(f"  frames to encode: {dataset.num_frames}")
+    print_lines(f"  chunks to write: {sum(work.num_chunks for work in dataset.work.values())}")
+    print_lines(f"  bytes they take: {taken} ({human_bytes(taken)}), replacing {human_bytes(replaced_bytes(dataset))}")
     print_cost(dataset, rates)
-    print(f"  free space: {human_bytes(free_bytes(dataset.config.cache_dir))}")
+    print_lines(f"  free space: {human_bytes(free_bytes(dataset.config.cache_dir))}")
     if dataset.progress.records:
         changes = spec_differences(dataset.progress.processing_config, dataset.spec)
         recorded, source = dataset.progress.weights, weights_source(dataset.spec)["source"]
         if recorded and recorded["source"] != source:
             changes.append(("weights", recorded["source"], source))
         for key, old, new in changes:
-            print(f"  changed configuration: {key}: {old} -> {new}")
+            print_lines(f"  changed configuration: {key}: {old} -> {new}")
         if changes:
-            print("  a run would ask about it, and without a terminal refuse to start unless --yes is given")
+            print_lines("  a run would ask about it, and without a terminal refuse to start unless --yes is given")
     for remark in remarks(dataset):
-        print(f"  {remark}")
+        print_lines(f"  {remark}")
     if reasons:
-        print(f"  will fail: {len(reasons)}")
+        print_lines(f"  will fail: {len(reasons)}")
         for reason in reasons[:SHOWN_NAMES]:
-            print(f"    {reason}")
+            print_lines(f"    {reason}")
         if len(reasons) > SHOWN_NAMES:
-            print(f"    ... and {len(reasons) - SHOWN_NAMES} more")
+            print_lines(f"    ... and {len(reasons) - SHOWN_NAMES} more")
 
 
 # ======================================================================================================================
@@ -4152,6 +4319,7 @@ def run(arguments: RunArguments, stop_request: StopRequest) -> NightOutcome:
             if not arguments.dry_run:
                 refuse_gone_cache(config, all_configs, stop_request, yes=arguments.yes)
                 resources.enter_context(locked_cache(config.cache_dir))
+                BACKLOG.locked.append(config.cache_dir)
         # 3) read the records, list the trajectories, compare them
         with PROFILE("list"):
             datasets = [prepare_dataset(config, stop_request) for config in configs]
@@ -4321,15 +4489,14 @@ class ConsoleHandler(logging.Handler):
 
 
 def set_up_process() -> None:
-    """Console output, and as many open files as the system grants: overlapping chunks are open together."""
+    """Logging, and as many open files as the system grants: overlapping chunks are open together."""
     gc.set_threshold(*GC_THRESHOLDS)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
     logging.raiseExceptions = False  # a full disk shall not drown its own message in tracebacks of the log file
     if not LOG.handlers:
         LOG.addHandler(ConsoleHandler())
+    BACKLOG.begin()
     process_umask()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
@@ -4402,8 +4569,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
     0 everything completed; 1 some trajectories failed; 2 refused, nothing started; 3 stopped by storage, device or an
-    unexpected error, resumable; 4 another run holds the cache; 5 --max-hours or --limit left work; 130, 143 signals.
+    unexpected error, resumable; 4 another run holds the cache; 5 --max-hours or --limit left work; 128 + n signal n.
     """
+    set_up_console()
     parser = build_parser()
     parsed = parser.parse_args(argv)
     if parsed.measure and not parsed.dry_run:
@@ -4412,20 +4580,32 @@ def main(argv: list[str] | None = None) -> int:
     stop_request.install()
     set_up_process()
     try:
-        outcome = run(run_arguments(parsed), stop_request)
-        if parsed.profile and not parsed.dry_run:
-            print(PROFILE.table())
+        return run_and_say(run_arguments(parsed), stop_request, with_profile=parsed.profile)
+    finally:
+        BACKLOG.end()
+
+
+def run_and_say(arguments: RunArguments, stop_request: StopRequest, *, with_profile: bool) -> int:
+    """Run, and say what kept it from running; returns the exit code."""
+    try:
+        refuse_locale()
+        outcome = run(arguments, stop_request)
+        if with_profile and not arguments.dry_run:
+            for line in PROFILE.table():
+                LOG.info("%s", line)
         return outcome.exit_code
     except DinoCacheError as error:
-        LOG.error("error: %s", error)
+        first, *more = error.args
+        for line in (f"error: {first}", *more):
+            LOG.error("%s", line)
         return error.exit_code
     except ImportError as error:
         refusal = missing_library(error)
         LOG.error("error: %s", refusal)
         return refusal.exit_code
     except Exception as error:
-        LOG.error("error: unexpected: %r", error)
-        traceback.print_exc()
+        LOG.error("error: unexpected: %r", error, exc_info=error)
+        print_lines(*traceback.format_exc().splitlines(), file=sys.stderr)
         return EXIT_STOPPED_BY_FAULT
 
 

@@ -25,16 +25,18 @@ Exit codes: 0 fine, 1 problems found, 2 could not do it, 4 a run holds the cache
 A save survives a killed process and, as far as the disk keeps its word about fsync, a power cut. The copy before it
 stays as progress.json.bak. Only the standard library is imported at the top, so that every command starts at once.
 
-Sections, each using only those above it: constants - errors - names and small helpers - doors - durable writing -
-the lock - the record - showing and resetting the record - command line.
+Sections, each using only those above it: constants - errors - names and small helpers - the console - doors - durable
+writing - the lock - the record - showing and resetting the record - command line.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import collections
 import contextlib
 import errno
+import fcntl
 import gc
 import importlib
 import importlib.util
@@ -50,7 +52,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, NoReturn, TypedDict
+from typing import Any, NamedTuple, NoReturn, TextIO, TypedDict
 
 # ======================================================================================================================
 # Constants: the names of a cache's own files, and what several sections need
@@ -78,9 +80,13 @@ GC_THRESHOLDS = (100_000, 20, 100)  # a large record is a million objects, not t
 
 
 class DinoCacheError(Exception):
-    """An error with a message for the user: what is wrong, with which file or value, and the way on."""
+    """An error with a message for the user: what is wrong, with which file or value, and the way on. Several arguments
+    are lines of their own; a newline within one came with a name, and is shown escaped."""
 
     exit_code = 3
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 class RefusedError(DinoCacheError):
@@ -115,11 +121,6 @@ def is_chunk_file(name: str) -> bool:
 
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: "<microseconds> <in so many>", or "max <...>"
-
-
-def printable(text: str) -> str:
-    """A text for the terminal: names come from strangers' data, control characters in them do not reach it."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
 
 
 def available_cores() -> int:
@@ -163,6 +164,91 @@ def human_duration(seconds: float) -> str:
     if seconds >= 3600:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+# ======================================================================================================================
+# The console: what people are told; it never decides over the work
+# ======================================================================================================================
+
+# Control characters, line separators, and what turns the direction of writing or hides there.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: object) -> str:
+    """A text as one line for the terminal or a log: names come from strangers' data, and neither move a cursor nor
+    look like a line of ours."""
+    return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], str(text))
+
+
+def print_lines(*lines: object, file: TextIO | None = None) -> None:
+    """Print texts, each as one line whatever names it holds; to stdout where no file is given."""
+    print("\n".join(map(printable, lines)), file=file, flush=True)
+
+
+class Console:
+    """stdout or stderr. A write that fails (its reader is gone, the terminal closed, the disk under a redirection full)
+    raises nothing, and from then on nothing is written."""
+
+    def __init__(self, stream: TextIO, error: Exception | None = None):
+        self._stream = stream
+        self.error = error  # of the first write that failed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._attempt(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, action: Callable[..., Any], *arguments: str) -> None:
+        if self.error is not None:
+            return
+        try:
+            action(*arguments)
+        except (OSError, ValueError) as error:  # ValueError: it was closed
+            self.error = error
+            with contextlib.suppress(OSError, ValueError):
+                if self._stream.fileno() in (1, 2):  # what it still holds must not fail again when Python ends
+                    os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), self._stream.fileno())
+
+
+def set_up_console() -> None:
+    """Have stdout and stderr raise nothing, and a closed descriptor 0, 1 or 2 lead nowhere: the next file that is
+    opened, a chunk say, would get its number, and what is printed."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, Console):
+            continue
+        if stream is None:
+            closed = OSError(errno.EBADF, os.strerror(errno.EBADF))
+            console = Console(os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"), closed)
+        else:
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")  # a cron job's locale may have no emoji
+            console = Console(stream)
+        setattr(sys, name, console)
+        atexit.register(console.flush)  # before Python flushes, which would end with an error of its own
+
+
+def console_error(*names: str) -> Exception | None:
+    """Why stdout or stderr, or those named, could not be written; None where everything was told."""
+    errors = (getattr(getattr(sys, name), "error", None) for name in names or ("stdout", "stderr"))
+    return next((error for error in errors if error is not None), None)
+
+
+def refuse_locale() -> None:
+    """Raise RefusedError where file names are not UTF-8: one folder would have two names under two locales."""
+    if (encoding := sys.getfilesystemencoding()) != "utf-8":
+        raise RefusedError(
+            f"file names are {encoding} in this locale, and caches name trajectories in UTF-8. Set LC_ALL=C.UTF-8 (in "
+            "a crontab: a line of its own above the job), and do not set PYTHONUTF8=0"
+        )
 
 
 # ======================================================================================================================
@@ -232,7 +318,8 @@ def end_without_library(error: ImportError) -> NoReturn:
     refusal = missing_library(error)
     if not is_command():
         raise ImportError(str(refusal), name=error.name) from error
-    print(f"error: {refusal}", file=sys.stderr)
+    set_up_console()
+    print_lines(f"error: {refusal}", file=sys.stderr)
     sys.exit(refusal.exit_code)
 
 
@@ -323,6 +410,7 @@ def keep_copy(path: Path, copy: Path) -> None:
 
 HEARTBEAT_INTERVAL_S = 1.0  # time between two heartbeats of a run
 STALE_AFTER_S = 900.0  # a run that encodes and has no heartbeat for so long is taken for stuck
+LOOK_S = 0.2  # time that a run waits for those who only look whether somebody holds the lock, an instant each
 
 
 @contextlib.contextmanager
@@ -338,7 +426,7 @@ def cache_lock(cache_dir: Path) -> Iterator[None]:
     for name in (LOCK_FILE, LOCK_OWNER_FILE, LOG_FILE):  # a cache folder may have come with the data, from a stranger
         if (cache_dir / name).is_symlink():
             raise RefusedError(f"{cache_dir / name}: is a link, and would be written through. Remove it")
-    lock = FileLock(cache_dir / LOCK_FILE, timeout=0, fallback_to_soft=False)
+    lock = FileLock(cache_dir / LOCK_FILE, timeout=LOOK_S, poll_interval=LOOK_S / 10, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
@@ -418,11 +506,29 @@ class Heartbeat:
             os.replace(temporary, self._path)
 
 
+def is_locked(cache_dir: Path) -> bool:
+    """Whether somebody holds the cache. The lock itself is asked: the name beside it may be that of a killed process,
+    whose pid another has by now (in a container always), or whose host is a container that is no more."""
+    try:
+        descriptor = os.open(cache_dir / LOCK_FILE, os.O_RDONLY | os.O_NONBLOCK)
+    except PermissionError:
+        return (cache_dir / LOCK_OWNER_FILE).exists()  # nobody can tell here: rather taken for held
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)  # else a filesystem that cannot lock, on which no run works
+    finally:
+        os.close(descriptor)
+    return False
+
+
 class LockOwner(NamedTuple):
     """Who left its name beside the lock."""
 
     name: str  # pid, host and start time, in words
-    is_alive: bool  # a process of another host counts as alive, nobody here can tell
+    is_alive: bool  # it holds the lock
     last_heartbeat: float  # epoch seconds
     run: RunState | None
 
@@ -435,26 +541,21 @@ class LockOwner(NamedTuple):
 
 
 def read_lock_owner(cache_dir: Path) -> LockOwner | None:
-    """Who left its name beside the lock; None where nobody did."""
-    path, is_alive = cache_dir / LOCK_OWNER_FILE, True
+    """Who holds the lock, or held it when it was killed; None where nobody does and nobody left a name."""
+    path = cache_dir / LOCK_OWNER_FILE
     try:
         last_heartbeat = path.stat().st_mtime
         owner = json.loads(path.read_text(encoding="utf-8"))
         name = f"pid {owner['pid']} on {owner['host']}, since {owner['started']}"
         run = RunState(**owner["run"]) if "run" in owner else None
-        if owner["host"] == socket.gethostname():
-            os.kill(owner["pid"], 0)
-    except PermissionError:  # somebody else's process, and alive
-        pass
-    except ProcessLookupError:
-        is_alive = False
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
-        return None
-    return LockOwner(name, is_alive, last_heartbeat, run)
+    except (OSError, ValueError, KeyError, TypeError):
+        return LockOwner("its holder left no name", True, time.time(), None) if is_locked(cache_dir) else None
+    is_alive = is_locked(cache_dir)
+    return LockOwner(name, is_alive, last_heartbeat, run) if is_alive or path.exists() else None
 
 
 def lock_owner(cache_dir: Path) -> str | None:
-    """Who seems to hold the lock, in words; None where it left no name, or was a process of this host that is dead."""
+    """Who holds the lock, in words; None where nobody does."""
     owner = read_lock_owner(cache_dir)
     return owner.name if owner is not None and owner.is_alive else None
 
@@ -812,7 +913,7 @@ def show(cache_dir: Path, *, as_json: bool, show_all: bool) -> int:
         return 0
     configuration = [f"  {key}: {value}" for key, value in progress.processing_config.items()]
     lines = [*_status_lines(progress), "", "Processing Configuration:", *configuration]
-    print("\n".join(lines + _failure_lines(progress.failures, show_all)))
+    print_lines(*lines, *_failure_lines(progress.failures, show_all))
     return 0
 
 
@@ -821,17 +922,18 @@ def watch(cache_dir: Path, *, every_s: float, show_all: bool) -> int:
     load_or_refuse(cache_dir)
     record, in_place, before = _WatchedRecord(cache_dir), sys.stdout.isatty(), None
     try:
-        while True:
+        while console_error("stdout") is None:  # else nobody watches any more
             progress = record.load()
             lines = [*_status_lines(progress), *_failure_lines(progress.failures, show_all)]
             if in_place:
                 _print_in_place(lines, is_first=before is None)
             elif lines != before:
-                print("\n".join(lines), end="\n\n", flush=True)
+                print_lines(*lines, "")
             before = lines
             time.sleep(every_s)
     except KeyboardInterrupt:
-        return 0
+        pass
+    return 0
 
 
 class _WatchedRecord:
@@ -856,7 +958,7 @@ class _WatchedRecord:
 def _print_in_place(lines: list[str], *, is_first: bool) -> None:
     """Print over what was printed before, as much of it as fits into the terminal."""
     width, height = os.get_terminal_size(sys.stdout.fileno())
-    shown = [line[: max(width - 1, 20)] for line in lines[: max(height - 1, 10)]]  # some terminals say 0
+    shown = [printable(line)[: max(width - 1, 20)] for line in lines[: max(height - 1, 10)]]  # some terminals say 0
     clear, home, to_line_end, to_screen_end = "\x1b[2J", "\x1b[H", "\x1b[K", "\x1b[J"
     text = "".join(f"{line}{to_line_end}\n" for line in shown)
     print(f"{clear if is_first else ''}{home}{text}{to_screen_end}", end="", flush=True)
@@ -887,7 +989,7 @@ def _run_lines(cache_dir: Path) -> list[str]:
         return [f"⚠️ Stale: a run ({owner.name}) was {how} {time.ctime(owner.last_heartbeat)}"]
     lines = [f"Run at work: {owner.name}"]
     if owner.run is not None:
-        lines += [owner.run.line(), printable(f"Trajectory in work: {owner.run.trajectory}")]
+        lines += [owner.run.line(), f"Trajectory in work: {owner.run.trajectory}"]
     return lines
 
 
@@ -919,7 +1021,7 @@ def _failure_lines(failures: dict[str, Failure], show_all: bool) -> list[str]:
         return []
     shown = len(failures) if show_all else SHOWN_FAILURES
     lines = ["", f"❌ Failed Trajectories ({len(failures)}):"]
-    lines += [printable(f"  - {name}: {failure['reason']}") for name, failure in list(failures.items())[:shown]]
+    lines += [f"  - {name}: {failure['reason']}" for name, failure in list(failures.items())[:shown]]
     return lines + [f"  ... and {len(failures) - shown} more"] * (len(failures) > shown)
 
 
@@ -931,7 +1033,7 @@ def list_caches(root: Path, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps(rows, ensure_ascii=False))
     elif not rows:
-        print(f"No caches below {root}")
+        print_lines(f"No caches below {root}")
     else:
         _print_table(rows)
     return 1 if any("error" in row for row in rows) else 0
@@ -970,14 +1072,14 @@ _NUMBER_COLUMNS = range(1, 6)
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    lines = [_TABLE_HEAD, *map(_table_line, rows)]
+    lines = [tuple(map(printable, line)) for line in (_TABLE_HEAD, *map(_table_line, rows))]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_TABLE_HEAD))]
     for line in lines:
         cells = [
             cell.rjust(width) if column in _NUMBER_COLUMNS else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(line, widths))
         ]
-        print(printable("  ".join(cells).rstrip()))
+        print_lines("  ".join(cells).rstrip())
 
 
 def _table_line(row: dict[str, Any]) -> tuple[str, ...]:
@@ -1004,7 +1106,7 @@ def reset(cache_dir: Path, *, yes: bool) -> int:
             return 2
         kept = set_aside(cache_dir, "reset")
         Progress(cache_dir, dataset_name).save(keep_old=False)
-    print(f"Reset {cache_dir}; the old record is {kept.name}")
+    print_lines(f"Reset {cache_dir}; the old record is {kept.name}")
     return 0
 
 
@@ -1030,7 +1132,7 @@ def reset_failed(cache_dir: Path) -> int:
         progress.failures.clear()
         if count:
             progress.save()
-    print(f"Forgot {count} failed trajectories; the next run tries them again")
+    print_lines(f"Forgot {count} failed trajectories; the next run tries them again")
     return 0
 
 
@@ -1044,7 +1146,7 @@ def ask(question: str, *, otherwise: str) -> bool:
         raise RefusedError(
             f"{question} There is no terminal to ask on: give {otherwise} to go ahead. Nothing was changed."
         )
-    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    print(f"{printable(question)} [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
@@ -1156,27 +1258,39 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+PRINTING_COMMANDS = ("show", "list", "verify")  # whose output is the work: one that cannot be written was not done
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     gc.set_threshold(*GC_THRESHOLDS)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a cron job's locale may have no emoji
+    set_up_console()
+    asked_for = next((argument for argument in argv if not argument.startswith("-")), None)
+    code = _run_command(asked_for, argv)
+    sys.stdout.flush()
+    error = console_error("stdout")
+    if code == 0 and asked_for in PRINTING_COMMANDS and error is not None and not isinstance(error, BrokenPipeError):
+        print_lines(f"error: cannot write to the standard output: {error}", file=sys.stderr)
+        return 2
+    return code  # after a broken pipe too: `show | head` has seen enough
+
+
+def _run_command(asked_for: str | None, argv: list[str]) -> int:
     try:
-        asked_for = next((argument for argument in argv if not argument.startswith("-")), None)
+        if asked_for in COMMAND_MODULES:  # they look for trajectories by name
+            refuse_locale()
         arguments = build_parser(asked_for).parse_args(argv)
         return arguments.run(arguments)
     except DinoCacheError as error:
-        print(f"error: {error}", file=sys.stderr)
+        first, *more = error.args
+        print_lines(f"error: {first}", *more, file=sys.stderr)
         return error.exit_code
     except ImportError as error:
-        print(f"error: {missing_library(error)}", file=sys.stderr)
+        print_lines(f"error: {missing_library(error)}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `show | head` has seen enough
-        sys.stdout = None
-        return 0
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_lines(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -24,7 +24,7 @@ from progress_utils import (
     DamagedChunkError,
     Progress,
     RefusedError,
-    lock_owner,
+    is_locked,
     program_name,
     progress_command,
     read_or_refuse,
@@ -106,7 +106,7 @@ def _kept_index(file: Path) -> CacheIndex | None:
 def _keep_index(file: Path, index: CacheIndex) -> None:
     """Leave an index for the next start and remove those of earlier records; not where a run holds the cache, nor where
     it cannot be written. It is not forced to the disk: a torn one fails its checksums and is made anew."""
-    if lock_owner(file.parent) is not None:
+    if is_locked(file.parent):
         return
     texts = {key: value for key, value in vars(index).items() if key != "chunks"}
     with contextlib.suppress(OSError):

@@ -105,7 +105,7 @@ def _settled_spec(settings: dict[str, Any], device: str) -> CacheSpec:
     try:
         spec = CacheSpec(**settings)
     except ValidationError as error:
-        raise RefusedError("\n".join(explain_faults(error, lambda key: ""))) from error
+        raise RefusedError(*explain_faults(error, lambda key: "")) from error
     precision = resolve_precision(spec.precision, None, device, spec.dino_model_type)
     return spec.model_copy(update={"precision": precision})
 

@@ -15,6 +15,7 @@ from dino_cache import (
     resolve_batch_size,
     token_shapes,
 )
+from progress_utils import print_lines
 
 MEASURE_S = 5.0  # time after the first batch in which --measure decodes and encodes
 
@@ -49,9 +50,9 @@ def measure(datasets: list[PreparedDataset], stop_request: StopRequest) -> dict[
     load_encoders(busy, stop_request)
     rates = {}
     for name in sorted({dataset.name for dataset in datasets} - {dataset.name for dataset in busy}):
-        print(f"Nothing to measure of {name}: it has no frames to encode", file=sys.stderr, flush=True)
+        print_lines(f"Nothing to measure of {name}: it has no frames to encode", file=sys.stderr)
     for dataset in busy:
-        print(f"Measuring {dataset.name} on {dataset.workers.device} ...", file=sys.stderr, flush=True)
+        print_lines(f"Measuring {dataset.name} on {dataset.workers.device} ...", file=sys.stderr)
         rates[dataset.name] = measure_rate(dataset, stop_request)
         stop_request.check()
     return rates

@@ -37,6 +37,7 @@ from dino_cache import (
     Encoder,
     Hooks,
     InputError,
+    LogFormatter,
     PreparedDataset,
     RunOptions,
     Trajectory,
@@ -255,9 +256,11 @@ class OutboxHandler(logging.Handler):
     def __init__(self, outbox: queue.SimpleQueue[WorkerReport]):
         super().__init__()
         self._outbox = outbox
+        self.setFormatter(LogFormatter())
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._outbox.put(WorkerReport(lines=[(record.levelno, self.format(record))]))
+        lines = self.format(record).split("\n")  # the message, and a traceback
+        self._outbox.put(WorkerReport(lines=[(record.levelno, line) for line in lines]))
 
 
 class Place(NamedTuple):

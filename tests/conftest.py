@@ -42,7 +42,7 @@ def encoders(monkeypatch: pytest.MonkeyPatch) -> list[StampEncoder]:
 @pytest.fixture
 def run_here(encoders: list[StampEncoder], capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Outcome]]:
     """A run in this process, without a terminal, with StampEncoder: run_here(config, *arguments) -> Outcome."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in dino_cache.STOP_SIGNALS}
 
     def run(config: Path, *arguments: str) -> Outcome:
         capsys.readouterr()

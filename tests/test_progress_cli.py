@@ -217,7 +217,9 @@ def test_list_says_running_stale_or_idle(tmp_path, capsys, monkeypatch):
     progress_utils.main(["show", "--cache-dir", str(tmp_path)])
     assert f"Stale: a run (pid {dead.pid} on " in capsys.readouterr().out
     owner.write_text(text.replace(str(os.getpid()), str(dead.pid)).replace(os.uname().nodename, "elsewhere"))
-    assert state_of(tmp_path, capsys) == "running"  # nobody here can tell whether that process lives
+    assert state_of(tmp_path, capsys) == "stale"  # of a container that is no more, say: nobody holds the lock
+    owner.write_text(text)  # by a pid that lives
+    assert state_of(tmp_path, capsys) == "stale"
     owner.write_text("{")
     assert state_of(tmp_path, capsys) == "idle"
 

@@ -53,7 +53,7 @@ def caches(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     }
     path = folder / "real.yaml"
     path.write_text(yaml.safe_dump(config))
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in dino_cache.STOP_SIGNALS}
     yield RealCaches(dino_cache.main(["--config", str(path)]), folder, request.param)
     for number, handler in before.items():
         signal.signal(number, handler)

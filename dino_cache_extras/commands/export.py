@@ -19,7 +19,16 @@ import numpy as np
 from dino_cache import POSE_SHAPES, POSE_TYPES, TOKEN_DATASETS, ChunkFile, free_bytes
 from dino_cache_extras.chunk_files import NewRows, is_cut_by_frames, pieces, recorded_chunk
 from dino_cache_extras.commands.workers import with_bar
-from progress_utils import Progress, RefusedError, add_cache_dir, fsync_path, human_bytes, load_or_refuse, write_durably
+from progress_utils import (
+    Progress,
+    RefusedError,
+    add_cache_dir,
+    fsync_path,
+    human_bytes,
+    load_or_refuse,
+    print_lines,
+    write_durably,
+)
 
 FLAT_DESCRIPTION = (
     "flat: one HDF5 file in stable-worldmodel's dialect. Every dataset but ep_len and ep_offset is a column, one row "
@@ -59,7 +68,7 @@ def export(
         if tokens not in (None, ["cls"]):
             raise RefusedError("--tokens: the vint layout holds one vector a frame, the CLS token")
         done = _export_vint(progress, output, _exported_datasets(progress, ["cls"])[0], force=force)
-    print(f"Exported {len(progress.records)} trajectories: {done} -> {output}")
+    print_lines(f"Exported {len(progress.records)} trajectories: {done} -> {output}")
     return 0
 
 

@@ -31,6 +31,7 @@ from progress_utils import (
     chunk_folders,
     fsync_path,
     is_chunk_file,
+    print_lines,
     set_aside,
 )
 
@@ -46,7 +47,7 @@ def rebuild(cache_dir: Path, *, yes: bool) -> int:
         found = [outcome for outcome in outcomes if isinstance(outcome, FoundTrajectory)]
         problems = [outcome for outcome in outcomes if isinstance(outcome, Finding)]
         for problem in problems:
-            print(f"  left out: {problem.path}: {problem.reason}", file=sys.stderr)
+            print_lines(f"  left out: {problem.path}: {problem.reason}", file=sys.stderr)
         if not found:
             raise RefusedError(f"{cache_dir}: no complete trajectory here to make a record from")
         progress = _progress_from(cache_dir, found)
@@ -55,7 +56,9 @@ def rebuild(cache_dir: Path, *, yes: bool) -> int:
                 setattr(progress, key, getattr(old, key))
             progress.failures = {name: old.failures[name] for name in old.failures.keys() - progress.records.keys()}
         if len(progress.fingerprints) > 1:
-            print(f"Mixed cache: made with {len(progress.fingerprints)} different configurations", file=sys.stderr)
+            print_lines(
+                f"Mixed cache: made with {len(progress.fingerprints)} different configurations", file=sys.stderr
+            )
         path = cache_dir / PROGRESS_FILE
         question = f"{cache_dir}: record {len(found)} trajectories, {progress.total_chunks} chunks?"
         if path.exists():
@@ -66,7 +69,7 @@ def rebuild(cache_dir: Path, *, yes: bool) -> int:
             set_aside(cache_dir, "rebuild")
         _make_entries_durable(cache_dir, progress.records)
         progress.save(keep_old=False)
-    print(f"Rebuilt {path}: {len(found)} trajectories, {progress.total_chunks} chunks")
+    print_lines(f"Rebuilt {path}: {len(found)} trajectories, {progress.total_chunks} chunks")
     return 1 if problems else 0
 
 

@@ -51,6 +51,7 @@ from progress_utils import (
     human_duration,
     load_or_refuse,
     open_library,
+    print_lines,
     printable,
     read_lock_owner,
     state_remarks,
@@ -86,7 +87,7 @@ def report(cache_dir: Path, *, output: Path, data_folder: Path | None) -> int:
     ]
     page = _page(f"{progress.dataset_name}: dino_cache report", _problems_section(sample) + "".join(sections))
     write_durably(output, page.encode(errors="replace"))
-    print(f"Wrote {output} ({human_bytes(output.stat().st_size)})")
+    print_lines(f"Wrote {output} ({human_bytes(output.stat().st_size)})")
     return 0
 
 

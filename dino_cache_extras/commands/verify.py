@@ -30,7 +30,7 @@ from progress_utils import (
     is_chunk_file,
     load_or_refuse,
     lock_owner,
-    printable,
+    print_lines,
     program_name,
 )
 
@@ -52,11 +52,14 @@ def verify(cache_dir: Path, *, deep: bool, as_json: bool, repair: bool, yes: boo
         findings = _check_recorded(progress, deep)
         if findings and not repair:
             findings = _still_true(progress, findings)
-        if repair or lock_owner(cache_dir) is None:  # else a run is at work, and these are what it has in flight
-            findings += [*_find_unrecorded(progress), *_find_leftovers(cache_dir)]
+        holder = None if repair else lock_owner(cache_dir)
+        if holder is None:  # else these are what a run has in flight
+            others = [*_find_unrecorded(progress), *_find_leftovers(cache_dir)]
+            holder = None if repair else lock_owner(cache_dir)  # one that began during the look
+            findings += others if holder is None else []
         mixed = len(progress.fingerprints) > 1
         if not as_json:
-            _print_findings(progress, findings, deep=deep, repair=repair)
+            _print_findings(progress, findings, holder, deep=deep)
         repaired = repair and _repair(progress, findings, yes=yes)
         if as_json:
             report = {"cache_dir": str(cache_dir), "deep": deep, "sound": not findings, "mixed": mixed}
@@ -129,25 +132,24 @@ def _find_leftovers(cache_dir: Path) -> list[Finding]:
     ]
 
 
-def _print_findings(progress: Progress, findings: list[Finding], *, deep: bool, repair: bool) -> None:
+def _print_findings(progress: Progress, findings: list[Finding], holder: str | None, *, deep: bool) -> None:
     how = "every byte read" if deep else "names, sizes, shapes and attributes; --deep reads every byte"
-    print(
+    print_lines(
         f"Verified {progress.cache_dir}: {len(progress.records)} trajectories, {progress.total_chunks} chunks ({how})"
     )
-    holder = lock_owner(progress.cache_dir)
-    if holder and not repair:
-        print(f"Note: a run is at work ({holder}); unrecorded and leftover files are not looked for")
+    if holder:
+        print_lines(f"Note: a run is at work ({holder}); unrecorded and leftover files are not looked for")
     if len(progress.fingerprints) > 1:
-        print(f"Note: mixed cache: made with {len(progress.fingerprints)} different configurations")
+        print_lines(f"Note: mixed cache: made with {len(progress.fingerprints)} different configurations")
     for finding in findings:
-        print(printable(f"  {finding.kind}: {finding.path}: {finding.reason}"))
+        print_lines(f"  {finding.kind}: {finding.path}: {finding.reason}")
     if not findings:
-        print("Sound")
+        print_lines("Sound")
     elif any(finding.kind == "unrecorded" for finding in findings):
-        print(
-            "Unrecorded chunks are redone by the next run if their data is there; where the record was lost, `rebuild`"
+        print_lines(
+            "Unrecorded chunks are redone by the next run if their data is there; where the record was lost, `rebuild`",
+            "takes those that are intact into a new one",
         )
-        print("takes those that are intact into a new one")
 
 
 def _repair(progress: Progress, findings: list[Finding], *, yes: bool) -> bool:
@@ -170,9 +172,9 @@ def _repair(progress: Progress, findings: list[Finding], *, yes: bool) -> bool:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    print(f"Forgot {len(damaged)} trajectories, removed {len(leftovers)} leftovers", file=sys.stderr)
+    print_lines(f"Forgot {len(damaged)} trajectories, removed {len(leftovers)} leftovers", file=sys.stderr)
     if damaged:
-        print(f"The next run of {program_name('dino_cache.py')} redoes what was forgotten", file=sys.stderr)
+        print_lines(f"The next run of {program_name('dino_cache.py')} redoes what was forgotten", file=sys.stderr)
     return True
 
 

@@ -589,7 +589,7 @@ def test_example_learns_on_the_sample_and_workers_give_it_the_same_batches(tmp_p
     cache = tmp_path / "cache"
     config["datasets"]["rendered_rooms"] = {"data_folder": str(ROOT / "sample/rendered_rooms"), "cache_dir": str(cache)}
     (tmp_path / "sample.yaml").write_text(yaml.safe_dump(config))
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in dino_cache.STOP_SIGNALS}
     try:
         assert dino_cache.main(["--config", str(tmp_path / "sample.yaml")]) == 0
     finally:
