@@ -21,6 +21,7 @@ from dino_cache import (
     Format,
     FrameReader,
     InputError,
+    Note,
     Poses,
     Trajectory,
     check_values,
@@ -30,7 +31,13 @@ from dino_cache import (
     walk_folders,
 )
 from dino_cache_extras.formats.common import first_of
-from dino_cache_extras.formats.video_frames import VIDEO_TOLERANCE, VideoFrames, frame_times
+from dino_cache_extras.formats.video_frames import (
+    SAME_TIME_S,
+    VIDEO_TOLERANCE,
+    VideoFrames,
+    first_picture,
+    frame_times,
+)
 from progress_utils import open_library
 
 MIN_QUATERNION_NORM = 1e-12  # a quaternion shorter than this tells no direction
@@ -45,6 +52,7 @@ POSE_COLUMNS = {  # names in a CSV file's first line
     "yaw": ("yaw", "heading"),
     "qx": ("qx",), "qy": ("qy",), "qz": ("qz",), "qw": ("qw",),
 }  # fmt: skip
+CLOCK_STEP_S = 1e-3  # what containers round times to
 TUM_COLUMNS = ("timestamp", "x", "y", "z", "qx", "qy", "qz", "qw")
 
 
@@ -86,7 +94,7 @@ class VideoSource:
     """video: one file, its poses in a table beside it, with times of the video's clock."""
 
     def __init__(self, trajectory: Trajectory, keys: DataKeys):
-        self._name, self._path = trajectory.name, trajectory.path
+        self._name, self._path, self._time_zero = trajectory.name, trajectory.path, keys.time_zero
         folder = FolderFiles("/", self._path.parent, sorted(os.listdir(self._path.parent)))
         pose_files = {file: pose_file for _, file, pose_file in video_files(folder)}
         pose_file = pose_files.get(self._path.name)
@@ -105,30 +113,70 @@ class VideoSource:
 
     def poses(self, *, required: bool) -> Poses:
         """Of the frames between the first and the last pose, interpolated: position on a line, yaw the shorter way."""
-        times = frame_times(self._path)
-        if len(times) == 0:
-            raise InputError(f"{self._name}: {self._path.name} holds no frames")
+        times = self._times()
         if self._pose_path is None and required:
             raise InputError(f"{self._name}: no poses beside {self._path.name}; expected a .csv or .txt file")
         if self._pose_path is None:
             return Poses(np.arange(len(times), dtype=np.int64), None, None)
         table = read_pose_table(self._pose_path, self._name)
-        at, margin = table["timestamp"], 1e-6
-        numbers = np.flatnonzero((times >= at[0] - margin) & (times <= at[-1] + margin))
-        if len(numbers) == 0:
-            raise InputError(
-                f"{self._name}: no frame lies between the first pose ({at[0]:.3f} s) and the last ({at[-1]:.3f} s); "
-                f"the video's frames are at {times[0]:.3f} to {times[-1]:.3f} s. Pose times are the video's: its first "
-                "frame is at about 0 s"
-            )
+        at = table["timestamp"]
+        numbers = self._frames_between(times, at)
         position = np.stack([np.interp(times[numbers], at, table[axis]) for axis in ("x", "y")], axis=1)
         yaw = np.interp(times[numbers], at, np.unwrap(table["yaw"]))
-        return Poses(numbers.astype(np.int64), position, np.arctan2(np.sin(yaw), np.cos(yaw)))
+        return Poses(numbers.astype(np.int64), position, np.arctan2(np.sin(yaw), np.cos(yaw)), self._notes())
+
+    def _times(self) -> np.ndarray:
+        """(n,) [s] of the frames shown, on the clock of the pose table."""
+        times = frame_times(self._path)
+        if len(times) == 0:
+            raise InputError(f"{self._name}: {self._path.name} holds no frames")
+        return times - times[0] if self._time_zero == "first_frame" else times
+
+    def _frames_between(self, times: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """Numbers of the frames whose poses can be interpolated, those at `times` among poses at `at`."""
+        numbers = np.flatnonzero((times >= at[0] - SAME_TIME_S) & (times <= at[-1] + SAME_TIME_S))
+        if len(numbers) == 0:
+            zero = "the first frame shown" if self._time_zero == "first_frame" else "0 s on the container's clock"
+            raise InputError(
+                f"{self._name}: no frame lies between the first pose ({at[0]:.3f} s) and the last ({at[-1]:.3f} s); "
+                f"the video's frames are at {times[0]:.3f} to {times[-1]:.3f} s, counted from {zero} (time_zero: "
+                f"{self._time_zero})"
+            )
+        return numbers
+
+    def _notes(self) -> tuple[Note, ...]:
+        """Where the two ways to count would give a frame the pose of another."""
+        times = frame_times(self._path)
+        if abs(times[0]) <= np.median(np.diff(times), initial=0) / 2:
+            return ()
+        where = f"first shown at {times[0]:.3f} s on its container's clock"
+        what = "pose times are counted from the first frame shown; time_zero: container counts from the clock's 0 s"
+        if self._time_zero == "container":
+            what = "pose times are counted from 0 s on the container's clock (time_zero: container)"
+        return (Note(f"videos do not begin at 0 s on their container's clock; {what}", where),)
+
+    def mispaired(self, spec: CacheSpec) -> str | None:
+        """Why what 0.2.0 made is not what is made now: it counted pose times on the container's clock alone, and showed
+        pictures neither mirrored nor with square pixels."""
+        times = frame_times(self._path)
+        if self._pose_path is not None and self._time_zero == "first_frame" and abs(times[0]) > CLOCK_STEP_S:
+            return (
+                f"its frames were given poses of {abs(times[0]):.3f} s {'later' if times[0] > 0 else 'earlier'}: its "
+                f"first frame is shown at {times[0]:.3f} s on its container's clock"
+            )
+        first = first_picture(self._path)
+        if first.is_mirrored:
+            return "its pictures were not mirrored as the video says"
+        if first.pixel_aspect != 1 and spec.resize == "crop":
+            return (
+                f"its pixels of {first.pixel_aspect.numerator}:{first.pixel_aspect.denominator} were taken for square"
+            )
+        return None
 
     def open_frames(self, numbers: Sequence[int]) -> FrameReader:
         times = frame_times(self._path)
-        shortest_s = np.diff(times).min(initial=1.0)
-        return VideoFrames(self._path, self._name, numbers, times[list(numbers)].tolist(), shortest_s * VIDEO_TOLERANCE)
+        tolerance_s = max(np.diff(times).min(initial=1.0) * VIDEO_TOLERANCE, SAME_TIME_S)
+        return VideoFrames(self._path, self._name, numbers, times[list(numbers)].tolist(), tolerance_s)
 
 
 def read_pose_table(path: Path, name: str) -> dict[str, np.ndarray]:
@@ -198,8 +246,10 @@ FORMAT = Format(
     find=find_videos,
     locate=locate_video,
     open=VideoSource,
-    settings=(),
+    settings=("time_zero",),
     trajectory="<name>.mp4 with <name>.csv or .txt, or a folder with video.mp4 and poses.csv or .txt",
     signs=_signs,
     hints=_hints,
+    pairing=2,
+    mispaired=lambda source, spec: source.mispaired(spec),
 )
