@@ -664,13 +664,8 @@ def _check_failures(failures: dict[str, Any]) -> None:
 _NUMBER = (int, float)
 _NULL = type(None)
 _FIELD_TYPES = {
-    "spans": list,
-    "bytes": list,
-    "pairing": int,
-    "attempts": int,
-    "time": _NUMBER,
-    "checksum": (str, _NULL),
-}
+    "spans": list, "bytes": list, "pairing": int, "attempts": int, "time": _NUMBER, "checksum": (str, _NULL),
+}  # fmt: skip
 
 
 def _check_fields(name: str, entry: Any, shape: type) -> None:

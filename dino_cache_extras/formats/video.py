@@ -37,6 +37,7 @@ from dino_cache_extras.formats.video_frames import (
     VideoFrames,
     first_picture,
     frame_times,
+    video_times,
 )
 from progress_utils import open_library
 
@@ -147,30 +148,30 @@ class VideoSource:
     def _notes(self) -> tuple[Note, ...]:
         """Where the two ways to count would give a frame the pose of another."""
         times = frame_times(self._path)
-        if abs(times[0]) <= np.median(np.diff(times), initial=0) / 2:
+        if abs(times[0]) <= (np.median(np.diff(times)) / 2 if len(times) > 1 else 0.0):
             return ()
-        where = f"first shown at {times[0]:.3f} s on its container's clock"
-        what = "pose times are counted from the first frame shown; time_zero: container counts from the clock's 0 s"
+        rule = "the first frame shown (time_zero: container counts from the clock's 0 s)"
         if self._time_zero == "container":
-            what = "pose times are counted from 0 s on the container's clock (time_zero: container)"
-        return (Note(f"videos do not begin at 0 s on their container's clock; {what}", where),)
+            rule = "0 s on that clock (time_zero: container)"
+        what = f"videos have their first frame elsewhere than at 0 s on their clock; pose times are counted from {rule}"
+        return (Note(what, f"{times[0]:.3f} s"),)
 
     def mispaired(self, spec: CacheSpec) -> str | None:
         """Why what 0.2.0 made is not what is made now: it counted pose times on the container's clock alone, and showed
         pictures neither mirrored nor with square pixels."""
-        times = frame_times(self._path)
-        if self._pose_path is not None and self._time_zero == "first_frame" and abs(times[0]) > CLOCK_STEP_S:
+        first_s = video_times(self._path).first_stamp_s
+        if self._pose_path is not None and self._time_zero == "first_frame" and abs(first_s) > CLOCK_STEP_S:
+            which = "later" if first_s > 0 else "earlier"
             return (
-                f"its frames were given poses of {abs(times[0]):.3f} s {'later' if times[0] > 0 else 'earlier'}: its "
-                f"first frame is shown at {times[0]:.3f} s on its container's clock"
+                f"its frames were given poses of {abs(first_s):.3f} s {which}: pose times were counted on the clock of "
+                f"{recordable_name(self._path.name)}, on which its first frame is at {first_s:.3f} s"
             )
         first = first_picture(self._path)
         if first.is_mirrored:
             return "its pictures were not mirrored as the video says"
         if first.pixel_aspect != 1 and spec.resize == "crop":
-            return (
-                f"its pixels of {first.pixel_aspect.numerator}:{first.pixel_aspect.denominator} were taken for square"
-            )
+            width, height = first.pixel_aspect.as_integer_ratio()
+            return f"its pixels of {width}:{height} were taken for square"
         return None
 
     def open_frames(self, numbers: Sequence[int]) -> FrameReader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import threading
@@ -35,7 +36,8 @@ VIDEO_THREADS = 4  # threads of one video's decoder, at most
 VIDEO_TOLERANCE = 0.25  # a frame's time may differ from its pose's by this part of the time between two frames
 SEEK_BEYOND_S = 2.0  # a first frame later than this is sought; before it, decoding from the start is as quick
 SEEK_BACK_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # so long before a frame a key frame is sought that leads to it
-MOST_TIMES_BYTES = 1 << 27  # frame times that are kept, so that planning does not open a video that was just opened
+MOST_TIMES = 1 << 24  # times of frames that are kept, so that no video that was just planned is looked through again
+AVI = "avi"  # FFmpeg's name of the container
 VP8_DECODERS = ("vp8", "libvpx")
 SAME_TIME_S = 1e-6  # what times may differ by that were computed in two ways
 
@@ -93,35 +95,75 @@ def packets(path: Path, where: str) -> Iterator[tuple[av.Packet, Fraction]]:
                 yield packet, stream.time_base
 
 
-def _read_frame_times(path: Path) -> np.ndarray:
+class VideoTimes(NamedTuple):
+    """When a video's n frames are shown, and by what the decoder's frames can be told from each other."""
+
+    shown_s: np.ndarray  # (n,) [s] on the container's clock, ascending
+    stamps: list[int] | None  # of AVI: what the decoder's frames carry for a time, ascending; None: they carry the time
+    first_stamp_s: float  # what the first frame carries
+
+
+def _read_times(path: Path) -> VideoTimes:
     where = recordable_name(path.name)
     container, stream = open_video(path, where)
     with video_errors(where), container:
-        codec = _codec_of(stream, where)
-        if container.format.name == "avi" and codec.has_b_frames and codec.name in ("h264", "hevc"):
-            raise _without_times(where)
-        shown, first, is_cut = [], None, False
+        is_avi, codec_name, time_base = container.format.name == AVI, _codec_of(stream, where).name, stream.time_base
+        shown, stamps, first, is_cut = [], [], None, False
         for packet in container.demux(stream):
-            if not packet.size or (codec.name in VP8_DECODERS and _is_hidden_vp8(packet)):
+            if not packet.size or (codec_name in VP8_DECODERS and _is_hidden_vp8(packet)):
                 continue
             if packet.pts is None:
                 raise _without_times(where)
             first = first or packet
-            is_cut = is_cut or not first.is_keyframe or packet.pts < first.pts
+            is_cut = is_cut or not first.is_keyframe or (packet.pts < first.pts and not is_avi)
             if not packet.is_discard:
-                shown.append(float(packet.pts * stream.time_base))
+                shown.append(float((packet.dts if is_avi else packet.pts) * time_base))
+                stamps.append(packet.pts)
     times = np.array(sorted(shown))
     if is_cut and len(times):  # out of a longer video: what its first frames are decoded from may be missing
+        if is_avi:
+            raise _without_times(where)
         times = times[times >= first_picture(path).shown_s - SAME_TIME_S]
-    return times
+    if is_avi and len(times):
+        return VideoTimes(times, sorted(stamps), float(min(stamps) * time_base))
+    return VideoTimes(times, None, times.min(initial=math.inf))
 
 
 def _without_times(where: str) -> InputError:
-    """AVI keeps the order in which frames are decoded, not when they are shown. With MPEG-4 FFmpeg works it out."""
     return InputError(
-        f"{where}: the file does not say when its frames are shown (AVI cannot, where there are B-frames), so no pose "
-        f"can be found for them; encode it anew, as {Path(where).stem}.mp4, for one"
+        f"{where}: it cannot be known when its frames are shown: the file gives no times for them, and they cannot be "
+        f"counted, since some are not decoded; encode it anew, as {Path(where).stem}.mp4, for one"
     )
+
+
+class OrderClock:
+    """When the frames of an AVI file are shown. Such a file keeps the order in which they are decoded, not their times,
+    and with B-frames what FFmpeg makes of it can be a frame off: the frame that comes k-th has the k-th time. A frame
+    that the decoder leaves out would shift all that follow, so it is seen that each comes, some places early or late.
+    """
+
+    MOST_PLACES = 16  # by which H.264 and HEVC can reorder frames
+
+    def __init__(self, times: VideoTimes, where: str):
+        self._times, self._stamps, self._where = times.shown_s, times.stamps, where
+        self._missing, self._count = list(times.stamps), 0
+
+    def __call__(self, frame: av.VideoFrame) -> float:
+        """The time of the next frame [s]; InputError where one was left out, or is too many."""
+        if frame.pts not in self._missing[: 2 * self.MOST_PLACES]:
+            raise _without_times(self._where)
+        self._missing.remove(frame.pts)
+        self._count += 1
+        before = self._count - self.MOST_PLACES
+        if before > 0 and self._missing and self._missing[0] < self._stamps[before - 1]:
+            raise _without_times(self._where)
+        return float(self._times[self._count - 1])
+
+    def check_end(self, frames: Iterator[av.VideoFrame]) -> None:
+        """See that no frame up to here was left out; it may still come."""
+        more = [self(frame) for frame in itertools.islice(frames, self.MOST_PLACES + 1)]
+        if self._missing and len(more) <= self.MOST_PLACES:
+            raise _without_times(self._where)
 
 
 def _is_hidden_vp8(packet: av.Packet) -> bool:
@@ -138,10 +180,13 @@ def _read_packet_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
         return times, np.array([size for _, size in entries], dtype=np.int64)
 
 
-frame_times = FileCache(  # (n,) [s] of a video's shown frames, on its container's clock, ascending, without decoding
-    _read_frame_times, MOST_TIMES_BYTES, lambda times: times.nbytes + 1
-)
+video_times = FileCache(_read_times, MOST_TIMES, lambda times: len(times.shown_s) + 1)  # without decoding frames
 packet_index = FileCache(_read_packet_index, 8)  # (n,) times [s] from 0 in the order of decoding, and (n,) sizes
+
+
+def frame_times(path: Path) -> np.ndarray:
+    """(n,) [s] of a video's frames, on its container's clock, ascending."""
+    return video_times(path).shown_s
 
 
 class FirstPicture(NamedTuple):
@@ -199,6 +244,7 @@ class VideoFrames:
         self._container: av.container.InputContainer | None = None
         self._frames: Generator[av.VideoFrame] = (frame for frame in ())
         self._ahead: av.VideoFrame | None = None  # decoded to see where a seek led
+        self._clock: OrderClock | None = None  # None: frames carry their times
         self._pixel_aspect = Fraction(1)
         self._shown_s = -math.inf  # of the last frame decoded; minus infinity before the first
         self._error: Exception | None = None  # the first, which then is that of all frames: one thread meets another's
@@ -237,15 +283,14 @@ class VideoFrames:
             self._start(self._times[number])
         wanted = self._times[number]
         while (frame := self._next_frame()) is not None:
-            shown = self._shown_s if frame.time is None else frame.time
-            if shown < self._shown_s - SAME_TIME_S and self._stream.container.format.name == "avi":
-                raise _without_times(self.name(number))
-            self._shown_s = shown
+            self._shown_s = shown = self._time_of(frame)
             if shown >= wanted - self._tolerance_s:
                 break
         else:
             end = f"ends at {self._shown_s:.3f} s" if math.isfinite(self._shown_s) else "holds none that can be decoded"
             raise InputError(f"{self.name(number)}: there is no such frame, the video {end}")
+        if self._clock is not None and len(self._waiting) == 1:
+            self._clock.check_end(self._frames)
         if shown > wanted + self._tolerance_s:
             raise InputError(f"{self.name(number)}: there is no frame within {self._tolerance_s:.3g} s of it")
         return frame
@@ -254,10 +299,15 @@ class VideoFrames:
         frame, self._ahead = self._ahead or next(self._frames, None), None
         return frame
 
+    def _time_of(self, frame: av.VideoFrame) -> float:
+        if self._clock is not None:
+            return self._clock(frame)
+        return self._shown_s if frame.time is None else frame.time
+
     def _start(self, first_s: float) -> None:
         """Open the file and go to where decoding leads to the frame at `first_s`, at last to the start of the file."""
         self._open()
-        if first_s > SEEK_BEYOND_S and not self._seek(first_s):
+        if self._clock is None and first_s > SEEK_BEYOND_S and not self._seek(first_s):
             self._close_container()
             self._open()
 
@@ -266,6 +316,8 @@ class VideoFrames:
         _set_up_decoder(self._stream, self._name)
         self._pixel_aspect = _pixel_aspect(self._stream)
         self._frames = self._container.decode(self._stream)
+        if self._stream.container.format.name == AVI:
+            self._clock = OrderClock(video_times(self._path), self._name)
 
     def _seek(self, first_s: float) -> bool:
         """Go to a key frame that is shown no later than `first_s`. Those that follow a key frame in the file can be
