@@ -104,7 +104,7 @@ class VideoTimes(NamedTuple):
 
 
 def _read_times(path: Path) -> VideoTimes:
-    where = recordable_name(path.name)
+    where = recordable_name(os.fspath(path))
     container, stream = open_video(path, where)
     with video_errors(where), container:
         is_avi, codec_name, time_base = container.format.name == AVI, _codec_of(stream, where).name, stream.time_base
@@ -172,7 +172,7 @@ def _is_hidden_vp8(packet: av.Packet) -> bool:
 
 
 def _read_packet_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    where = recordable_name(path.name)
+    where = recordable_name(os.fspath(path))
     container, stream = open_video(path, where)
     with video_errors(where), container:
         entries = [(entry.timestamp, entry.size) for entry in stream.index_entries]
@@ -203,7 +203,7 @@ def first_picture(path: Path) -> FirstPicture:
     Raises:
         InputError, OSError: there is none, or it cannot be decoded.
     """
-    where = recordable_name(path.name)
+    where = recordable_name(os.fspath(path))
     container, stream = open_video(path, where)
     with video_errors(where), container:
         _set_up_decoder(stream, where)
