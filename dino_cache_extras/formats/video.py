@@ -138,10 +138,14 @@ class VideoSource:
         numbers = np.flatnonzero((times >= at[0] - SAME_TIME_S) & (times <= at[-1] + SAME_TIME_S))
         if len(numbers) == 0:
             zero = "the first frame shown" if self._time_zero == "first_frame" else "0 s on the container's clock"
+            shift_s = frame_times(self._path)[0] - times[0]
+            by_other = times + shift_s if self._time_zero == "first_frame" else times - times[0]
+            other = "container" if self._time_zero == "first_frame" else "first_frame"
+            do = np.count_nonzero((by_other >= at[0] - SAME_TIME_S) & (by_other <= at[-1] + SAME_TIME_S))
             raise InputError(
                 f"{self._name}: no frame lies between the first pose ({at[0]:.3f} s) and the last ({at[-1]:.3f} s); "
                 f"the video's frames are at {times[0]:.3f} to {times[-1]:.3f} s, counted from {zero} (time_zero: "
-                f"{self._time_zero})"
+                f"{self._time_zero})" + (f"; with time_zero: {other} {do} frames do" if do else "")
             )
         return numbers
 
