@@ -53,6 +53,7 @@ POSE_COLUMNS = {  # names in a CSV file's first line
     "yaw": ("yaw", "heading"),
     "qx": ("qx",), "qy": ("qy",), "qz": ("qz",), "qw": ("qw",),
 }  # fmt: skip
+TIME_ZEROS = {"first_frame": "the first frame shown", "container": "0 s on the container's clock"}
 CLOCK_STEP_S = 1e-3  # what containers round times to
 TUM_COLUMNS = ("timestamp", "x", "y", "z", "qx", "qy", "qz", "qw")
 
@@ -114,50 +115,48 @@ class VideoSource:
 
     def poses(self, *, required: bool) -> Poses:
         """Of the frames between the first and the last pose, interpolated: position on a line, yaw the shorter way."""
-        times = self._times()
+        times = self._times(self._time_zero)
         if self._pose_path is None and required:
             raise InputError(f"{self._name}: no poses beside {self._path.name}; expected a .csv or .txt file")
         if self._pose_path is None:
             return Poses(np.arange(len(times), dtype=np.int64), None, None)
         table = read_pose_table(self._pose_path, self._name)
         at = table["timestamp"]
-        numbers = self._frames_between(times, at)
+        self._check_some_between(times, at)
+        numbers = np.flatnonzero(are_between(times, at))
         position = np.stack([np.interp(times[numbers], at, table[axis]) for axis in ("x", "y")], axis=1)
         yaw = np.interp(times[numbers], at, np.unwrap(table["yaw"]))
         return Poses(numbers.astype(np.int64), position, np.arctan2(np.sin(yaw), np.cos(yaw)), self._notes())
 
-    def _times(self) -> np.ndarray:
-        """(n,) [s] of the frames shown, on the clock of the pose table."""
+    def _times(self, zero: str) -> np.ndarray:
+        """(n,) [s] of the frames shown, counted from the first one or on the container's clock."""
         times = frame_times(self._path)
         if len(times) == 0:
             raise InputError(f"{self._name}: {self._path.name} holds no frames")
-        return times - times[0] if self._time_zero == "first_frame" else times
+        return times - times[0] if zero == "first_frame" else times
 
-    def _frames_between(self, times: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """Numbers of the frames whose poses can be interpolated, those at `times` among poses at `at`."""
-        numbers = np.flatnonzero((times >= at[0] - SAME_TIME_S) & (times <= at[-1] + SAME_TIME_S))
-        if len(numbers) == 0:
-            zero = "the first frame shown" if self._time_zero == "first_frame" else "0 s on the container's clock"
-            shift_s = frame_times(self._path)[0] - times[0]
-            by_other = times + shift_s if self._time_zero == "first_frame" else times - times[0]
-            other = "container" if self._time_zero == "first_frame" else "first_frame"
-            do = np.count_nonzero((by_other >= at[0] - SAME_TIME_S) & (by_other <= at[-1] + SAME_TIME_S))
-            raise InputError(
-                f"{self._name}: no frame lies between the first pose ({at[0]:.3f} s) and the last ({at[-1]:.3f} s); "
-                f"the video's frames are at {times[0]:.3f} to {times[-1]:.3f} s, counted from {zero} (time_zero: "
-                f"{self._time_zero})" + (f"; with time_zero: {other} {do} frames do" if do else "")
-            )
-        return numbers
+    def _check_some_between(self, times: np.ndarray, at: np.ndarray) -> None:
+        """Raise InputError unless some frame has a pose before and after it."""
+        if are_between(times, at).any():
+            return
+        other = next(zero for zero in TIME_ZEROS if zero != self._time_zero)
+        others = np.count_nonzero(are_between(self._times(other), at))
+        raise InputError(
+            f"{self._name}: no frame lies between the first pose ({at[0]:.3f} s) and the last ({at[-1]:.3f} s); "
+            f"the video's frames are at {times[0]:.3f} to {times[-1]:.3f} s, counted from "
+            f"{TIME_ZEROS[self._time_zero]} (time_zero: {self._time_zero})"
+            + (f"; with time_zero: {other} {others} of them do" if others else "")
+        )
 
     def _notes(self) -> tuple[Note, ...]:
         """Where the two ways to count would give a frame the pose of another."""
         times = frame_times(self._path)
         if abs(times[0]) <= (np.median(np.diff(times)) / 2 if len(times) > 1 else 0.0):
             return ()
-        rule = "the first frame shown (time_zero: container counts from the clock's 0 s)"
-        if self._time_zero == "container":
-            rule = "0 s on that clock (time_zero: container)"
-        what = f"videos have their first frame elsewhere than at 0 s on their clock; pose times are counted from {rule}"
+        what = (
+            "videos have their first frame elsewhere than at 0 s on their own clock; pose times are counted from "
+            f"{TIME_ZEROS[self._time_zero]} (time_zero: {self._time_zero})"
+        )
         return (Note(what, f"{times[0]:.3f} s"),)
 
     def mispaired(self, spec: CacheSpec) -> str | None:
@@ -182,6 +181,11 @@ class VideoSource:
         times = frame_times(self._path)
         tolerance_s = max(np.diff(times).min(initial=1.0) * VIDEO_TOLERANCE, SAME_TIME_S)
         return VideoFrames(self._path, self._name, numbers, times[list(numbers)].tolist(), tolerance_s)
+
+
+def are_between(times: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """(n,) whether frames at these times lie between the first and the last of poses at `at`, both in seconds."""
+    return (times >= at[0] - SAME_TIME_S) & (times <= at[-1] + SAME_TIME_S)
 
 
 def read_pose_table(path: Path, name: str) -> dict[str, np.ndarray]:
