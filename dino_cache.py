@@ -355,6 +355,7 @@ class CacheSpec(BaseModel):
     chunk_by: Literal["distance", "frames"] = "distance"
     max_chunk_frames: PositiveInt = 256  # kept frames
     overlap_frames: Annotated[int, Field(strict=True, ge=0)] = 8
+    time_zero: Literal["first_frame", "container"] = "first_frame"  # of a video's poses
 
     @field_validator("tokens")
     @classmethod
@@ -420,6 +421,7 @@ class CacheSpec(BaseModel):
 
 _LATER_SETTINGS = (
     "image_key", "position_key", "yaw_key", "position_scale", "chunk_by", "max_chunk_frames", "overlap_frames",
+    "time_zero",
 )  # fmt: skip
 _LATER_DEFAULTS = {key: CacheSpec.model_fields[key].default for key in _LATER_SETTINGS}
 
@@ -649,6 +651,7 @@ class DataKeys(NamedTuple):
     image_key: str | None = None
     position_key: str | None = None
     yaw_key: str | None = None
+    time_zero: str = "first_frame"
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> DataKeys:
@@ -662,12 +665,20 @@ def data_keys(spec: CacheSpec) -> DataKeys:
     return DataKeys(*(getattr(spec, key) for key in DataKeys._fields))
 
 
+class Note(NamedTuple):
+    """What is worth a line about a dataset: what was found in some trajectories, and how it shows in this one."""
+
+    what: str
+    detail: str
+
+
 class Poses(NamedTuple):
     """A trajectory's T frames that can be cached, and where the robot was; None where the data do not say."""
 
     frame_index: np.ndarray  # (T,) int64, ascending: the numbers by which `FrameReader.read` knows them
     position: np.ndarray | None  # (T, 2) float64, in the data's unit
     yaw: np.ndarray | None  # (T,) float64 [rad]
+    notes: tuple[Note, ...] = ()
 
 
 class FrameReader(Protocol):
@@ -1236,6 +1247,9 @@ class Format(NamedTuple):
     trajectory: str  # what is one, for messages
     signs: Callable[[FolderFiles, bool], Iterable[str]]  # files that show this format; is it data_folder itself?
     hints: Callable[[FolderFiles, DataKeys], Iterable[str]] = lambda folder, keys: ()  # where nothing else shows one
+    pairing: int = 1  # the rule by which frames are read and poses found for them; recorded, except the first
+    # Why a trajectory of that spec, made by the rule before, is to be redone; None where both come to the same.
+    mispaired: Callable[[Source, CacheSpec], str | None] = lambda source, spec: None
 
 
 def _gnm_signs(folder: FolderFiles, is_top: bool) -> list[str]:
@@ -1401,6 +1415,7 @@ class TrajectoryPlan:
     yaw: np.ndarray | None  # (T,) float64 [rad]
     travelled: np.ndarray | None  # (T,) float64 [m]; None where chunks are cut by number of frames
     spans: list[Span]
+    notes: tuple[Note, ...] = ()
 
     @property
     def poses(self) -> dict[str, np.ndarray]:
@@ -1475,6 +1490,7 @@ def plan_trajectory(
         yaw=None if poses.yaw is None else poses.yaw[kept],
         travelled=travelled,
         spans=spans,
+        notes=poses.notes,
     )
 
 
@@ -2260,6 +2276,7 @@ class ChunkWriter:
 
     def _attributes(self) -> dict[str, Any]:
         plan, label = self._plan, self._label
+        pairing = format_named(plan.trajectory.format).pairing
         return {
             "format": CHUNK_FORMAT,
             "format_version": CHUNK_FORMAT_VERSION,
@@ -2274,6 +2291,7 @@ class ChunkWriter:
             "weights_digest": label.weights_digest,
             "trajectory_checksum": plan.checksum,
             "checksum_kind": plan.checksum_kind,
+            **({"pairing": pairing} if pairing > 1 else {}),
             "versions": library_versions(),
             "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
@@ -3111,8 +3129,9 @@ class TrajectoryState(NamedTuple):
     status: Literal["completed", "pending", "failed"]
     remark: str | None = None  # why a recorded one is redone, or what is odd
     new_checksum: str | None = None  # of the kind now asked for, where the recorded one is of the other
-    has_changed: bool = False  # its data could be read, and their checksum is not the recorded one
+    has_changed: bool = False  # its data could be read, and are not those that its chunks were made from
     is_whole: bool = True  # its chunk files are those recorded
+    new_pairing: int | None = None  # of its format, where it was made by an earlier one and comes to the same
 
 
 class Work(NamedTuple):
@@ -3150,6 +3169,7 @@ class PreparedDataset:
     pending: list[Trajectory] = field(default_factory=list)  # to do in this run, failed ones last
     left_out: int = 0  # pending too, beyond --limit
     work: dict[str, Work] = field(default_factory=dict)  # trajectory name -> its cost, of the pending ones
+    notes: dict[str, list[str]] = field(default_factory=dict)  # what was found -> pending trajectories, with details
     workers: Workers | None = None  # None where nothing is pending, or a dry run does not ask who would do it
     shape: ModelShape | None = None
     encoder: Encoder | None = None
@@ -3428,7 +3448,25 @@ def _compare_completed(
     if has_changed or lost or extra:
         why = "its data changed" if has_changed else lost or f"its {min(extra)} is not in the record"
         return TrajectoryState(trajectory, "pending", why, has_changed=has_changed, is_whole=lost is None)
-    return TrajectoryState(trajectory, "completed", remark, new_checksum)
+    state = TrajectoryState(trajectory, "completed", remark, new_checksum)
+    return state if remark else _compare_pairing(state, record, source, progress.specs[record["fingerprint"]])
+
+
+def _compare_pairing(
+    state: TrajectoryState, record: TrajectoryRecord, source: Source, settings: dict[str, Any]
+) -> TrajectoryState:
+    """The state, looked at once more where an earlier version of its format made the chunks."""
+    kind = format_named(state.trajectory.format)
+    if record.get("pairing", 1) >= kind.pairing:
+        return state
+    try:
+        with input_errors(state.trajectory.name):
+            reason = kind.mispaired(source, CacheSpec.model_validate(with_defaults(settings)))
+    except (InputError, OSError) as error:
+        return state._replace(remark=f"cannot be looked at, stays as it is: {error}")
+    if reason is not None:
+        return TrajectoryState(state.trajectory, "pending", reason, has_changed=True)
+    return state._replace(new_pairing=kind.pairing)
 
 
 def chunk_files(name: str, store: ChunkStore) -> dict[str, int]:
@@ -3543,6 +3581,8 @@ def estimate_work(dataset: PreparedDataset, stop_request: StopRequest) -> list[s
             dataset.work[outcome.name] = Work()
             reasons.append(str(outcome.error))
         else:
+            for note in outcome.notes:
+                dataset.notes.setdefault(note.what, []).append(f"{outcome.trajectory.name} ({note.detail})")
             work = Work(
                 num_frames=outcome.num_stored_frames,
                 num_chunks=len(outcome.spans),
@@ -3658,7 +3698,7 @@ def remarks(dataset: PreparedDataset) -> list[str]:
     ):
         if names:
             lines.append(f"{len(names)} {what}: {human_list(names)}")
-    return lines
+    return lines + [f"{len(found)} {what}: {human_list(found)}" for what, found in dataset.notes.items()]
 
 
 # ======================================================================================================================
@@ -3935,14 +3975,18 @@ class DatasetRun:
             progress.processing_config = dataset.spec.to_json()
             progress.weights = dataset.weights
         progress.checksum_kind = self._options.checksum
-        new_checksums = [state for state in dataset.states if state.new_checksum is not None]
-        for state in new_checksums:
+        renewed = [state for state in dataset.states if state.new_checksum or state.new_pairing]
+        for state in renewed:
             name = state.trajectory.name
-            record: TrajectoryRecord = {**progress.records[name], "checksum_kind": self._options.checksum}
-            progress.complete(name, state.new_checksum, record)
+            record: TrajectoryRecord = {**progress.records[name]}
+            if state.new_checksum:
+                record["checksum_kind"] = self._options.checksum
+            if state.new_pairing:
+                record["pairing"] = state.new_pairing
+            progress.complete(name, state.new_checksum or progress.checksums[name], record)
         for name in dataset.lost:
             progress.forget(name)
-        has_changed = bool(new_checksums or dataset.lost) or before != self._settings()
+        has_changed = bool(renewed or dataset.lost) or before != self._settings()
         self._must_save = bool(dataset.pending or progress.rebuild_started) or has_changed
         with storage_errors(self._store.cache_dir):
             self._store.empty_staging()
@@ -4007,6 +4051,8 @@ class DatasetRun:
             "bytes": result.chunk_bytes,
             "checksum_kind": result.checksum_kind,
         }
+        if (pairing := format_named(self._dataset.config.format).pairing) > 1:
+            record["pairing"] = pairing
         self._progress.complete(result.name, result.checksum, record)
         self._counts.num_completed += 1
         for start, stop in result.left_out:

@@ -132,6 +132,8 @@ def read_trajectory(cache_dir: Path, name: str) -> FoundTrajectory | Finding:
         "bytes": [header.num_bytes for header in headers],
         "checksum_kind": chunks[0]["checksum_kind"],
     }
+    if "pairing" in chunks[0]:
+        record["pairing"] = chunks[0]["pairing"]
     latest = max(chunks, key=lambda attributes: attributes["created_at"])
     return FoundTrajectory(name, record, latest, min(attributes["created_at"] for attributes in chunks))
 

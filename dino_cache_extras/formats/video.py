@@ -21,6 +21,7 @@ from dino_cache import (
     Format,
     FrameReader,
     InputError,
+    Note,
     Poses,
     Trajectory,
     check_values,
@@ -30,7 +31,14 @@ from dino_cache import (
     walk_folders,
 )
 from dino_cache_extras.formats.common import first_of
-from dino_cache_extras.formats.video_frames import VIDEO_TOLERANCE, VideoFrames, frame_times
+from dino_cache_extras.formats.video_frames import (
+    SAME_TIME_S,
+    VIDEO_TOLERANCE,
+    VideoFrames,
+    first_picture,
+    frame_times,
+    video_times,
+)
 from progress_utils import open_library
 
 MIN_QUATERNION_NORM = 1e-12  # a quaternion shorter than this tells no direction
@@ -45,6 +53,8 @@ POSE_COLUMNS = {  # names in a CSV file's first line
     "yaw": ("yaw", "heading"),
     "qx": ("qx",), "qy": ("qy",), "qz": ("qz",), "qw": ("qw",),
 }  # fmt: skip
+TIME_ZEROS = {"first_frame": "the first frame shown", "container": "0 s on the container's clock"}
+CLOCK_STEP_S = 1e-3  # what containers round times to
 TUM_COLUMNS = ("timestamp", "x", "y", "z", "qx", "qy", "qz", "qw")
 
 
@@ -86,7 +96,7 @@ class VideoSource:
     """video: one file, its poses in a table beside it, with times of the video's clock."""
 
     def __init__(self, trajectory: Trajectory, keys: DataKeys):
-        self._name, self._path = trajectory.name, trajectory.path
+        self._name, self._path, self._time_zero = trajectory.name, trajectory.path, keys.time_zero
         folder = FolderFiles("/", self._path.parent, sorted(os.listdir(self._path.parent)))
         pose_files = {file: pose_file for _, file, pose_file in video_files(folder)}
         pose_file = pose_files.get(self._path.name)
@@ -105,30 +115,77 @@ class VideoSource:
 
     def poses(self, *, required: bool) -> Poses:
         """Of the frames between the first and the last pose, interpolated: position on a line, yaw the shorter way."""
-        times = frame_times(self._path)
-        if len(times) == 0:
-            raise InputError(f"{self._name}: {self._path.name} holds no frames")
+        times = self._times(self._time_zero)
         if self._pose_path is None and required:
             raise InputError(f"{self._name}: no poses beside {self._path.name}; expected a .csv or .txt file")
         if self._pose_path is None:
             return Poses(np.arange(len(times), dtype=np.int64), None, None)
         table = read_pose_table(self._pose_path, self._name)
-        at, margin = table["timestamp"], 1e-6
-        numbers = np.flatnonzero((times >= at[0] - margin) & (times <= at[-1] + margin))
-        if len(numbers) == 0:
-            raise InputError(
-                f"{self._name}: no frame lies between the first pose ({at[0]:.3f} s) and the last ({at[-1]:.3f} s); "
-                f"the video's frames are at {times[0]:.3f} to {times[-1]:.3f} s. Pose times are the video's: its first "
-                "frame is at about 0 s"
-            )
+        at = table["timestamp"]
+        self._check_some_between(times, at)
+        numbers = np.flatnonzero(are_between(times, at))
         position = np.stack([np.interp(times[numbers], at, table[axis]) for axis in ("x", "y")], axis=1)
         yaw = np.interp(times[numbers], at, np.unwrap(table["yaw"]))
-        return Poses(numbers.astype(np.int64), position, np.arctan2(np.sin(yaw), np.cos(yaw)))
+        return Poses(numbers.astype(np.int64), position, np.arctan2(np.sin(yaw), np.cos(yaw)), self._notes())
+
+    def _times(self, zero: str) -> np.ndarray:
+        """(n,) [s] of the frames shown, counted from the first one or on the container's clock."""
+        times = frame_times(self._path)
+        if len(times) == 0:
+            raise InputError(f"{self._name}: {self._path.name} holds no frames")
+        return times - times[0] if zero == "first_frame" else times
+
+    def _check_some_between(self, times: np.ndarray, at: np.ndarray) -> None:
+        """Raise InputError unless some frame has a pose before and after it."""
+        if are_between(times, at).any():
+            return
+        other = next(zero for zero in TIME_ZEROS if zero != self._time_zero)
+        others = np.count_nonzero(are_between(self._times(other), at))
+        raise InputError(
+            f"{self._name}: no frame lies between the first pose ({at[0]:.3f} s) and the last ({at[-1]:.3f} s); "
+            f"the video's frames are at {times[0]:.3f} to {times[-1]:.3f} s, counted from "
+            f"{TIME_ZEROS[self._time_zero]} (time_zero: {self._time_zero})"
+            + (f"; with time_zero: {other} {others} of them do" if others else "")
+        )
+
+    def _notes(self) -> tuple[Note, ...]:
+        """Where the two ways to count would give a frame the pose of another."""
+        times = frame_times(self._path)
+        if abs(times[0]) <= (np.median(np.diff(times)) / 2 if len(times) > 1 else 0.0):
+            return ()
+        what = (
+            "videos have their first frame elsewhere than at 0 s on their own clock; pose times are counted from "
+            f"{TIME_ZEROS[self._time_zero]} (time_zero: {self._time_zero})"
+        )
+        return (Note(what, f"{times[0]:.3f} s"),)
+
+    def mispaired(self, spec: CacheSpec) -> str | None:
+        """Why what 0.2.0 made is not what is made now: it counted pose times on the container's clock alone, and showed
+        pictures neither mirrored nor with square pixels."""
+        first_s = video_times(self._path).first_stamp_s
+        if self._pose_path is not None and self._time_zero == "first_frame" and abs(first_s) > CLOCK_STEP_S:
+            which = "later" if first_s > 0 else "earlier"
+            return (
+                f"its frames were given poses of {abs(first_s):.3f} s {which}: pose times were counted on the clock of "
+                f"{recordable_name(self._path.name)}, on which its first frame is at {first_s:.3f} s"
+            )
+        first = first_picture(self._path)
+        if first.is_mirrored:
+            return "its pictures were not mirrored as the video says"
+        if first.pixel_aspect != 1 and spec.resize == "crop":
+            width, height = first.pixel_aspect.as_integer_ratio()
+            return f"its pixels of {width}:{height} were taken for square"
+        return None
 
     def open_frames(self, numbers: Sequence[int]) -> FrameReader:
         times = frame_times(self._path)
-        shortest_s = np.diff(times).min(initial=1.0)
-        return VideoFrames(self._path, self._name, numbers, times[list(numbers)].tolist(), shortest_s * VIDEO_TOLERANCE)
+        tolerance_s = max(np.diff(times).min(initial=1.0) * VIDEO_TOLERANCE, SAME_TIME_S)
+        return VideoFrames(self._path, self._name, numbers, times[list(numbers)].tolist(), tolerance_s)
+
+
+def are_between(times: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """(n,) whether frames at these times lie between the first and the last of poses at `at`, both in seconds."""
+    return (times >= at[0] - SAME_TIME_S) & (times <= at[-1] + SAME_TIME_S)
 
 
 def read_pose_table(path: Path, name: str) -> dict[str, np.ndarray]:
@@ -198,8 +255,10 @@ FORMAT = Format(
     find=find_videos,
     locate=locate_video,
     open=VideoSource,
-    settings=(),
+    settings=("time_zero",),
     trajectory="<name>.mp4 with <name>.csv or .txt, or a folder with video.mp4 and poses.csv or .txt",
     signs=_signs,
     hints=_hints,
+    pairing=2,
+    mispaired=lambda source, spec: source.mispaired(spec),
 )
