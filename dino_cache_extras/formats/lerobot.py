@@ -317,12 +317,10 @@ def locate_lerobot(data_folder: Path, name: str) -> Trajectory:
 
 @contextlib.contextmanager
 def _parquet_errors(path: Path) -> Iterator[None]:
-    """pyarrow's errors, and those of values that Python does not have, as a trajectory's; the system's pass."""
+    """pyarrow's errors as those of a trajectory; real ones of the system pass."""
     pyarrow = open_library("pyarrow")
     try:
         yield
-    except (UnicodeDecodeError, OverflowError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -393,14 +391,16 @@ class LeRobotSource:
         return int(rows[0]), table
 
     def _column(self, key: str) -> dict[str, Any]:
-        return {key: self._values(self._rows[1][key])}
+        return {key: self._values(key)}
 
-    def _values(self, column: pyarrow.ChunkedArray) -> list[Any]:
+    def _values(self, key: str) -> list[Any]:
+        column = self._rows[1][key]
         try:
             with _parquet_errors(self._data_file):
                 return column.to_pylist()
-        except ValueError as error:  # of times that Python does not have
-            raise InputError(f"{self._name}: {self._data_file}: holds {column.type} values: {error}") from error
+        except (ValueError, OverflowError) as error:  # text that is no UTF-8, times that Python does not have
+            where = f"{self._name} ({self._data_file})"
+            raise InputError(f"{where}: {key}: cannot be read as {column.type}: {str(error)[:200]}") from error
 
     def poses(self, *, required: bool) -> Poses:
         where, (_, position_key, yaw_key) = f"{self._name} ({self._data_file})", self._keys
@@ -454,8 +454,8 @@ class LeRobotSource:
         appended to a file that episodes share is not theirs."""
         digest = hashlib.sha256(f"{kind} {self._keys} {self._episode}".encode())
         first, table = self._rows
-        for column in table.itercolumns():
-            digest.update(repr(self._values(column)).encode("utf-8", "surrogatepass"))
+        for key in table.column_names:
+            digest.update(repr(self._values(key)).encode("utf-8", "surrogatepass"))
         if not self._is_video:
             _add_images(digest, self._data_file, self._keys.image, first, len(table), kind)
         elif kind == "stat":
