@@ -48,6 +48,7 @@ HDF5_TIMEOUT_S = 30  # time in which such a process must answer
 HDF5_MEMORY_BYTES = 4 << 30  # memory that such a process may take
 RECON_KEYS = ("images/rgb_left", "jackal/position", "jackal/yaw")
 RECON_SUFFIX = ".hdf5"
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)  # what a file can do to HDF5
 
 
 def find_recon(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
@@ -172,7 +173,8 @@ class Hdf5Readers:
 
         Raises:
             InputError: the file is damaged, lacks a key, or crashes HDF5 twice.
-            OSError: it cannot be opened or read, or HDF5 does not come to an end with it.
+            OSError: it cannot be opened or read, HDF5 does not come to an end with it, or the process that reads it was
+                killed twice or does not start: of the file that says nothing.
         """
         process = self._idle.get()
         try:
@@ -188,7 +190,7 @@ class Hdf5Readers:
                 except (EOFError, ConnectionError) as error:
                     status, process = process.end(), None
                     if is_last:
-                        raise InputError(f"{where}: HDF5 crashed on it (exit status {status})") from error
+                        raise _ended(where, status) from error
         finally:
             self._idle.put(process)
         if kind == "error":
@@ -196,6 +198,18 @@ class Hdf5Readers:
         if kind == "fault":
             raise InputError(f"{where}: {value}")
         return value
+
+
+def _ended(where: str, status: int) -> Exception:
+    """What it means that the process that read a file ended with this exit status, negative where a signal ended it."""
+    if -status in CRASHES:
+        return InputError(f"{where}: HDF5 crashed on it (exit status {status})")
+    how = f"ended with exit status {status}; `python -c 'import h5py'` says whether the library is whole"
+    if status < 0:
+        how = f"was killed by signal {-status}"
+    if status == -signal.SIGKILL:
+        how += ", as the system does when memory runs out"
+    return OSError(errno.ECHILD, f"{where}: cannot be read: the process that reads HDF5 {how}")
 
 
 HDF5_READERS = Hdf5Readers(HDF5_PROCESSES)
@@ -242,7 +256,7 @@ def read_recon(path: str, keys: list[str], rows: list[int] | None) -> Any:
             return [_image_bytes(value) for value in images[rows]]
         if any(values.size > MAX_POSE_NUMBERS for values in poses):
             raise InputError(f"{keys[1:]} hold more than {MAX_POSE_NUMBERS} numbers")
-        return len(images), {key: values[...] for key, values in zip(keys[1:], poses)}
+        return len(images), {key: _comparable(values[...]) for key, values in zip(keys[1:], poses)}
 
 
 def _recon_dataset(file: h5py.File, key: str) -> h5py.Dataset:
@@ -254,6 +268,15 @@ def _recon_dataset(file: h5py.File, key: str) -> h5py.Dataset:
     if dataset.file.filename != file.filename or dataset.external or dataset.is_virtual:
         raise InputError(f"{key} lies in another file; what a file refers to is not read")
     return dataset
+
+
+def _comparable(values: np.ndarray) -> np.ndarray:
+    """The values; text in place of objects. Those could not be poses, but the checksum is over what they say: over the
+    objects, it would be over where they lie in memory, and another one every time."""
+    if not values.dtype.hasobject:
+        return values
+    texts = map(repr, values.flat)
+    return np.array([text if len(text) <= 64 else hashlib.sha256(text.encode()).hexdigest() for text in texts])
 
 
 def _image_bytes(value: Any) -> bytes:
