@@ -364,8 +364,32 @@ class CacheSpec(BaseModel):
 
     def fingerprint(self, weights_digest: str) -> str:
         """16 hex digits that name what is computed: all settings, with the weights by content, not by place."""
-        identity = json.dumps({**self.to_json(), "weights": weights_digest}, sort_keys=True)
+        identity = json.dumps({**self._identity(), "weights": weights_digest}, sort_keys=True)
         return hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+    def _identity(self) -> dict[str, Any]:
+        return self.to_json()
+
+
+class GuessedSpec(CacheSpec):
+    """A spec with keys of the data that nobody set. What was guessed for them is settled once per cache and recorded; it
+    is in no fingerprint: caches from before it was recorded keep theirs."""
+
+    guessed_keys: tuple[str, ...]  # also those for which the data have nothing
+
+    def _identity(self) -> dict[str, Any]:
+        return {key: value for key, value in self.to_json().items() if key not in (*self.guessed_keys, "guessed_keys")}
+
+
+def recorded_spec(settings: dict[str, Any]) -> CacheSpec:
+    """The spec that was recorded as these settings. Raises ValueError where one of them is not known."""
+    return (GuessedSpec if "guessed_keys" in settings else CacheSpec).model_validate(settings)
+
+
+def without_guesses(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a recorded spec as they were set: keys that were guessed are None, as nobody set them."""
+    guessed = settings.get("guessed_keys", ())
+    return {key: None if key in guessed else value for key, value in settings.items() if key != "guessed_keys"}
 
 
 _LATER_SETTINGS = (
@@ -566,7 +590,10 @@ def _refuse_shared_folders(path: Path, configs: list[DatasetConfig]) -> None:
 def spec_differences(recorded: dict[str, Any], spec: CacheSpec) -> list[tuple[str, Any, Any]]:
     """(key, recorded value, new value) of every setting that differs. Weights are compared by digest, not here."""
     old, new = with_defaults(recorded), with_defaults(spec.to_json())
-    return [(key, old.get(key), new.get(key)) for key in new | old if key != "weights" and old.get(key) != new.get(key)]
+    same = {"weights", "guessed_keys"}
+    if "guessed_keys" not in old:  # from before guesses were recorded: taken for what is guessed now
+        same.update(key for key in new.get("guessed_keys", ()) if old.get(key) is None)
+    return [(key, old.get(key), new.get(key)) for key in new | old if key not in same and old.get(key) != new.get(key)]
 
 
 # ======================================================================================================================
@@ -1168,6 +1195,7 @@ class Format(NamedTuple):
     trajectory: str  # what is one, for messages
     signs: Callable[[FolderFiles, bool], Iterable[str]]  # files that show this format; is it data_folder itself?
     hints: Callable[[FolderFiles, DataKeys], Iterable[str]] = lambda folder, keys: ()  # where nothing else shows one
+    guess: Callable[[Path, CacheSpec], dict[str, str | None]] = lambda data_folder, spec: {}  # KEY_SETTINGS as read now
 
 
 def _gnm_signs(folder: FolderFiles, is_top: bool) -> list[str]:
@@ -1936,7 +1964,8 @@ def load_encoder(spec: CacheSpec, device: str) -> tuple[Encoder, str]:
 # others are its own, so that a setting forgotten here costs a second encoder in memory and never mixes features.
 NOT_OF_ENCODER = {
     *("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m", "frame_stride", "frame_pattern", "resize"),
-    *("image_key", "position_key", "yaw_key", "position_scale", "chunk_by", "max_chunk_frames", "overlap_frames"),
+    *("image_key", "position_key", "yaw_key", "guessed_keys", "position_scale"),
+    *("chunk_by", "max_chunk_frames", "overlap_frames"),
 }
 
 
@@ -2963,7 +2992,7 @@ def prepare_dataset(config: DatasetConfig, stop_request: StopRequest) -> Prepare
         RefusedError: the record is unusable or of another dataset, or there are no trajectories.
     """
     progress = open_progress(config)
-    config = settle_format(config)
+    config = settle_keys(settle_format(config), progress)
     spec = settle_spec(config, progress.processing_config.get("precision"))
     if config.options.force_rebuild and progress.rebuild_started is None:
         progress.empty()
@@ -3049,6 +3078,51 @@ def idle_settings(config: DatasetConfig) -> dict[str, str]:
     idle = dict.fromkeys(set(DataKeys._fields) - set(format_named(config.format).settings), f"format: {config.format}")
     other = FRAME_SETTINGS if config.spec.chunk_by == "distance" else DISTANCE_SETTINGS
     return idle | dict.fromkeys(other, f"chunk_by: {config.spec.chunk_by}")
+
+
+def settle_keys(config: DatasetConfig, progress: Progress) -> DatasetConfig:
+    """The config with its keys of the data settled: those that are set, else guesses. What is guessed for a cache with
+    trajectories stays a guess while it is what was recorded, or none was; another one is a changed configuration.
+
+    Raises:
+        RefusedError: nothing can be guessed, or a key is not among the data.
+    """
+    kind = format_named(config.format)
+    recorded = with_defaults(progress.processing_config) if progress.records else {}
+    known = recorded.get("guessed_keys")  # None: no record, or from before guesses were recorded
+    try:
+        found = kind.guess(config.data_folder, config.spec)
+    except RefusedError as error:
+        made_with = ", ".join(f"{key}: {recorded[key]}" for key in KEY_SETTINGS if recorded.get(key) is not None)
+        raise RefusedError(f"{error}{made_with and f'. This cache was made with {made_with}'}") from error
+    guessed = []
+    for key, value in found.items():
+        is_set, before = getattr(config.spec, key) is not None, recorded.get(key)
+        is_first = before is None and known is None and not is_set
+        if is_first or (key in (known or ()) and before == value):
+            guessed.append(key)
+    if not found:
+        return config
+    settings = {**config.spec.model_dump(), **found}
+    spec = GuessedSpec(**settings, guessed_keys=guessed) if guessed else CacheSpec(**settings)
+    return dataclasses.replace(config, spec=spec)
+
+
+def configuration_changes(dataset: PreparedDataset) -> list[tuple[str, Any, Any]]:
+    """(key, recorded value, new value) of the format and every setting in which a dataset differs from its record."""
+    progress, new_format = dataset.progress, dataset.config.format
+    changes = spec_differences(progress.processing_config, dataset.spec)
+    if progress.records and progress.data_format not in (None, new_format):
+        changes.insert(0, ("format", progress.data_format, new_format))
+    return changes
+
+
+def settle_recorded_keys(specs: dict[str, dict[str, Any]], spec: CacheSpec) -> None:
+    """Put what is guessed now into specs from before guesses were recorded: a later guess does not alter them."""
+    for recorded in specs.values():
+        if "guessed_keys" not in recorded and isinstance(spec, GuessedSpec):
+            recorded["guessed_keys"] = [key for key in spec.guessed_keys if recorded.get(key) is None]
+            recorded |= {key: value for key in recorded["guessed_keys"] if (value := getattr(spec, key)) is not None}
 
 
 def settle_spec(config: DatasetConfig, recorded_precision: str | None, device: str | None = None) -> CacheSpec:
@@ -3636,6 +3710,7 @@ class DatasetRun:
         if dataset.pending or progress.records:
             progress.processing_config = dataset.spec.to_json()
             progress.weights = dataset.weights
+            settle_recorded_keys(progress.specs, dataset.spec)
         progress.checksum_kind = self._options.checksum
         new_checksums = [state for state in dataset.states if state.new_checksum is not None]
         for state in new_checksums:
@@ -3890,7 +3965,7 @@ def print_forecast(dataset: PreparedDataset, reasons: list[str], rates: dict[str
     print_cost(dataset, rates)
     print(f"  free space: {human_bytes(free_bytes(dataset.config.cache_dir))}")
     if dataset.progress.records:
-        changes = spec_differences(dataset.progress.processing_config, dataset.spec)
+        changes = configuration_changes(dataset)
         recorded, source = dataset.progress.weights, weights_source(dataset.spec)["source"]
         if recorded and recorded["source"] != source:
             changes.append(("weights", recorded["source"], source))
@@ -3945,8 +4020,7 @@ def run(arguments: RunArguments, stop_request: StopRequest) -> NightOutcome:
         # 4) have changed settings confirmed
         if not arguments.dry_run:
             for dataset in datasets:
-                changes = spec_differences(dataset.progress.processing_config, dataset.spec)
-                confirm_changes(dataset, changes, stop_request, yes=arguments.yes)
+                confirm_changes(dataset, configuration_changes(dataset), stop_request, yes=arguments.yes)
         # 5) choose what is to do
         for dataset in datasets:
             dataset.choose_pending(arguments.limit)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dino_cache import StorageError, bytes_digest, with_defaults
+from dino_cache import StorageError, bytes_digest, with_defaults, without_guesses
 from dino_cache_extras.chunk_files import ChunkHeader, RecordedChunk, check_recorded
 from progress_utils import (
     PROGRESS_FILE,
@@ -211,7 +211,7 @@ def refuse_mixed(chunks: list[RecordedChunk], headers: list[ChunkHeader]) -> Non
     """
     first_in: dict[Path, dict[str, Any]] = {}
     for chunk, header in zip(chunks, headers):
-        settings = with_defaults(json.loads(header.attributes["spec"]))
+        settings = without_guesses(with_defaults(json.loads(header.attributes["spec"])))
         settings["weights_digest"] = header.attributes["weights_digest"]
         others = first_in.setdefault(chunk.cache_dir, settings)
         if others is not settings:

@@ -240,6 +240,21 @@ def lerobot_dataset(root: Path) -> LeRobotDataset:
     return _LEROBOT_DATASETS[root]
 
 
+def guess_lerobot_keys(data_folder: Path, spec: CacheSpec) -> dict[str, str | None]:
+    """The features that are read now: those set, else those guessed.
+
+    Raises:
+        RefusedError: the meta data are unreadable, or no key fits.
+    """
+    _LEROBOT_DATASETS.pop(data_folder, None)
+    dataset = lerobot_dataset(data_folder)
+    try:
+        keys = dataset.resolve_keys(data_keys(spec), poses_required=spec.chunk_by == "distance")
+    except InputError as error:
+        raise RefusedError(str(error)) from error
+    return dict(zip(KEY_SETTINGS, keys))
+
+
 def find_lerobot(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
     """The episodes of a dataset.
 
@@ -247,14 +262,10 @@ def find_lerobot(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
         RefusedError: its meta data are unreadable, or no key fits.
     """
     open_library("av")
-    _LEROBOT_DATASETS.pop(data_folder, None)
+    image, position, yaw = guess_lerobot_keys(data_folder, spec).values()
     dataset = lerobot_dataset(data_folder)
-    try:
-        keys = dataset.resolve_keys(data_keys(spec), poses_required=spec.chunk_by == "distance")
-    except InputError as error:
-        raise RefusedError(str(error)) from error
-    poses = f"poses from {keys.position} and {keys.yaw}" if keys.position or keys.yaw else "no poses"
-    LOG.info("%s: LeRobot %s, frames from %s, %s", data_folder, dataset.version, keys.image, poses)
+    poses = f"poses from {position} and {yaw}" if position or yaw else "no poses"
+    LOG.info("%s: LeRobot %s, frames from %s, %s", data_folder, dataset.version, image, poses)
     for number in dataset.episode_numbers:
         yield Trajectory(episode_name(number), data_folder, format="lerobot", episode=number)
 
@@ -480,4 +491,5 @@ FORMAT = Format(
     settings=KEY_SETTINGS,
     trajectory=f"an episode of a dataset with {LEROBOT_INFO}",
     signs=_signs,
+    guess=guess_lerobot_keys,
 )

@@ -277,4 +277,7 @@ FORMAT = Format(
     settings=KEY_SETTINGS,
     trajectory=f"a *{RECON_SUFFIX} file in the folder itself",
     signs=_signs,
+    guess=lambda data_folder, spec: {
+        setting: getattr(spec, setting) or key for setting, key in zip(KEY_SETTINGS, RECON_KEYS)
+    },
 )
