@@ -267,6 +267,7 @@ MODELS_WITH_REGISTERS = (*(name for name in DINOV2_NAMES if name.endswith("_reg"
 
 
 Metres = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Scale = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
 StrictBool = Annotated[bool, Field(strict=True)]
 ChannelValues = tuple[float, float, float]
@@ -301,7 +302,10 @@ class CacheSpec(BaseModel):
     image_key: DataKey | None = None
     position_key: DataKey | None = None
     yaw_key: DataKey | None = None
-    position_scale: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] = 1.0  # metres per unit
+    position_scale: Scale = 1.0  # metres per unit
+    yaw_unit: Literal["radians", "degrees", "compass_degrees"] = "radians"
+    pose_axes: Literal["z_up", "y_up", "camera", "ned"] = "z_up"  # see AXES
+    time_scale: Scale = 1.0  # seconds per unit of the poses' times
     chunk_by: Literal["distance", "frames"] = "distance"
     max_chunk_frames: PositiveInt = 256  # kept frames
     overlap_frames: Annotated[int, Field(strict=True, ge=0)] = 8
@@ -372,8 +376,8 @@ class CacheSpec(BaseModel):
 
 
 class GuessedSpec(CacheSpec):
-    """A spec with keys of the data that nobody set. What was guessed for them is settled once per cache and recorded; it
-    is in no fingerprint: caches from before it was recorded keep theirs."""
+    """A spec with keys of the data that nobody set. What was guessed for them is settled once per cache, recorded, and
+    in no fingerprint: caches from before it was recorded keep theirs."""
 
     guessed_keys: tuple[str, ...]  # also those for which the data have nothing
 
@@ -394,6 +398,7 @@ def without_guesses(settings: dict[str, Any]) -> dict[str, Any]:
 
 _LATER_SETTINGS = (
     "image_key", "position_key", "yaw_key", "position_scale", "chunk_by", "max_chunk_frames", "overlap_frames",
+    "yaw_unit", "pose_axes", "time_scale",
 )  # fmt: skip
 _LATER_DEFAULTS = {key: CacheSpec.model_fields[key].default for key in _LATER_SETTINGS}
 
@@ -620,18 +625,25 @@ class Trajectory(NamedTuple):
 
 
 class DataKeys(NamedTuple):
-    """The settings of a CacheSpec that say which of the data are read; None where the format knows."""
+    """The settings of a CacheSpec that say which of the data are read, None where the format knows, and how."""
 
     frame_pattern: str = FRAME_PATTERN
     image_key: str | None = None
     position_key: str | None = None
     yaw_key: str | None = None
+    time_scale: float = 1.0
+    position_scale: float = 1.0
+    yaw_unit: str = "radians"
+    pose_axes: str = "z_up"
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> DataKeys:
         """Those among the settings of a recorded spec, which may be from before some of them."""
         settings = with_defaults(settings)
         return cls(**{key: settings[key] for key in cls._fields})
+
+
+DEFAULT_KEYS = DataKeys()
 
 
 def data_keys(spec: CacheSpec) -> DataKeys:
@@ -643,8 +655,11 @@ class Poses(NamedTuple):
     """A trajectory's T frames that can be cached, and where the robot was; None where the data do not say."""
 
     frame_index: np.ndarray  # (T,) int64, ascending: the numbers by which `FrameReader.read` knows them
-    position: np.ndarray | None  # (T, 2) float64, in the data's unit
+    position: np.ndarray | None  # (T, 2) float64 in the ground plane, in the data's unit
     yaw: np.ndarray | None  # (T,) float64 [rad]
+    height: np.ndarray | None = None  # (T,) float64, the data's other coordinate; may hold NaN
+    times: np.ndarray | None = None  # (T,) float64 [s]
+    table: Poses | None = None  # the poses that these were interpolated from
 
 
 class FrameReader(Protocol):
@@ -1030,15 +1045,12 @@ def _parse_pose_file(file_name: str, data: bytes) -> Any:
         return {key: arrays[key] for key in arrays.files if key in ("position", "yaw")}
 
 
-def read_poses(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+def read_poses(path: Path, name: str, keys: DataKeys = DEFAULT_KEYS) -> Poses:
     """Poses of a trajectory, from traj_data.pkl, .json or .npz.
 
     Args:
-        path: the pose file, a mapping with `position` (T, 2 or more) [m] and `yaw` (T,) or (T, 1) [rad].
+        path: the pose file, a mapping with `position` (T, 2 or more) and `yaw` (T,) or (T, 1).
         name: the trajectory's, for messages.
-
-    Returns:
-        position (T, 2) float64 [m], the first two columns, and yaw (T,) float64 [rad].
 
     Raises:
         InputError: the file cannot be parsed, a key is missing, a shape is wrong or a value is not finite.
@@ -1055,18 +1067,97 @@ def read_poses(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
         poses = {key: _rebuilt(value) for key, value in poses.items() if isinstance(key, str)}
     else:
         raise InputError(f"{where}: holds a {type(poses).__name__}, expected a mapping with position and yaw")
-    position = checked_position(where, poses, "position")
-    return position, checked_numbers(where, poses, "yaw", len(position))
+    return checked_poses(where, poses, keys, "position", "yaw")
 
 
-def checked_position(where: str, poses: dict[str, Any], key: str) -> np.ndarray:
-    """(T, 2) float64: the first two columns of what a source has under `key`. Raises InputError."""
-    position = _pose_array(where, poses, key)
-    if position.ndim != 2 or position.shape[1] < 2:
-        raise InputError(f"{where}: {key} is {position.shape}, expected (T, 2)")
-    position = np.ascontiguousarray(position[:, :2])
-    check_values(where, key, position, MAX_POSITION_M)
-    return position
+class Axes(NamedTuple):
+    """How a source's coordinates lie. Seen from above, the plane's second axis is 90 degrees to the left of its first;
+    yaw 0 is along the first and rises to the left."""
+
+    columns: tuple[int, int]  # those of the ground plane
+    signs: tuple[float, float]
+    height: int  # the third
+    yaw_sign: float  # yaw is the right-hand turn about the vertical coordinate: to the right where that points down
+    forward: int  # of the body's axes, by which quaternions tell the yaw
+    compass: float  # yaw of the compass heading 0 [rad]: where north is
+
+
+AXES = {
+    "z_up": Axes((0, 1), (1.0, 1.0), 2, 1.0, 0, math.pi / 2),  # x forward or east, y left or north: ROS, ENU
+    "ned": Axes((0, 1), (1.0, -1.0), 2, -1.0, 0, 0.0),  # x north, y east, z down: drones
+    "y_up": Axes((2, 0), (-1.0, -1.0), 1, 1.0, 2, 0.0),  # x right, y up, z backward: ARKit, OpenGL
+    "camera": Axes((2, 0), (1.0, -1.0), 1, -1.0, 2, 0.0),  # x right, y down, z forward: SLAM, OpenCV
+}
+
+
+def checked_poses(
+    where: str, poses: dict[str, Any], keys: DataKeys, position_key: str | None, yaw_key: str | None
+) -> Poses:
+    """What a source has under these keys, in the ground plane and radians, as the settings among `keys` say.
+
+    Raises:
+        InputError: a key is missing, a shape is wrong, a value is not finite, or a name tells of another unit.
+    """
+    position = height = yaw = None
+    count = 0
+    if position_key is not None:
+        refuse_other_unit(where, position_key, "position_scale", keys)
+        points = _pose_array(where, poses, position_key)
+        count = len(points)
+        position, height = ground_plane(where, position_key, points, keys.pose_axes)
+    if yaw_key is not None:
+        refuse_other_unit(where, yaw_key, "yaw_unit", keys)
+        count = count if position_key is not None else len(_pose_array(where, poses, yaw_key))
+        yaw = yaw_in_radians(checked_numbers(where, poses, yaw_key, count), keys)
+    return Poses(np.arange(count, dtype=np.int64), position, yaw, height)
+
+
+def ground_plane(where: str, key: str, points: np.ndarray, pose_axes: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """(T, 2) float64: of points (T, 2 or more) the ground plane's two coordinates; and (T,) the other, where there is
+    one. Raises InputError."""
+    axes = AXES[pose_axes]
+    needed = max(axes.columns) + 1
+    if points.ndim != 2 or points.shape[1] < needed:
+        which = "" if needed == 2 else f", as pose_axes: {pose_axes} has it"
+        raise InputError(f"{where}: {key} is {points.shape}, expected (T, {needed}){which}")
+    check_values(where, key, points[:, :needed], MAX_POSITION_M)
+    position = np.ascontiguousarray(points[:, axes.columns]) * axes.signs
+    return position, points[:, axes.height] if points.shape[1] > axes.height else None
+
+
+def yaw_in_radians(yaw: np.ndarray, keys: DataKeys) -> np.ndarray:
+    """(T,) [rad], counter-clockwise seen from above, 0 along the ground plane's first axis."""
+    axes = AXES[keys.pose_axes]
+    if keys.yaw_unit == "compass_degrees":  # clockwise from north
+        return axes.compass - np.deg2rad(yaw)
+    return axes.yaw_sign * (np.deg2rad(yaw) if keys.yaw_unit == "degrees" else yaw)
+
+
+NAMED_UNITS = {  # a unit at the end of a name -> the setting that it asks for, and the values that fit it
+    **dict.fromkeys(("deg", "degs", "degree", "degrees", "\u00b0"), ("yaw_unit", ("degrees", "compass_degrees"))),
+    **dict.fromkeys(("rad", "rads", "radian", "radians"), ("yaw_unit", ("radians",))),
+    **dict.fromkeys(("m", "meter", "meters", "metre", "metres"), ("position_scale", (1.0,))),
+    "cm": ("position_scale", (0.01,)), "mm": ("position_scale", (0.001,)), "km": ("position_scale", (1000.0,)),
+    **dict.fromkeys(("s", "sec", "secs", "seconds"), ("time_scale", (1.0,))),
+    "ms": ("time_scale", (0.001,)), "us": ("time_scale", (1e-6,)), "ns": ("time_scale", (1e-9,)),
+}  # fmt: skip
+_UNIT_OF_NAME = re.compile(rf"(.+?)(?:[\s_.-]*[\[(]|[\s_.-]+|(?=\u00b0))({'|'.join(NAMED_UNITS)})[\])]?", re.IGNORECASE)
+
+
+def unit_of_name(name: str) -> tuple[str, str | None]:
+    """A name without the unit at its end, and that unit: yaw_deg, `x [cm]`, `heading (degrees)`."""
+    match = _UNIT_OF_NAME.fullmatch(name.strip())
+    return (match[1], match[2].lower()) if match else (name.strip(), None)
+
+
+def refuse_other_unit(where: str, key: str, setting: str, keys: DataKeys) -> None:
+    """Raise InputError where a name tells of another unit than `setting` does. A scale that somebody set is meant."""
+    _, unit = unit_of_name(key)
+    of_setting, fitting = NAMED_UNITS.get(unit, (None, ()))
+    value = getattr(keys, setting)
+    if of_setting == setting and value not in fitting and (isinstance(value, str) or value == 1.0):
+        ways = " or ".join(map(str, fitting))
+        raise InputError(f"{where}: {key} is in {unit} by its name, and {setting} is {value}; set {setting}: {ways}")
 
 
 def checked_numbers(where: str, poses: dict[str, Any], key: str, count: int) -> np.ndarray:
@@ -1107,7 +1198,7 @@ def _pose_array(where: str, poses: dict[str, Any], key: str) -> np.ndarray:
     if values.dtype.kind not in "iuf":
         raise InputError(f"{where}: {key} holds {values.dtype} values, expected numbers")
     if not 0 < values.size <= MAX_POSE_NUMBERS:
-        raise InputError(f"{where}: {key} is {values.shape}: holds no poses, or too many")
+        raise InputError(f"{where}: {key} is {values.shape}: holds {'too many' if values.size else 'no'} poses")
     return values.astype(np.float64)
 
 
@@ -1134,7 +1225,7 @@ class FolderSource:
 
     def __init__(self, trajectory: Trajectory, keys: DataKeys):
         self._name, self._folder = trajectory.name, trajectory.path
-        self._listing = list_trajectory(trajectory, keys.frame_pattern)
+        self._listing, self._keys = list_trajectory(trajectory, keys.frame_pattern), keys
 
     def checksum(self, kind: ChecksumKind) -> str:
         return trajectory_checksum(self._listing, kind)
@@ -1153,13 +1244,13 @@ class FolderSource:
         numbers = np.arange(len(frames), dtype=np.int64)
         if pose_file is None:
             return Poses(numbers, None, None)
-        position, yaw = read_poses(self._folder / pose_file, self._name)
-        if len(position) != len(frames):
+        poses = read_poses(self._folder / pose_file, self._name, self._keys)
+        if len(poses.position) != len(frames):
             raise InputError(
                 f"{self._name}: {len(frames)} frames ({frames[0].file_name} ... {frames[-1].file_name}) "
-                f"but {len(position)} poses in {pose_file}"
+                f"but {len(poses.position)} poses in {pose_file}"
             )
-        return Poses(numbers, position, yaw)
+        return poses
 
     def open_frames(self, numbers: Sequence[int]) -> FrameReader:
         return self
@@ -1183,6 +1274,7 @@ class FolderSource:
 
 FOLDERS_LOOKED_INTO = 8  # folders that are looked at even where the first one shows a format: there may be another one
 KEY_SETTINGS = ("image_key", "position_key", "yaw_key")
+POSE_SETTINGS = ("position_scale", "yaw_unit", "pose_axes")  # those of DataKeys that apply to every format
 
 
 class Format(NamedTuple):
@@ -1361,6 +1453,7 @@ class TrajectoryPlan:
     yaw: np.ndarray | None  # (T,) float64 [rad]
     travelled: np.ndarray | None  # (T,) float64 [m]; None where chunks are cut by number of frames
     spans: list[Span]
+    read: Poses | None = None  # as the source gave them, every frame
 
     @property
     def poses(self) -> dict[str, np.ndarray]:
@@ -1393,6 +1486,61 @@ class TrajectoryPlan:
         return sum(span.stop - span.start for span in self.spans)
 
 
+class Motion(NamedTuple):
+    """What a trajectory's poses add up to, for a line about its dataset."""
+
+    metres: float
+    num_steps: int
+    median_step_m: float
+    num_jumps: int
+    least_yaw: float
+    most_yaw: float
+    num_frames: int
+    seconds: float  # NaN where the data have no times; the other numbers likewise where there are no poses
+
+
+def motion_of(poses: Poses, spec: CacheSpec) -> Motion:
+    """Of the kept frames; of the yaws as the data have them."""
+    kept = slice(None, None, spec.frame_stride)
+    yaw = poses.yaw if poses.table is None else poses.table.yaw
+    steps = np.zeros(0)
+    if poses.position is not None:
+        steps = np.diff(travelled_distance(poses.position[kept] * spec.position_scale))
+    return Motion(
+        metres=math.nan if poses.position is None else float(steps.sum()),
+        num_steps=len(steps),
+        median_step_m=float(np.median(steps)) if len(steps) else math.nan,
+        num_jumps=int((steps > spec.max_chunk_distance_m).sum()),
+        least_yaw=math.nan if yaw is None or not len(yaw) else float(yaw.min()),
+        most_yaw=math.nan if yaw is None or not len(yaw) else float(yaw.max()),
+        num_frames=len(poses.frame_index[kept]),
+        seconds=math.nan if poses.times is None or not len(poses.times) else float(np.ptp(poses.times)),
+    )
+
+
+def describe_motion(motions: list[Motion]) -> str:
+    """One line for a dataset: the poses of so many trajectories."""
+    moving = [motion for motion in motions if not math.isnan(motion.metres)]
+    timed = [motion for motion in motions if motion.seconds > 0]
+    parts = [f"{len(motions)} trajectories", f"{sum(motion.num_frames for motion in motions)} frames"]
+    if moving:
+        stepping = sorted((motion.median_step_m, motion.num_steps) for motion in moving if motion.num_steps)
+        counts = np.cumsum([0, *(count for _, count in stepping)])
+        middle = int(np.searchsorted(counts[1:], counts[-1] / 2))
+        parts.append(f"{sum(motion.metres for motion in moving):.6g} m")
+        parts += [f"median step {stepping[middle][0]:.3g} m"] if stepping else []
+        parts.append(f"{sum(motion.num_jumps for motion in moving)} pose jumps")
+    yaws = [motion for motion in motions if not math.isnan(motion.least_yaw)]
+    if yaws:
+        least, most = min(motion.least_yaw for motion in yaws), max(motion.most_yaw for motion in yaws)
+        parts.append(f"yaw {least:.4g} to {most:.4g} rad")
+    if timed:
+        seconds = sum(motion.seconds for motion in timed)
+        rate = sum(motion.num_frames - 1 for motion in timed) / seconds
+        parts.append(f"{seconds:.6g} s at {rate:.3g} frames/s")
+    return ", ".join(parts) if moving or yaws else f"{', '.join(parts)}, no poses"
+
+
 def _stored_frames(spans: list[Span]) -> Iterator[int]:
     done = 0
     for span in spans:
@@ -1421,10 +1569,7 @@ def plan_trajectory(
     else:
         travelled, spans = None, plan_frame_chunks(len(frame_index), spec.max_chunk_frames, spec.overlap_frames)
     if not spans:
-        raise InputError(
-            f"{trajectory.name}: insufficient movement: {travelled[-1]:.3g} m in all, no piece between pose jumps "
-            f"reaches min_chunk_distance_m {spec.min_chunk_distance_m}"
-        )
+        raise InputError(f"{trajectory.name}: insufficient movement: {_why_nothing_is_stored(travelled, spec)}")
     return TrajectoryPlan(
         trajectory=trajectory,
         checksum=checksum,
@@ -1435,6 +1580,21 @@ def plan_trajectory(
         yaw=None if poses.yaw is None else poses.yaw[kept],
         travelled=travelled,
         spans=spans,
+        read=poses,
+    )
+
+
+def _why_nothing_is_stored(travelled: np.ndarray, spec: CacheSpec) -> str:
+    steps, least = np.diff(travelled), f"less than min_chunk_distance_m {spec.min_chunk_distance_m}"
+    jumps = steps[steps > spec.max_chunk_distance_m]
+    if not len(jumps):
+        return f"{travelled[-1]:.3g} m in all, {least}"
+    starts = np.flatnonzero(np.concatenate([[True], steps > spec.max_chunk_distance_m, [True]]))
+    longest = (travelled[starts[1:] - 1] - travelled[starts[:-1]]).max()
+    return (
+        f"{len(jumps)} steps are longer than max_chunk_distance_m {spec.max_chunk_distance_m} and count as pose jumps "
+        f"({np.median(jumps):.3g} m at the median); the longest piece between them travels {longest:.3g} m, {least}. "
+        "Where positions are not in metres, set position_scale"
     )
 
 
@@ -1964,7 +2124,7 @@ def load_encoder(spec: CacheSpec, device: str) -> tuple[Encoder, str]:
 # others are its own, so that a setting forgotten here costs a second encoder in memory and never mixes features.
 NOT_OF_ENCODER = {
     *("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m", "frame_stride", "frame_pattern", "resize"),
-    *("image_key", "position_key", "yaw_key", "guessed_keys", "position_scale"),
+    *("image_key", "position_key", "yaw_key", "guessed_keys", "position_scale", "yaw_unit", "pose_axes", "time_scale"),
     *("chunk_by", "max_chunk_frames", "overlap_frames"),
 }
 
@@ -2869,6 +3029,8 @@ SHOWN_NAMES = 10  # names of a list that a message shows
 DISTANCE_SETTINGS = ("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m")
 FRAME_SETTINGS = ("max_chunk_frames", "overlap_frames")
 
+DOUBTS_MODULE = "dino_cache_extras.pose_doubts"  # says what looks like another unit; where it is not, nothing does
+
 WORK_LIBRARIES = ("torch", "torchvision", "timm", "PIL.Image", "h5py")  # imported where there is work, and only there
 
 EXIT_COMPLETED, EXIT_SOME_FAILED, EXIT_STOPPED_BY_FAULT, EXIT_WORK_LEFT = 0, 1, 3, 5
@@ -2929,6 +3091,8 @@ class Work(NamedTuple):
     num_rows: int = 0  # of all chunks together; frames in an overlap count once a chunk
     pose_bytes: int = 0  # of all rows
     num_bytes: int = 0
+    motion: Motion | None = None
+    doubts: tuple[str, ...] = ()  # what about its poses looks like another unit or other axes
 
 
 class Selection(NamedTuple):
@@ -3075,7 +3239,8 @@ def settle_format(config: DatasetConfig) -> DatasetConfig:
 
 def idle_settings(config: DatasetConfig) -> dict[str, str]:
     """Settings that have no effect -> what makes them so."""
-    idle = dict.fromkeys(set(DataKeys._fields) - set(format_named(config.format).settings), f"format: {config.format}")
+    applying = (*format_named(config.format).settings, *POSE_SETTINGS)
+    idle = dict.fromkeys(set(DataKeys._fields).difference(applying), f"format: {config.format}")
     other = FRAME_SETTINGS if config.spec.chunk_by == "distance" else DISTANCE_SETTINGS
     return idle | dict.fromkeys(other, f"chunk_by: {config.spec.chunk_by}")
 
@@ -3322,6 +3487,7 @@ def settle_encoding(dataset: PreparedDataset) -> None:
 def estimate_work(dataset: PreparedDataset, stop_request: StopRequest) -> list[str]:
     """Plan every pending trajectory, keeping only what it will cost; returns the reasons of those that will fail."""
     plan = functools.partial(plan_or_fail, spec=dataset.spec, checksum_kind="stat")
+    doubts_about = open_door(DOUBTS_MODULE).doubts_about if is_there(DOUBTS_MODULE) else lambda poses, spec: ()
     reasons = []
     for outcome in map_files(plan, dataset.pending):
         stop_request.check()
@@ -3334,10 +3500,25 @@ def estimate_work(dataset: PreparedDataset, stop_request: StopRequest) -> list[s
                 num_chunks=len(outcome.spans),
                 num_rows=outcome.num_rows,
                 pose_bytes=outcome.num_rows * sum(values[:1].nbytes for values in outcome.poses.values()),
+                motion=motion_of(outcome.read, dataset.spec),
+                doubts=doubts_about(outcome.read, dataset.spec),
             )
             size = cache_bytes(dataset, dataset.spec, [work])
             dataset.work[outcome.trajectory.name] = work._replace(num_bytes=size)
     return reasons
+
+
+def pose_lines(dataset: PreparedDataset) -> tuple[list[str], list[str]]:
+    """What the poses of the trajectories to do add up to, in one line or none; and what is doubtful, a line each."""
+    motions = [work.motion for work in dataset.work.values() if work.motion is not None]
+    names: dict[str, list[str]] = {}
+    for name, work in dataset.work.items():
+        for doubt in work.doubts:
+            names.setdefault(doubt, []).append(name)
+    doubtful = [
+        f"{len(named)} of {len(motions)} trajectories: {doubt}: {human_list(named)}" for doubt, named in names.items()
+    ]
+    return [f"Poses to do: {describe_motion(motions)}"] if motions else [], doubtful
 
 
 def cache_bytes(dataset: PreparedDataset, spec: CacheSpec, works: Iterable[Work]) -> int:
@@ -3846,7 +4027,10 @@ def announce(dataset: PreparedDataset) -> None:
         LOG.info("Remaining trajectories: %d", total - completed)
     else:
         LOG.info("Processing %d trajectories", total)
-    for remark in remarks(dataset):
+    facts, doubts = pose_lines(dataset)
+    for fact in facts:
+        LOG.info("%s", fact)
+    for remark in [*remarks(dataset), *doubts]:
         LOG.warning("%s", remark)
 
 
@@ -3973,7 +4157,8 @@ def print_forecast(dataset: PreparedDataset, reasons: list[str], rates: dict[str
             print(f"  changed configuration: {key}: {old} -> {new}")
         if changes:
             print("  a run would ask about it, and without a terminal refuse to start unless --yes is given")
-    for remark in remarks(dataset):
+    facts, doubts = pose_lines(dataset)
+    for remark in [*facts, *remarks(dataset), *doubts]:
         print(f"  {remark}")
     if reasons:
         print(f"  will fail: {len(reasons)}")

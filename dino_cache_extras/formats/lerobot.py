@@ -36,7 +36,7 @@ from dino_cache import (
     Poses,
     Trajectory,
     checked_numbers,
-    checked_position,
+    checked_poses,
     data_keys,
     open_regular,
     read_file,
@@ -314,7 +314,7 @@ class LeRobotSource:
     def __init__(self, trajectory: Trajectory, keys: DataKeys):
         self._name, self._dataset = trajectory.name, lerobot_dataset(trajectory.path)
         self._episode = self._dataset.episode(trajectory.episode)
-        self._keys = self._dataset.resolve_keys(keys, poses_required=False)
+        self._keys, self._settings = self._dataset.resolve_keys(keys, poses_required=False), keys
         self._is_video = self._dataset.features[self._keys.image]["dtype"] == "video"
         self._data_file = self._dataset.data_file(self._episode)
 
@@ -337,13 +337,13 @@ class LeRobotSource:
         return {key: self._rows[1][key].to_pylist()}
 
     def poses(self, *, required: bool) -> Poses:
-        where, (_, position_key, yaw_key) = f"{self._name} ({self._data_file})", self._keys
-        numbers = np.arange(self._episode.length, dtype=np.int64)
-        position = checked_position(where, self._column(position_key), position_key) if position_key else None
-        yaw = checked_numbers(where, self._column(yaw_key), yaw_key, len(numbers)) if yaw_key else None
-        if required and (position is None or yaw is None):
+        _, *pose_keys = self._keys
+        if required and None in pose_keys:
             raise InputError(f"{self._name}: has no position and yaw; set position_key and yaw_key")
-        return Poses(numbers, position, yaw)
+        columns = {key: self._rows[1][key].to_pylist() for key in pose_keys if key is not None}
+        poses = checked_poses(f"{self._name} ({self._data_file})", columns, self._settings, *pose_keys)
+        numbers = np.arange(self._episode.length, dtype=np.int64)
+        return poses._replace(frame_index=numbers, times=numbers / self._dataset.fps)
 
     def _times(self) -> np.ndarray:
         """(T,) [s] in the video of each row."""

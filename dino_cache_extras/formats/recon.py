@@ -36,8 +36,7 @@ from dino_cache import (
     InputError,
     Poses,
     Trajectory,
-    checked_numbers,
-    checked_position,
+    checked_poses,
     open_regular,
     recordable_name,
 )
@@ -80,7 +79,7 @@ class ReconSource:
         self._trajectory = trajectory
         self._where = f"{trajectory.name} ({recordable_name(trajectory.path.name)})"
         given = (keys.image_key, keys.position_key, keys.yaw_key)
-        self._keys = [key or default for key, default in zip(given, RECON_KEYS)]
+        self._keys, self._settings = [key or default for key, default in zip(given, RECON_KEYS)], keys
         self._size = os.stat(trajectory.path).st_size
 
     @functools.cached_property
@@ -103,13 +102,11 @@ class ReconSource:
         return digest.hexdigest()[:16]
 
     def poses(self, *, required: bool) -> Poses:
-        count, poses = self._content
-        _, position_key, yaw_key = self._keys
-        position = checked_position(self._where, poses, position_key)
-        yaw = checked_numbers(self._where, poses, yaw_key, len(position))
-        if count != len(position):
-            raise InputError(f"{self._where}: {count} images in {self._keys[0]} but {len(position)} poses")
-        return Poses(np.arange(count, dtype=np.int64), position, yaw)
+        count, values = self._content
+        poses = checked_poses(self._where, values, self._settings, *self._keys[1:])
+        if count != len(poses.position):
+            raise InputError(f"{self._where}: {count} images in {self._keys[0]} but {len(poses.position)} poses")
+        return poses
 
     def open_frames(self, numbers: Sequence[int]) -> FrameReader:
         return self
