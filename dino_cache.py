@@ -68,7 +68,7 @@ import traceback
 import unicodedata
 import zipfile
 from collections import Counter, deque
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -608,6 +608,7 @@ def spec_differences(recorded: dict[str, Any], spec: CacheSpec) -> list[tuple[st
 POSE_FILES = ("traj_data.pkl", "traj_data.json", "traj_data.npz")  # the first one found is read
 OWN_NAMES = (PROGRESS_FILE, LOG_FILE, LOCK_FILE, LOCK_OWNER_FILE, STAGING_FOLDER)  # no trajectory may have such a name
 CACHE_SIGNS = (PROGRESS_FILE, LOCK_FILE)  # files that, with the staging folder, show a cache of this tool
+ZIP_SIGN = b"PK\x03\x04"
 MAX_FILE_BYTES = 1 << 29  # a pose or frame file larger than this is refused unread
 MAX_VISITS = (
     200  # visits of one folder by links; a few folders that link to each other have more paths than anyone can walk
@@ -660,6 +661,7 @@ class Poses(NamedTuple):
     height: np.ndarray | None = None  # (T,) float64, the data's other coordinate; may hold NaN
     times: np.ndarray | None = None  # (T,) float64 [s]
     table: Poses | None = None  # the poses that these were interpolated from
+    num_without: int = 0  # frames that are left out because they have no pose
 
 
 class FrameReader(Protocol):
@@ -738,8 +740,11 @@ def find_trajectories(data_folder: Path, frame_pattern: str = FRAME_PATTERN) -> 
             yield Trajectory(recordable_name(name), folder.path, lacks_poses=lacks_poses)
 
 
-def _first_pose_file(names: Container[str]) -> str | None:
-    return next((name for name in POSE_FILES if name in names), None)
+def _first_pose_file(names: Collection[str]) -> str | None:
+    """The one that is read; its name may be in capitals where there is none in small letters."""
+    exact = next((name for name in POSE_FILES if name in names), None)
+    others = [name for name in names if name.lower() in POSE_FILES] if exact is None else []
+    return exact or min(others, key=lambda name: (POSE_FILES.index(name.lower()), name), default=None)
 
 
 class FolderFiles(NamedTuple):
@@ -926,7 +931,7 @@ class _PoseUnpickler(pickle.Unpickler):
     looked up, and what numpy's own rebuilding calls are given is checked before they allocate."""
 
     def __init__(self, data: bytes):
-        super().__init__(io.BytesIO(data))
+        super().__init__(io.BytesIO(data), encoding="latin1")  # of Python 2's texts, which its arrays' bytes are too
         self._text_left = len(data)
 
     def find_class(self, module: str, name: str) -> _Rebuild:
@@ -934,8 +939,15 @@ class _PoseUnpickler(pickle.Unpickler):
         if (module, name) == ("_codecs", "encode"):
             return _Rebuild(self._encode_latin1)
         if (module, name) not in _PICKLE_GLOBALS:
-            raise InputError(f"it asks for {module}.{name}; only numpy arrays, numbers and plain containers are read")
-        return _Rebuild(_PICKLE_GLOBALS[module, name])
+            raise InputError(
+                f"it asks for {module}.{name}; only numpy arrays, numbers and plain containers (dict, list, tuple) are "
+                "read: convert it before it is pickled, or write traj_data.npz"
+            )
+        return _Rebuild(functools.partial(_PICKLE_GLOBALS[module, name], self._bytes_of))
+
+    def _bytes_of(self, data: Any) -> Any:
+        """The bytes of an array, which Python 2 wrote as a text."""
+        return self._encode_latin1(data, "latin1") if isinstance(data, str) else data
 
     def _encode_latin1(self, text: str, encoding: str) -> bytes:
         """_codecs.encode as protocols 0 to 2 use it for bytes. Other codecs could inflate or execute; so could one text
@@ -951,10 +963,28 @@ class _PoseUnpickler(pickle.Unpickler):
 
 def _unpickle_poses(data: bytes) -> Any:
     """Load a pose pickle, after a look at its opcodes: a memo index far beyond the file would be allocated."""
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
+    if data.startswith(ZIP_SIGN):
+        raise InputError("it is a zip archive, as torch.save writes them; expected numpy arrays, by pickle.dump")
+    for opcode, argument in _opcodes(data):
+        if opcode in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
             raise InputError(f"memo index {argument} in {len(data)} bytes")
     return _PoseUnpickler(data).load()
+
+
+def _opcodes(data: bytes) -> Iterator[tuple[str, Any]]:
+    """Names and arguments of a pickle's opcodes. As pickletools.genops, which takes texts of Python 2 for ASCII."""
+    stream = io.BytesIO(data)
+    while code := stream.read(1):
+        opcode = pickletools.code2op.get(code.decode("latin1"))
+        if opcode is None:
+            raise InputError(f"it is no pickle: byte {stream.tell() - 1} is no opcode")
+        if opcode.name == "STRING":  # a line in quotes
+            yield opcode.name, stream.readline()
+        else:
+            yield opcode.name, opcode.arg.reader(stream) if opcode.arg else None
+        if opcode.name == "STOP":
+            return
+    raise InputError("it is no whole pickle")
 
 
 class _Rebuild:
@@ -992,17 +1022,25 @@ class _PickledArray:
 
     values: np.ndarray | None = None
 
+    def __init__(self, bytes_of: Callable[[Any], Any]):
+        self._bytes_of = bytes_of
+
     def __setstate__(self, state: Any) -> None:
         _, shape, number_type, is_fortran, data = state
-        self.values = _array_from_buffer(data, number_type, shape, "F" if is_fortran else "C")
+        self.values = _array_from_buffer(self._bytes_of, data, number_type, shape, "F" if is_fortran else "C")
 
 
-def _empty_array(array_type: Any, shape: Any, typecode: Any) -> _PickledArray:
+# What numpy's own calls do, each after the unpickler's way to bytes.
+
+
+def _empty_array(bytes_of: Callable[[Any], Any], array_type: Any, shape: Any, typecode: Any) -> _PickledArray:
     """numpy's _reconstruct: the array that __setstate__ fills. A shape given here would be allocated; none is."""
-    return _PickledArray()
+    return _PickledArray(bytes_of)
 
 
-def _array_from_buffer(buffer: Any, number_type: Any, shape: Any, order: str, *_: Any) -> np.ndarray:
+def _array_from_buffer(
+    bytes_of: Callable[[Any], Any], buffer: Any, number_type: Any, shape: Any, order: str, *_: Any
+) -> np.ndarray:
     """numpy's _frombuffer (protocol 5)."""
     if not isinstance(number_type, _NumberType) or not isinstance(shape, tuple):
         raise InputError("it holds an array without a number type and a shape")
@@ -1010,12 +1048,17 @@ def _array_from_buffer(buffer: Any, number_type: Any, shape: Any, order: str, *_
         return np.empty(0, number_type.dtype)  # refused by its type, once it is known what it is for
     if not all(type(size) is int and size >= 0 for size in shape):
         raise InputError(f"it holds an array of shape {reprlib.repr(shape)}")
-    return np.frombuffer(buffer, number_type.dtype).reshape(shape, order="F" if order == "F" else "C")
+    return np.frombuffer(bytes_of(buffer), number_type.dtype).reshape(shape, order="F" if order == "F" else "C")
 
 
-def _scalar(number_type: Any, data: Any) -> Any:
+def _number_type(bytes_of: Callable[[Any], Any], *arguments: Any) -> _NumberType:
+    """numpy's dtype."""
+    return _NumberType(*arguments)
+
+
+def _scalar(bytes_of: Callable[[Any], Any], number_type: Any, data: Any) -> Any:
     """numpy's scalar."""
-    return _array_from_buffer(data, number_type, (1,), "C")[0]
+    return _array_from_buffer(bytes_of, data, number_type, (1,), "C")[0]
 
 
 def _array_type(*_: Any) -> Any:
@@ -1025,7 +1068,7 @@ def _array_type(*_: Any) -> Any:
 
 _PICKLE_GLOBALS: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy", "ndarray"): _array_type,
-    ("numpy", "dtype"): _NumberType,
+    ("numpy", "dtype"): _number_type,
     ("numpy._core.multiarray", "_reconstruct"): _empty_array,
     ("numpy._core.multiarray", "scalar"): _scalar,
     ("numpy._core.numeric", "_frombuffer"): _array_from_buffer,
@@ -1033,9 +1076,10 @@ _PICKLE_GLOBALS: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 def _parse_pose_file(file_name: str, data: bytes) -> Any:
-    if file_name.endswith(".pkl"):
+    suffix = os.path.splitext(file_name)[1].lower()
+    if suffix == ".pkl":
         return _unpickle_poses(data)
-    if file_name.endswith(".json"):
+    if suffix == ".json":
         return json.loads(data)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         unpacked = sum(member.file_size for member in archive.infolist())
@@ -1291,7 +1335,7 @@ class Format(NamedTuple):
 
 
 def _gnm_signs(folder: FolderFiles, is_top: bool) -> list[str]:
-    return [file for file in POSE_FILES if file in folder.files][:1]
+    return [file for file in [_first_pose_file(folder.files)] if file]
 
 
 def _gnm_hints(folder: FolderFiles, keys: DataKeys) -> Iterator[str]:
@@ -1484,61 +1528,6 @@ class TrajectoryPlan:
     def num_rows(self) -> int:
         """Rows of all chunks together; frames in an overlap count once a chunk."""
         return sum(span.stop - span.start for span in self.spans)
-
-
-class Motion(NamedTuple):
-    """What a trajectory's poses add up to, for a line about its dataset."""
-
-    metres: float
-    num_steps: int
-    median_step_m: float
-    num_jumps: int
-    least_yaw: float
-    most_yaw: float
-    num_frames: int
-    seconds: float  # NaN where the data have no times; the other numbers likewise where there are no poses
-
-
-def motion_of(poses: Poses, spec: CacheSpec) -> Motion:
-    """Of the kept frames; of the yaws as the data have them."""
-    kept = slice(None, None, spec.frame_stride)
-    yaw = poses.yaw if poses.table is None else poses.table.yaw
-    steps = np.zeros(0)
-    if poses.position is not None:
-        steps = np.diff(travelled_distance(poses.position[kept] * spec.position_scale))
-    return Motion(
-        metres=math.nan if poses.position is None else float(steps.sum()),
-        num_steps=len(steps),
-        median_step_m=float(np.median(steps)) if len(steps) else math.nan,
-        num_jumps=int((steps > spec.max_chunk_distance_m).sum()),
-        least_yaw=math.nan if yaw is None or not len(yaw) else float(yaw.min()),
-        most_yaw=math.nan if yaw is None or not len(yaw) else float(yaw.max()),
-        num_frames=len(poses.frame_index[kept]),
-        seconds=math.nan if poses.times is None or not len(poses.times) else float(np.ptp(poses.times)),
-    )
-
-
-def describe_motion(motions: list[Motion]) -> str:
-    """One line for a dataset: the poses of so many trajectories."""
-    moving = [motion for motion in motions if not math.isnan(motion.metres)]
-    timed = [motion for motion in motions if motion.seconds > 0]
-    parts = [f"{len(motions)} trajectories", f"{sum(motion.num_frames for motion in motions)} frames"]
-    if moving:
-        stepping = sorted((motion.median_step_m, motion.num_steps) for motion in moving if motion.num_steps)
-        counts = np.cumsum([0, *(count for _, count in stepping)])
-        middle = int(np.searchsorted(counts[1:], counts[-1] / 2))
-        parts.append(f"{sum(motion.metres for motion in moving):.6g} m")
-        parts += [f"median step {stepping[middle][0]:.3g} m"] if stepping else []
-        parts.append(f"{sum(motion.num_jumps for motion in moving)} pose jumps")
-    yaws = [motion for motion in motions if not math.isnan(motion.least_yaw)]
-    if yaws:
-        least, most = min(motion.least_yaw for motion in yaws), max(motion.most_yaw for motion in yaws)
-        parts.append(f"yaw {least:.4g} to {most:.4g} rad")
-    if timed:
-        seconds = sum(motion.seconds for motion in timed)
-        rate = sum(motion.num_frames - 1 for motion in timed) / seconds
-        parts.append(f"{seconds:.6g} s at {rate:.3g} frames/s")
-    return ", ".join(parts) if moving or yaws else f"{', '.join(parts)}, no poses"
 
 
 def _stored_frames(spans: list[Span]) -> Iterator[int]:
@@ -3029,7 +3018,7 @@ SHOWN_NAMES = 10  # names of a list that a message shows
 DISTANCE_SETTINGS = ("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m")
 FRAME_SETTINGS = ("max_chunk_frames", "overlap_frames")
 
-DOUBTS_MODULE = "dino_cache_extras.pose_doubts"  # says what looks like another unit; where it is not, nothing does
+POSE_FACTS_MODULE = "dino_cache_extras.pose_facts"  # tells what poses add up to, and what looks like another unit
 
 WORK_LIBRARIES = ("torch", "torchvision", "timm", "PIL.Image", "h5py")  # imported where there is work, and only there
 
@@ -3091,8 +3080,7 @@ class Work(NamedTuple):
     num_rows: int = 0  # of all chunks together; frames in an overlap count once a chunk
     pose_bytes: int = 0  # of all rows
     num_bytes: int = 0
-    motion: Motion | None = None
-    doubts: tuple[str, ...] = ()  # what about its poses looks like another unit or other axes
+    pose_facts: Any = None  # what dino_cache_extras.pose_facts says of its poses, where it is there
 
 
 class Selection(NamedTuple):
@@ -3487,7 +3475,7 @@ def settle_encoding(dataset: PreparedDataset) -> None:
 def estimate_work(dataset: PreparedDataset, stop_request: StopRequest) -> list[str]:
     """Plan every pending trajectory, keeping only what it will cost; returns the reasons of those that will fail."""
     plan = functools.partial(plan_or_fail, spec=dataset.spec, checksum_kind="stat")
-    doubts_about = open_door(DOUBTS_MODULE).doubts_about if is_there(DOUBTS_MODULE) else lambda poses, spec: ()
+    look_at = open_door(POSE_FACTS_MODULE).look_at if is_there(POSE_FACTS_MODULE) else None
     reasons = []
     for outcome in map_files(plan, dataset.pending):
         stop_request.check()
@@ -3500,8 +3488,7 @@ def estimate_work(dataset: PreparedDataset, stop_request: StopRequest) -> list[s
                 num_chunks=len(outcome.spans),
                 num_rows=outcome.num_rows,
                 pose_bytes=outcome.num_rows * sum(values[:1].nbytes for values in outcome.poses.values()),
-                motion=motion_of(outcome.read, dataset.spec),
-                doubts=doubts_about(outcome.read, dataset.spec),
+                pose_facts=look_at and look_at(outcome.read, dataset.spec),
             )
             size = cache_bytes(dataset, dataset.spec, [work])
             dataset.work[outcome.trajectory.name] = work._replace(num_bytes=size)
@@ -3509,16 +3496,9 @@ def estimate_work(dataset: PreparedDataset, stop_request: StopRequest) -> list[s
 
 
 def pose_lines(dataset: PreparedDataset) -> tuple[list[str], list[str]]:
-    """What the poses of the trajectories to do add up to, in one line or none; and what is doubtful, a line each."""
-    motions = [work.motion for work in dataset.work.values() if work.motion is not None]
-    names: dict[str, list[str]] = {}
-    for name, work in dataset.work.items():
-        for doubt in work.doubts:
-            names.setdefault(doubt, []).append(name)
-    doubtful = [
-        f"{len(named)} of {len(motions)} trajectories: {doubt}: {human_list(named)}" for doubt, named in names.items()
-    ]
-    return [f"Poses to do: {describe_motion(motions)}"] if motions else [], doubtful
+    """What the poses of the trajectories to do add up to, in a line; and what looks wrong about them, a line each."""
+    facts = {name: work.pose_facts for name, work in dataset.work.items() if work.pose_facts is not None}
+    return open_door(POSE_FACTS_MODULE).describe(facts) if facts else ([], [])
 
 
 def cache_bytes(dataset: PreparedDataset, spec: CacheSpec, works: Iterable[Work]) -> int:

@@ -60,7 +60,7 @@ def find_recon(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
     except OSError as error:
         raise RefusedError(f"data_folder {data_folder}: cannot list it: {error.strerror}") from error
     for file_name in file_names:
-        if file_name.endswith(RECON_SUFFIX) and not file_name.startswith("."):
+        if file_name.lower().endswith(RECON_SUFFIX) and not file_name.startswith("."):
             yield Trajectory(recordable_name(file_name.partition(".")[0]), data_folder / file_name, format="recon")
 
 
@@ -264,7 +264,7 @@ def _image_bytes(value: Any) -> bytes:
 
 
 def _signs(folder: FolderFiles, is_top: bool) -> list[str]:
-    return [file for file in folder.files if file.endswith(RECON_SUFFIX)][:1] if is_top else []
+    return [file for file in folder.files if file.lower().endswith(RECON_SUFFIX)][:1] if is_top else []
 
 
 FORMAT = Format(

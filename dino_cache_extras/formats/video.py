@@ -156,6 +156,7 @@ class VideoSource:
             position,
             np.arctan2(np.sin(yaw), np.cos(yaw)),
             times=times[numbers],
+            num_without=len(times) - len(numbers),
             table=Poses(
                 np.arange(len(at)), np.stack([table["x"], table["y"]], axis=1), table["yaw"], table.get("height"), at
             ),
