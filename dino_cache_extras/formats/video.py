@@ -206,7 +206,7 @@ def read_pose_table(path: Path, name: str, keys: DataKeys = DEFAULT_KEYS) -> dic
         raise InputError(f"{where}: not a text file: {error}") from error
     rows = [line for line in lines if line.strip() and not line.startswith("#")]
     if not rows:
-        raise InputError(f"{where}: is empty")
+        raise InputError(f"{where}: is empty, it holds no poses")
     if path.suffix.lower() == ".csv":
         try:
             header, *records = csv.reader(rows)

@@ -118,7 +118,7 @@ def test_an_empty_table_says_so(run_bits: Callable[..., Outcome], tmp_path: Path
     write_mp4(tmp_path / "data" / "t1.mp4", TRAJECTORY.frames)
     (tmp_path / "data" / f"t1{suffix}").write_bytes(content)
     assert run_bits().code == 1
-    assert reason(tmp_path / "cache") == f"t1{suffix}: is empty"
+    assert reason(tmp_path / "cache") == f"t1{suffix}: is empty, it holds no poses"
 
 
 @pytest.mark.parametrize(("inside", "code"), [(20, 0), (19, 1)])
