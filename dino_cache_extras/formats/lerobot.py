@@ -36,7 +36,7 @@ from dino_cache import (
     Poses,
     Trajectory,
     checked_numbers,
-    checked_position,
+    checked_poses,
     data_keys,
     open_regular,
     read_file,
@@ -288,6 +288,21 @@ def lerobot_dataset(root: Path) -> LeRobotDataset:
     return _LEROBOT_DATASETS[root]
 
 
+def guess_lerobot_keys(data_folder: Path, spec: CacheSpec) -> dict[str, str | None]:
+    """The features that are read now: those set, else those guessed.
+
+    Raises:
+        RefusedError: the meta data are unreadable, or no key fits.
+    """
+    _LEROBOT_DATASETS.pop(data_folder, None)
+    dataset = lerobot_dataset(data_folder)
+    try:
+        keys = dataset.resolve_keys(data_keys(spec), poses_required=spec.chunk_by == "distance")
+    except InputError as error:
+        raise RefusedError(str(error)) from error
+    return dict(zip(KEY_SETTINGS, keys))
+
+
 def find_lerobot(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
     """The episodes of a dataset.
 
@@ -295,14 +310,10 @@ def find_lerobot(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
         RefusedError: its meta data are unreadable, or no key fits.
     """
     open_library("av")
-    _LEROBOT_DATASETS.pop(data_folder, None)
+    image, position, yaw = guess_lerobot_keys(data_folder, spec).values()
     dataset = lerobot_dataset(data_folder)
-    try:
-        keys = dataset.resolve_keys(data_keys(spec), poses_required=spec.chunk_by == "distance")
-    except InputError as error:
-        raise RefusedError(str(error)) from error
-    poses = f"poses from {keys.position} and {keys.yaw}" if keys.position or keys.yaw else "no poses"
-    LOG.info("%s: LeRobot %s, frames from %s, %s", data_folder, dataset.version, keys.image, poses)
+    poses = f"poses from {position} and {yaw}" if position or yaw else "no poses"
+    LOG.info("%s: LeRobot %s, frames from %s, %s", data_folder, dataset.version, image, poses)
     for number in dataset.episode_numbers:
         yield Trajectory(episode_name(number), data_folder, format="lerobot", episode=number)
 
@@ -371,7 +382,7 @@ class LeRobotSource:
     def __init__(self, trajectory: Trajectory, keys: DataKeys):
         self._name, self._dataset = trajectory.name, lerobot_dataset(trajectory.path)
         self._episode = self._dataset.episode(trajectory.episode)
-        self._keys = self._dataset.resolve_keys(keys, poses_required=False)
+        self._keys, self._settings = self._dataset.resolve_keys(keys, poses_required=False), keys
         self._is_video = self._dataset.features[self._keys.image]["dtype"] == "video"
         self._data_file = self._dataset.data_file(self._episode)
 
@@ -403,14 +414,14 @@ class LeRobotSource:
             raise InputError(f"{where}: {key}: cannot be read as {column.type}: {str(error)[:200]}") from error
 
     def poses(self, *, required: bool) -> Poses:
-        where, (_, position_key, yaw_key) = f"{self._name} ({self._data_file})", self._keys
+        _, *pose_keys = self._keys
         self._dataset.refuse_contradiction(self._episode)
-        numbers = np.arange(self._episode.length, dtype=np.int64)
-        position = checked_position(where, self._column(position_key), position_key) if position_key else None
-        yaw = checked_numbers(where, self._column(yaw_key), yaw_key, len(numbers)) if yaw_key else None
-        if required and (position is None or yaw is None):
+        if required and None in pose_keys:
             raise InputError(f"{self._name}: has no position and yaw; set position_key and yaw_key")
-        return Poses(numbers, position, yaw)
+        columns = {key: self._values(key) for key in pose_keys if key is not None}
+        poses = checked_poses(f"{self._name} ({self._data_file})", columns, self._settings, *pose_keys)
+        numbers = np.arange(self._episode.length, dtype=np.int64)
+        return poses._replace(frame_index=numbers, times=numbers / self._dataset.fps)
 
     def _times(self) -> np.ndarray:
         """(T,) [s] on its video's clock of each row. The rows must fill the episode's part of the video."""
@@ -572,4 +583,5 @@ FORMAT = Format(
     settings=KEY_SETTINGS,
     trajectory=f"an episode of a dataset with {LEROBOT_INFO}",
     signs=_signs,
+    guess=guess_lerobot_keys,
 )

@@ -36,8 +36,7 @@ from dino_cache import (
     InputError,
     Poses,
     Trajectory,
-    checked_numbers,
-    checked_position,
+    checked_poses,
     open_regular,
     recordable_name,
 )
@@ -62,7 +61,7 @@ def find_recon(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
     except OSError as error:
         raise RefusedError(f"data_folder {data_folder}: cannot list it: {error.strerror}") from error
     for file_name in file_names:
-        if file_name.endswith(RECON_SUFFIX) and not file_name.startswith("."):
+        if file_name.lower().endswith(RECON_SUFFIX) and not file_name.startswith("."):
             yield Trajectory(recordable_name(file_name.partition(".")[0]), data_folder / file_name, format="recon")
 
 
@@ -81,7 +80,7 @@ class ReconSource:
         self._trajectory = trajectory
         self._where = f"{trajectory.name} ({recordable_name(trajectory.path.name)})"
         given = (keys.image_key, keys.position_key, keys.yaw_key)
-        self._keys = [key or default for key, default in zip(given, RECON_KEYS)]
+        self._keys, self._settings = [key or default for key, default in zip(given, RECON_KEYS)], keys
         self._size = os.stat(trajectory.path).st_size
 
     @functools.cached_property
@@ -104,13 +103,11 @@ class ReconSource:
         return digest.hexdigest()[:16]
 
     def poses(self, *, required: bool) -> Poses:
-        count, poses = self._content
-        _, position_key, yaw_key = self._keys
-        position = checked_position(self._where, poses, position_key)
-        yaw = checked_numbers(self._where, poses, yaw_key, len(position))
-        if count != len(position):
-            raise InputError(f"{self._where}: {count} images in {self._keys[0]} but {len(position)} poses")
-        return Poses(np.arange(count, dtype=np.int64), position, yaw)
+        count, values = self._content
+        poses = checked_poses(self._where, values, self._settings, *self._keys[1:])
+        if count != len(poses.position):
+            raise InputError(f"{self._where}: {count} images in {self._keys[0]} but {len(poses.position)} poses")
+        return poses
 
     def open_frames(self, numbers: Sequence[int]) -> FrameReader:
         return self
@@ -290,7 +287,7 @@ def _image_bytes(value: Any) -> bytes:
 
 
 def _signs(folder: FolderFiles, is_top: bool) -> list[str]:
-    return [file for file in folder.files if file.endswith(RECON_SUFFIX)][:1] if is_top else []
+    return [file for file in folder.files if file.lower().endswith(RECON_SUFFIX)][:1] if is_top else []
 
 
 FORMAT = Format(
@@ -300,4 +297,7 @@ FORMAT = Format(
     settings=KEY_SETTINGS,
     trajectory=f"a *{RECON_SUFFIX} file in the folder itself",
     signs=_signs,
+    guess=lambda data_folder, spec: {
+        setting: getattr(spec, setting) or key for setting, key in zip(KEY_SETTINGS, RECON_KEYS)
+    },
 )
