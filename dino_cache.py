@@ -1848,7 +1848,7 @@ def device_errors(what: str) -> Iterator[None]:
 
 
 def resolve_device(device: str) -> str:
-    """`auto` is CUDA where there is one.
+    """`auto` is CUDA where torch can use one; a warning says why not, where one is plugged in.
 
     Raises:
         RefusedError: CUDA is asked for and there is none.
@@ -1856,6 +1856,8 @@ def resolve_device(device: str) -> str:
     import torch
 
     if device == "auto":
+        for line in unused_gpu():
+            LOG.warning("%s. The CPU is used instead", line)
         return "cuda" if torch.cuda.is_available() else "cpu"
     index = int(device.partition(":")[2] or 0)
     if device != "cpu" and (count := torch.cuda.device_count()) <= index:
@@ -4377,9 +4379,6 @@ def announce_encoding(dataset: PreparedDataset) -> None:
     LOG.info("Encoding with %s (%s) in %s on %s", spec.dino_model_type, source, spec.precision, where)
     if workers.encodes_here and workers.device.startswith("cuda"):
         hint_at_other_gpus()
-    if workers.encodes_here and dataset.config.options.device == "auto":
-        for line in unused_gpu():
-            LOG.warning("%s. The CPU is used instead", line)
     if spec.weights == "random":
         LOG.warning("WEIGHTS ARE RANDOM (seeded): the features are for trying things out and mean nothing")
 

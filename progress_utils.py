@@ -1155,7 +1155,9 @@ def ask(question: str, *, otherwise: str) -> bool:
             f"{question} There is no terminal to ask on: give {otherwise} to go ahead. Nothing was changed."
         )
     print(f"{printable(question)} [y/N] ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    with contextlib.suppress(OSError):  # a terminal that is gone says no
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+    return False
 
 
 # ======================================================================================================================
