@@ -187,26 +187,6 @@ def test_a_vp8_packet_that_shows_nothing_is_no_frame() -> None:
     assert not video_frames._is_hidden_vp8(b"\x10\x00")
 
 
-def test_a_cover_picture_is_not_taken_for_the_video(tmp_path: Path) -> None:
-    write_video(tmp_path / "plain.mp4", Rendered(1, 20).frames, options=B_FRAMES)
-    (tmp_path / "data").mkdir()
-    with av.open(tmp_path / "plain.mp4") as file, av.open(tmp_path / "data/t1.mp4", "w") as copy:
-        cover = copy.add_stream("png", rate=FPS)
-        cover.width, cover.height, cover.pix_fmt = 64, 48, "rgb24"
-        cover.disposition = av.stream.Disposition.attached_pic
-        stream = copy.add_stream_from_template(file.streams.video[0], opaque=True)
-        picture = av.VideoFrame.from_ndarray(np.zeros((*SIZE, 3), np.uint8), format="rgb24")
-        copy.mux([*cover.encode(picture), *cover.encode()])
-        for packet in file.demux(video=0):
-            if packet.dts is not None:
-                packet.stream = stream
-                copy.mux(packet)
-    write_csv(tmp_path / "data/t1.csv", Rendered(1, 20))
-    results = cache(tmp_path / "data", tmp_path / "cache", "video and csv")
-    assert results["t1"].error is None
-    assert rows_of(tmp_path / "cache", "t1") == [(number, number, number) for number in range(20)]
-
-
 def stub_clock(stamps: list[int]) -> video_frames.OrderClock:
     times = video_frames.VideoTimes(np.arange(len(stamps)) / FPS, sorted(stamps), 0.0)
     return video_frames.OrderClock(times, "t")
