@@ -62,8 +62,8 @@ def video_errors(where: str) -> Iterator[None]:
 
 
 def open_video(path: Path, where: str) -> tuple[av.container.InputContainer, av.VideoStream]:
-    """A video file and its first video stream that is no cover picture. What the file refers to (playlists, other
-    files) is not opened; texts in it that are not UTF-8 do not matter.
+    """A video file and its first video stream. What the file refers to (playlists, other files) is not opened; texts in
+    it that are not UTF-8 do not matter.
 
     Raises:
         InputError, OSError: it is no video, or cannot be read.
@@ -73,17 +73,12 @@ def open_video(path: Path, where: str) -> tuple[av.container.InputContainer, av.
     with video_errors(where):
         container = open_library("av").open(os.fspath(path), options=options, metadata_errors="replace")
         try:
-            return container, _first_stream(container, where)
+            if not container.streams.video:
+                raise InputError(f"{where}: has no video stream")
+            return container, container.streams.video[0]
         except BaseException:
             container.close()
             raise
-
-
-def _first_stream(container: av.container.InputContainer, where: str) -> av.VideoStream:
-    if not container.streams.video:
-        raise InputError(f"{where}: has no video stream")
-    cover = open_library("av").stream.Disposition.attached_pic
-    return next((s for s in container.streams.video if not s.disposition & cover), container.streams.video[0])
 
 
 def packets(path: Path, where: str) -> Iterator[tuple[av.Packet, Fraction]]:

@@ -180,6 +180,13 @@ def read_number(image: np.ndarray) -> int:
     return high * 256 + low
 
 
+def test_a_vp8_packet_that_shows_nothing_is_no_frame() -> None:
+    """The first byte of a VP8 frame (RFC 6386, 9.1): bit 0 is 0 in a key frame, bit 4 is show_frame."""
+    assert video_frames._is_hidden_vp8(b"\x01\x00")
+    assert not video_frames._is_hidden_vp8(b"\x11\x00")
+    assert not video_frames._is_hidden_vp8(b"\x10\x00")
+
+
 def stub_clock(stamps: list[int]) -> video_frames.OrderClock:
     times = video_frames.VideoTimes(np.arange(len(stamps)) / FPS, sorted(stamps), 0.0)
     return video_frames.OrderClock(times, "t")
@@ -247,8 +254,10 @@ def test_whichever_frame_is_the_first_wanted_it_is_found(tmp_path: Path, case: s
         assert [read_number(image) for image in frames.read(numbers)] == numbers
 
 
-class Unseekable:
-    """Stands for a container in which FFmpeg refuses to seek, as in a file without an index."""
+class Container:
+    """Stands for a container, and counts the frames that it decodes."""
+
+    frames = 0
 
     def __init__(self, container: Any):
         self._container = container
@@ -256,21 +265,47 @@ class Unseekable:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._container, name)
 
+    def decode(self, stream: Any) -> Iterator[Any]:
+        for frame in self._container.decode(stream):
+            Container.frames += 1
+            yield frame
+
+
+class Unseekable(Container):
+    """In which FFmpeg refuses to seek, as in a file without an index."""
+
     def seek(self, *arguments: Any, **how: Any) -> None:
         raise av.error.PermissionError(1, "Operation not permitted")
+
+
+def stand_for_containers(monkeypatch: pytest.MonkeyPatch, container_type: type[Container]) -> None:
+    real = video_frames.open_video
+
+    def open_video(path: Path, where: str) -> tuple[Any, Any]:
+        container, stream = real(path, where)
+        return container_type(container), stream
+
+    monkeypatch.setattr(video_frames, "open_video", open_video)
+    monkeypatch.setattr(Container, "frames", 0)
+
+
+def test_where_a_seek_lands_too_late_it_goes_back_by_a_key_frame_and_not_to_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.mp4"
+    write_video(path, Rendered(1, 300).frames, options=B_FRAMES, container=FRAGMENTED)
+    times = video_frames.frame_times(path)
+    stand_for_containers(monkeypatch, Container)
+    frames = video_frames.VideoFrames(path, "t", [286, 287], times[[286, 287]].tolist(), 0.025)
+    assert [read_number(image) for image in frames.read([286, 287])] == [286, 287]
+    assert Container.frames <= 1 + 12 + 2  # key frame 288, found too late; then from key frame 276 on
 
 
 def test_a_video_that_cannot_be_sought_in_is_decoded_from_its_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_mp4(tmp_path / "t.mp4", Rendered(1, 60).frames)
-    real = video_frames.open_video
-
-    def open_video(path: Path, where: str) -> tuple[Any, Any]:
-        container, stream = real(path, where)
-        return Unseekable(container), stream
-
-    monkeypatch.setattr(video_frames, "open_video", open_video)
+    stand_for_containers(monkeypatch, Unseekable)
     frames = video_frames.VideoFrames(tmp_path / "t.mp4", "t", [40, 41], [4.0, 4.1], 0.025)
     assert [read_number(image) for image in frames.read([40, 41])] == [40, 41]
     frames.close()
