@@ -144,7 +144,7 @@ class LeRobotDataset:
         before = self._episodes.setdefault(number, (length, place))
         if before != (length, place):
             self._faults[number] = f"meta/episodes has it twice, as {_differences(before, (length, place))}"
-        if None not in rows and rows[1] - rows[0] != length:
+        if all(type(row) is int for row in rows) and rows[1] - rows[0] != length:
             self._faults[number] = f"its rows are {rows[0]} to {rows[1]} of the dataset, and its length is {length}"
         self._episodes[number] = (length, place)
 

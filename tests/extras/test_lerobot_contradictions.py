@@ -227,7 +227,7 @@ def test_what_contradicts_nothing_is_no_fault(data: Path, what: str) -> None:
     assert failures(data) == {}
 
 
-def rewrite(path: Path, suffix: str, format_name: str, options: dict[str, str], codec: str) -> None:
+def rewrite(path: Path, format_name: str, options: dict[str, str], codec: str) -> None:
     """Encode a video anew, with B-frames, in another container, under the same name."""
     with av.open(path) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
@@ -248,8 +248,20 @@ def test_times_count_from_the_first_frame_whatever_the_container(
     data: Path, format_name: str, movflags: str | None
 ) -> None:
     video = data / f"videos/{VIDEO_KEY}/chunk-000/file-000.mp4"
-    rewrite(video, ".mp4", format_name, {"movflags": movflags} if movflags else {}, "libx264")
+    rewrite(video, format_name, {"movflags": movflags} if movflags else {}, "libx264")
     assert failures(data) == {}
+
+
+@pytest.mark.parametrize("later_frames", [0, 1, 5])
+def test_a_first_episode_that_begins_when_the_file_does_is_on_the_files_clock(data: Path, later_frames: int) -> None:
+    video = data / f"videos/{VIDEO_KEY}/chunk-000/file-000.mp4"
+    rewrite(video, "mp4", {"movflags": "frag_keyframe+empty_moov"}, "libx264")
+    with av.open(video) as container:
+        begin_s = next(container.decode(video=0)).time
+    assert begin_s >= 0.1
+    begin_s += later_frames / 10
+    write_episodes(data, "v3.0", entries([(2 * i + begin_s, 2 * i + 2 + begin_s) for i in range(5)]))
+    assert set(failures(data)) == (set(range(5)) if later_frames else set())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
