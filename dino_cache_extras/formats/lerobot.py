@@ -33,6 +33,7 @@ from dino_cache import (
     Format,
     FrameReader,
     InputError,
+    InvalidDataError,
     Poses,
     Trajectory,
     checked_numbers,
@@ -44,7 +45,7 @@ from dino_cache import (
 )
 from dino_cache_extras.formats.common import FileCache, first_of
 from dino_cache_extras.formats.lerobot_checks import DataFiles, VideoSpan, VideoSpans, video_extent
-from dino_cache_extras.formats.video_frames import VIDEO_TOLERANCE, VideoFrames, packet_index, packets
+from dino_cache_extras.formats.video_frames import VIDEO_TOLERANCE, VideoFrames, changed_picture, packet_index, packets
 from progress_utils import RefusedError, open_library
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ class LeRobotDataset:
             return 0.0, math.inf
         span = [episode.place.get(f"{key} {end}") for end in ("from_timestamp", "to_timestamp")]
         if not all(type(end) in (int, float) and math.isfinite(end) for end in span):
-            raise InputError(f"{episode_name(episode.index)}: it lies from {span[0]} to {span[1]} s in its video")
+            raise InvalidDataError(f"{episode_name(episode.index)}: it lies from {span[0]} to {span[1]} s in its video")
         return float(span[0]), float(span[1])
 
     def spans_beside(self, episode: Episode, key: str) -> VideoSpans:
@@ -221,11 +222,11 @@ class LeRobotDataset:
     def refuse_contradiction(self, episode: Episode) -> None:
         """Raise InputError where an episode's entries contradict each other, or its rows are in several files."""
         if fault := self._faults.get(episode.index):
-            raise InputError(f"{episode_name(episode.index)}: {self.root}: {fault}")
+            raise InvalidDataError(f"{episode_name(episode.index)}: {self.root}: {fault}")
         files = self.data_files.holding(episode.index) if self.version == "v3.0" else []
         if len(files) > 1:
             names = [recordable_name(path.relative_to(self.root).as_posix()) for path in files[:2]]
-            raise InputError(
+            raise InvalidDataError(
                 f"{episode_name(episode.index)}: {names[0]} and {names[1]} both have rows of it, and one of them must "
                 "be out of date; move that away"
             )
@@ -395,10 +396,12 @@ class LeRobotSource:
         rows = np.flatnonzero(_whole_numbers(self._data_file, table, "episode_index") == self._episode.index)
         count, length = len(rows), self._episode.length
         if count != length or count == 0 or rows[-1] - rows[0] != count - 1:
-            raise InputError(f"{self._name}: {self._data_file} has {count} rows of it in one piece, expected {length}")
+            raise InvalidDataError(
+                f"{self._name}: {self._data_file} has {count} rows of it in one piece, expected {length}"
+            )
         table = table.slice(rows[0], count)
         if not np.array_equal(_whole_numbers(self._data_file, table, "frame_index"), np.arange(count)):
-            raise InputError(f"{self._name}: {self._data_file}: its frame_index is not 0 to {count - 1}")
+            raise InvalidDataError(f"{self._name}: {self._data_file}: its frame_index is not 0 to {count - 1}")
         return int(rows[0]), table
 
     def _column(self, key: str) -> dict[str, Any]:
@@ -428,13 +431,15 @@ class LeRobotSource:
         start_s, stop_s, zero_s = self._part_of_video()
         times = start_s + checked_numbers(self._name, self._column("timestamp"), "timestamp", self._episode.length)
         if (np.diff(times) <= 0).any():
-            raise InputError(f"{self._name}: its timestamps do not rise, at row {int(np.argmin(np.diff(times))) + 1}")
+            raise InvalidDataError(
+                f"{self._name}: its timestamps do not rise, at row {int(np.argmin(np.diff(times))) + 1}"
+            )
         last = f"its last row is at {times[-1]:.3f} s of {recordable_name(self._video_file.name)}"
         frame_s, is_shared = 1 / self._dataset.fps, self._dataset.version == "v3.0"
         if is_shared and times[-1] > stop_s - frame_s / 2:  # else decoding tells the first one missing
-            raise InputError(f"{self._name}: {last}, in which it ends at {stop_s:.3f} s: fewer frames than poses")
+            raise InvalidDataError(f"{self._name}: {last}, in which it ends at {stop_s:.3f} s: fewer frames than poses")
         if times[-1] + frame_s < stop_s - frame_s / 2:
-            raise InputError(f"{self._name}: {last}, in which it ends at {stop_s:.3f} s: more frames than poses")
+            raise InvalidDataError(f"{self._name}: {last}, in which it ends at {stop_s:.3f} s: more frames than poses")
         return times + zero_s
 
     def _part_of_video(self) -> tuple[float, float, float]:
@@ -447,8 +452,23 @@ class LeRobotSource:
             return 0.0, extent.last_s - extent.first_s + 1 / dataset.fps, extent.first_s
         spans = dataset.spans_beside(self._episode, key)
         if fault := spans.fault(self._name):
-            raise InputError(f"{self._name}: {fault}: its frames may be another episode's")
+            raise InvalidDataError(f"{self._name}: {fault}: its frames may be another episode's")
         return start_s, stop_s, spans.zero_s
+
+    def mispaired(self, spec: CacheSpec) -> str | None:
+        """Why what 0.2.0 made is not what is made now: it believed meta data that contradict themselves, and counted
+        times on the container's clock alone."""
+        try:
+            self._dataset.refuse_contradiction(self._episode)
+            if not self._is_video:
+                return None
+            self._times()
+        except InvalidDataError as error:
+            return f"its frames may be another's: {error}"
+        *_, zero_s = self._part_of_video()
+        if abs(zero_s) > VIDEO_TOLERANCE / self._dataset.fps:
+            return f"its times were counted on the clock of {self._video_file.name}, which begins at {zero_s:.3f} s"
+        return changed_picture(self._video_file, spec)
 
     @property
     def _video_file(self) -> Path:
@@ -584,4 +604,6 @@ FORMAT = Format(
     trajectory=f"an episode of a dataset with {LEROBOT_INFO}",
     signs=_signs,
     guess=guess_lerobot_keys,
+    pairing=2,
+    mispaired=lambda source, spec: source.mispaired(spec),
 )

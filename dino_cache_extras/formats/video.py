@@ -42,7 +42,7 @@ from dino_cache_extras.formats.video_frames import (
     SAME_TIME_S,
     VIDEO_TOLERANCE,
     VideoFrames,
-    first_picture,
+    changed_picture,
     frame_times,
     video_times,
 )
@@ -207,13 +207,7 @@ class VideoSource:
                 f"its frames were given poses of {abs(first_s):.3f} s {which}: pose times were counted on the clock of "
                 f"{recordable_name(self._path.name)}, on which its first frame is at {first_s:.3f} s"
             )
-        first = first_picture(self._path)
-        if first.is_mirrored:
-            return "its pictures were not mirrored as the video says"
-        if first.pixel_aspect != 1 and spec.resize == "crop":
-            width, height = first.pixel_aspect.as_integer_ratio()
-            return f"its pixels of {width}:{height} were taken for square"
-        return None
+        return changed_picture(self._path, spec)
 
     def open_frames(self, numbers: Sequence[int]) -> FrameReader:
         times = frame_times(self._path)

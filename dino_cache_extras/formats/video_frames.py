@@ -19,6 +19,7 @@ from dino_cache import (
     LOST_MOUNT_ERRNOS,
     MAX_FRAME_PIXELS,
     PROFILE,
+    CacheSpec,
     DinoCacheError,
     InputError,
     open_regular,
@@ -207,6 +208,21 @@ def first_picture(path: Path) -> FirstPicture:
             raise InputError(f"{where}: holds no frame that can be decoded and has a time")
         (a, b), (c, d) = _display_matrix(frame)
         return FirstPicture(frame.time, _pixel_aspect(stream), a * d - b * c < 0)
+
+
+first_pictures = FileCache(first_picture, 64)
+
+
+def changed_picture(path: Path, spec: CacheSpec) -> str | None:
+    """How pictures that 0.2.0 made of a video, neither mirrored nor with square pixels, differ from what they are now;
+    None where they do not."""
+    first = first_pictures(path)
+    if first.is_mirrored:
+        return "its pictures were not mirrored as the video says"
+    if first.pixel_aspect != 1 and spec.resize == "crop":
+        width, height = first.pixel_aspect.as_integer_ratio()
+        return f"its pixels of {width}:{height} were taken for square"
+    return None
 
 
 def _codec_of(stream: av.VideoStream, where: str) -> av.CodecContext:

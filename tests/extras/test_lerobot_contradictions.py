@@ -23,7 +23,7 @@ from formats_support import (
     write_mp4,
 )
 
-import dino_cache
+from dino_cache_extras.formats.lerobot_checks import VideoSpans
 from support import FIRST, SECOND, Outcome, Rendered, check_stamps, chunk_files, read_progress
 
 FRAMES = 20  # of each episode, 0.1 s apart: episode i lies from 2 i to 2 i + 2 s of its file
@@ -304,10 +304,7 @@ def redone(outcome: Outcome, cache_dir: Path, before: dict[Path, bytes]) -> bool
 @pytest.mark.parametrize(
     "file",
     [
-        pytest.param(
-            "data/chunk-000/file-000.parquet",
-            marks=pytest.mark.skipif(not hasattr(dino_cache, "InvalidDataError"), reason="completed work is withdrawn"),
-        ),
+        "data/chunk-000/file-000.parquet",
         "meta/episodes/chunk-000/file-000.parquet",
         "meta/info.json",
     ],
@@ -329,3 +326,41 @@ def test_a_file_that_is_cut_in_half_over_night_costs_nothing(
     outcome = run_bits()
     assert outcome.code == 0
     assert not redone(outcome, cache_dir, before)
+
+
+def as_made_by_0_2_0(cache_dir: Path) -> None:
+    """Its records say nothing of the rule by which frames were found."""
+    record = read_progress(cache_dir)
+    for entry in record["trajectory_records"].values():
+        assert entry.pop("pairing") == 2
+    (cache_dir / "progress.json").write_text(json.dumps(record))
+
+
+def test_an_episode_that_was_made_of_contradictory_data_is_found_and_its_chunks_are_removed(
+    run_bits: Callable[..., Outcome], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache_dir = data.parent / "cache"
+    write_episodes(data, "v3.0", entries([(0.0, 2.0), (2.1, 4.1), (4.0, 6.0), (6.0, 8.0), (8.0, 10.0)]))
+    with monkeypatch.context() as patch:  # 0.2.0 believed it: episode 1 has the frame of its next row, in each row
+        patch.setattr(VideoSpans, "fault", lambda self, name: None)
+        assert run_bits().code == 0
+    as_made_by_0_2_0(cache_dir)
+    others = {path: path.read_bytes() for path in chunk_files(cache_dir) if path.parent.name != "episode_000001"}
+    outcome = run_bits()
+    assert outcome.code == 1
+    assert "Redoing episode_000001: its frames may be another's" in outcome.err
+    assert {path: path.read_bytes() for path in chunk_files(cache_dir)} == others
+    record = read_progress(cache_dir)
+    assert [*record["failures"]] == ["episode_000001"]
+    assert {entry["pairing"] for entry in record["trajectory_records"].values()} == {2}
+
+
+def test_a_cache_of_0_2_0_of_data_that_agree_has_nothing_to_do(run_bits: Callable[..., Outcome], data: Path) -> None:
+    cache_dir = data.parent / "cache"
+    assert run_bits().code == 0
+    as_made_by_0_2_0(cache_dir)
+    before = {path: path.read_bytes() for path in chunk_files(cache_dir)}
+    outcome = run_bits()
+    assert outcome.code == 0
+    assert not redone(outcome, cache_dir, before)
+    assert {entry["pairing"] for entry in read_progress(cache_dir)["trajectory_records"].values()} == {2}
