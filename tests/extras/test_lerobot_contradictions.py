@@ -107,6 +107,15 @@ def test_a_frame_of_nobody_fails_those_on_both_sides(tmp_path: Path) -> None:
     assert all("2.000" in reason and "2.100" in reason for reason in failed.values())
 
 
+def test_two_episodes_with_the_same_frames_both_fail(data: Path) -> None:
+    frames = [frame for episode in (*EPISODES[:2], *EPISODES[3:]) for frame in episode.frames]
+    write_mp4(data / f"videos/{VIDEO_KEY}/chunk-000/file-000.mp4", frames)
+    write_episodes(data, "v3.0", entries([(0.0, 2.0), (2.0, 4.0), (2.0, 4.0), (4.0, 6.0), (6.0, 8.0)]))
+    failed = failures(data)
+    assert set(failed) == {1, 2}
+    assert all("2.000 to 4.000" in reason for reason in failed.values())
+
+
 def test_an_episode_in_a_video_file_of_others_fails_and_those_go_on(tmp_path: Path) -> None:
     data = tmp_path / "data"
     lengths = (40, 27, 33)
