@@ -3689,7 +3689,7 @@ def _compare_pairing(
         return state
     try:
         with input_errors(state.trajectory.name):
-            reason = kind.mispaired(source, CacheSpec.model_validate(with_defaults(settings)))
+            reason = kind.mispaired(source, recorded_spec(settings))
     except (InputError, OSError) as error:
         return state._replace(remark=f"cannot be looked at, stays as it is: {error}")
     if reason is not None:
