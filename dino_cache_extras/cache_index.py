@@ -199,7 +199,7 @@ def open_table(cache_dirs: str | os.PathLike[str] | Sequence[str | os.PathLike[s
 NOT_OF_FEATURES = {
     *("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m", "frame_stride", "frame_pattern"),
     *("tokens", "weights", "position_key", "yaw_key", "position_scale", "yaw_unit", "pose_axes"),
-    "time_scale",
+    *("time_zero", "time_scale"),
     *("chunk_by", "max_chunk_frames", "overlap_frames"),
 }
 
