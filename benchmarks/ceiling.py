@@ -21,6 +21,7 @@ import yaml
 from instant_run import PROC, InstantEncoder, process_tree
 from workload import ROOT, Spread, data_of, dino_cache, interleave, ratios, report
 
+INSTANT_RUN = Path(__file__).with_name("instant_run.py")
 LOOK_EVERY_S = 0.1  # at the memory of the processes
 SHORT_FRAMES = 20  # of a short trajectory
 LEAST_FRAMES = 16 * InstantEncoder.default_batch_size  # of the longest case; a quarter of them must have a middle
@@ -31,7 +32,7 @@ class Checkout(NamedTuple):
     """A version of the program, and the settings that it is run with."""
 
     folder: Path
-    asked: dict[str, Any]  # those that this version does not know are left out
+    settings: dict[str, Any]
 
 
 class WholeRun(NamedTuple):
@@ -58,19 +59,16 @@ def run_once(
     Raises:
         SystemExit: the run failed, or encoded other than `num_frames` frames.
     """
-    job_file, log, cache_dir = root / "job.json", root / "run.log", root / "cache"
+    config, job_file, marks, log = (root / name for name in ("run.yaml", "job.json", "marks.json", "run.log"))
+    cache_dir = root / "cache"
     shutil.rmtree(cache_dir, ignore_errors=True)
     paths = {"data_folder": str(data), "cache_dir": str(cache_dir)}
-    job = {
-        "settings": {"weights": "random", "precision": "fp32", "device": "cpu", **settings, "datasets": {"run": paths}},
-        "asked": checkout.asked,
-        "config": str(root / "run.yaml"),
-        "marks": str(root / "marks.json"),
-        "num_frames": num_frames,
-        "lead": max(InstantEncoder.default_batch_size, num_frames // 8),
-    }
+    common = {"weights": "random", "precision": "fp32", "device": "cpu", "datasets": {"run": paths}}
+    config.write_text(json.dumps({**common, **settings, **checkout.settings}))  # JSON is YAML
+    lead = max(InstantEncoder.default_batch_size, num_frames // 8)
+    job = {"config": str(config), "marks": str(marks), "num_frames": num_frames, "lead": lead}
     job_file.write_text(json.dumps(job))
-    command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / "instant_run.py"), str(job_file)]
+    command = [sys.executable, "-W", "ignore", str(INSTANT_RUN), str(job_file)]
     environment = {**os.environ, "DINO_CACHE_CHECKOUT": str(checkout.folder)}
     begin, peak = time.time(), 0.0
     with log.open("wb") as output, subprocess.Popen(command, env=environment, stdout=output, stderr=output) as process:
@@ -85,7 +83,7 @@ def run_once(
     if process.returncode:
         sys.exit(f"{checkout.folder}: exit code {process.returncode}\n{log.read_text(errors='replace')[-3000:]}")
     shutil.rmtree(cache_dir)
-    return measured(json.loads((root / "marks.json").read_text()), num_frames, begin, ended, peak)
+    return measured(json.loads(marks.read_text()), num_frames, begin, ended, peak)
 
 
 def measured(marks: dict[str, Any], num_frames: int, launched: float, ended: float, peak_mib: float) -> WholeRun:
@@ -143,7 +141,15 @@ def kib_of(path: Path) -> dict[str, int]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def settings_of(pairs: list[str]) -> dict[str, Any]:
+KNOWN_SETTINGS = """
+import json, sys
+sys.path[:0] = [sys.argv[1]]
+import dino_cache
+print(json.dumps([*dino_cache.CacheSpec.model_fields, *dino_cache.RunOptions.model_fields]))
+"""
+
+
+def settings_of(option: str, pairs: list[str]) -> dict[str, Any]:
     """`KEY=VALUE`, as on the command line, with values as in a config.
 
     Raises:
@@ -153,24 +159,30 @@ def settings_of(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or key not in {*dino_cache.CacheSpec.model_fields, *dino_cache.RunOptions.model_fields}:
-            sys.exit(f"--set {pair}: not KEY=VALUE with a setting that this checkout has")
+            sys.exit(f"{option} {pair}: not KEY=VALUE with a setting that this checkout has")
         settings[key] = yaml.safe_load(value)
     return settings
 
 
 def checkouts(arguments: argparse.Namespace) -> dict[str, Checkout]:
-    """This one, as "this", and what it is compared with, as "base", if anything.
+    """This one, as "this", and what it is compared with, as "base", if anything; a setting that the baseline does not
+    know yet is left out there, and named.
 
     Raises:
         SystemExit: the baseline is no checkout.
     """
-    asked = settings_of(arguments.set)
-    sides = {"this": Checkout(ROOT, asked)}
+    settings = settings_of("--set", arguments.set)
+    sides = {"this": Checkout(ROOT, settings)}
     if arguments.baseline or arguments.baseline_set:
         folder = Path(arguments.baseline or ROOT).resolve()
         if not (folder / "dino_cache.py").is_file():
             sys.exit(f"--baseline {folder}: has no dino_cache.py")
-        sides["base"] = Checkout(folder, {**asked, **settings_of(arguments.baseline_set)})
+        asked = {**settings, **settings_of("--baseline-set", arguments.baseline_set)}
+        command = [sys.executable, "-c", KNOWN_SETTINGS, str(folder)]
+        known = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        for key in asked.keys() - {*known}:
+            print(f"The baseline has no setting {key}: it runs without.")
+        sides["base"] = Checkout(folder, {key: value for key, value in asked.items() if key in known})
     return sides
 
 

@@ -2,7 +2,7 @@
 
     DINO_CACHE_CHECKOUT=<checkout> python benchmarks/instant_run.py JOB.json
 
-The job names the settings and where the marks go: the times at which so many frames had reached the encoder, on the
+The job names the config and where the marks go: the times at which so many frames had reached the encoder, on the
 wall's clock, on that of this process and on that of all processes of the run. Rates are taken between two marks in the
 middle of the run, when frames are read ahead at either of them; starting and ending are told apart from it.
 
@@ -108,8 +108,9 @@ class Mark(NamedTuple):
     @classmethod
     def now(cls, frames: int) -> Mark:
         at, main_s = time.time(), time.process_time()
-        all_s = processor_s(process_tree(os.getpid()))
-        return cls(frames, at, main_s, all_s, time.time(), time.process_time())
+        times = os.times()
+        others_s = times.children_user + times.children_system + processor_s(process_tree(os.getpid())[1:])
+        return cls(frames, at, main_s, main_s + others_s, time.time(), time.process_time())
 
 
 class Marks:
@@ -129,9 +130,6 @@ class Marks:
 
 def main(job: dict[str, Any]) -> int:
     """Run the job; returns dino_cache's exit code."""
-    known = {*dino_cache.CacheSpec.model_fields, *dino_cache.RunOptions.model_fields}
-    asked = {key: value for key, value in job["asked"].items() if key in known}
-    Path(job["config"]).write_text(json.dumps({**job["settings"], **asked}))  # JSON is YAML
     marks = Marks(job["num_frames"], job["lead"])
 
     class MarkingEncoder(InstantEncoder):
@@ -142,8 +140,7 @@ def main(job: dict[str, Any]) -> int:
     dino_cache.load_encoder = lambda spec, device: (MarkingEncoder(spec), "0" * 16)
     exit_code = dino_cache.main(["--config", job["config"]])
     marks.taken["done"] = Mark.now(marks.frames)
-    content = {"ignored": sorted({*job["asked"]} - {*asked}), **{k: v._asdict() for k, v in marks.taken.items()}}
-    Path(job["marks"]).write_text(json.dumps(content))
+    Path(job["marks"]).write_text(json.dumps({name: mark._asdict() for name, mark in marks.taken.items()}))
     return exit_code
 
 

@@ -35,13 +35,12 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from ceiling import ceiling, memory
+from ceiling import ceiling, checkouts, memory
 from instant_run import InstantEncoder
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from workload import (
-    ROOT,
     Spread,
     cache_once,
     data_of,
@@ -441,40 +440,46 @@ def seconds_to_mark(*command: str) -> float:
 
 
 def start(arguments: argparse.Namespace, root: Path) -> None:
-    count = arguments.frames // 20
+    count = 25 if arguments.quick else arguments.frames // 20
     data = data_of(root, *[20] * count)
+    sides = checkouts(arguments)
     settings = {"dino_model_type": arguments.model, "weights": "random", "image_size": [28, 28], "device": "cpu"}
-    for name in ("fresh", "recorded", "complete"):
-        paths = {"data_folder": str(data), "cache_dir": str(root / name)}
-        (root / f"{name}.yaml").write_text(json.dumps({**settings, "datasets": {"start": paths}}))
+    for side, checkout in sides.items():
+        for name in ("fresh", "recorded", "complete"):
+            paths = {"data_folder": str(data), "cache_dir": str(root / side / name)}
+            config = {**settings, **checkout.settings, "datasets": {"start": paths}}
+            (root / f"{side}_{name}.yaml").write_text(json.dumps(config))
 
-    def run(name: str, *options: str) -> float:
+    def run(side: str, name: str, *options: str) -> float:
         begin = time.time()
-        command = [sys.executable, str(ROOT / "dino_cache.py"), "--config", str(root / f"{name}.yaml"), *options]
+        program = str(sides[side].folder / "dino_cache.py")
+        command = [sys.executable, program, "--config", str(root / f"{side}_{name}.yaml"), *options]
         subprocess.run(command, check=not options, capture_output=True)
         return time.time() - begin
 
-    def to_first_batch(name: str) -> float:
-        return seconds_to_mark("-c", FIRST_BATCH, str(ROOT), "--config", str(root / f"{name}.yaml"))
+    def to_first_batch(side: str, name: str) -> float:
+        config = str(root / f"{side}_{name}.yaml")
+        return seconds_to_mark("-c", FIRST_BATCH, str(sides[side].folder), "--config", config)
 
-    run("recorded", "--limit", str(count - 1))
-    run("complete")
-    seconds = interleave(
-        arguments.repetitions,
-        bare=lambda: seconds_to_mark("-c", BARE_START, dino_cache.MODEL_NAMES[arguments.model]),
-        fresh=lambda: to_first_batch("fresh"),
-        recorded=lambda: to_first_batch("recorded"),
-        nothing=lambda: run("complete"),
-    )
-    rows = {
-        "bare program: torch, timm, random model [s]": Spread.of(seconds["bare"]),
-        "no cache yet, to the first batch [s]": Spread.of(seconds["fresh"]),
-        "no cache yet, over the bare program": ratios(seconds, "fresh", "bare"),
-        "one trajectory left, to its batch [s]": Spread.of(seconds["recorded"]),
-        "one left, over the bare program": ratios(seconds, "recorded", "bare"),
-        "nothing to do, the whole command [s]": Spread.of(seconds["nothing"]),
-        "nothing to do, over the bare program": ratios(seconds, "nothing", "bare"),
+    measures = {"bare": lambda: seconds_to_mark("-c", BARE_START, dino_cache.MODEL_NAMES[arguments.model])}
+    for side in sides:
+        run(side, "recorded", "--limit", str(count - 1))
+        run(side, "complete")
+        measures[f"{side} fresh"] = functools.partial(to_first_batch, side, "fresh")
+        measures[f"{side} recorded"] = functools.partial(to_first_batch, side, "recorded")
+        measures[f"{side} complete"] = functools.partial(run, side, "complete")
+    seconds = interleave(1 if arguments.quick else arguments.repetitions, **measures)
+    rows = {"bare program: torch, timm, random model [s]": Spread.of(seconds["bare"])}
+    titles = {
+        "fresh": ("no cache yet, to the first batch", "no cache yet"),
+        "recorded": ("one trajectory left, to its batch", "one left"),
+        "complete": ("nothing to do, the whole command", "nothing to do"),
     }
+    for name, (title, short_title) in titles.items():
+        rows[f"{title} [s]"] = Spread.of(seconds[f"this {name}"])
+        rows[f"{short_title}, over the bare program"] = ratios(seconds, f"this {name}", "bare")
+        if "base" in sides:
+            rows[f"{short_title}, over baseline"] = ratios(seconds, f"this {name}", f"base {name}")
     report(f"Start: {arguments.model}, {count} trajectories of 20 frames", rows)
 
 
@@ -507,7 +512,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, help="of the longer run")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--instant", action="store_true", help="short: an encoder that returns at once")
-    parser.add_argument("--baseline", metavar="DIR", help="ceiling, memory: another checkout, measured in turn")
+    parser.add_argument("--baseline", metavar="DIR", help="ceiling, memory, start: another checkout, measured in turn")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="likewise: a setting of both")
     parser.add_argument("--baseline-set", metavar="KEY=VALUE", action="append", default=[], help="of the baseline")
     parser.add_argument("--quick", action="store_true", help="likewise: a few frames, once; its figures mean nothing")
