@@ -36,8 +36,7 @@ from dino_cache import (
     InputError,
     Poses,
     Trajectory,
-    checked_numbers,
-    checked_position,
+    checked_poses,
     open_regular,
     recordable_name,
 )
@@ -48,6 +47,7 @@ HDF5_TIMEOUT_S = 30  # time in which such a process must answer
 HDF5_MEMORY_BYTES = 4 << 30  # memory that such a process may take
 RECON_KEYS = ("images/rgb_left", "jackal/position", "jackal/yaw")
 RECON_SUFFIX = ".hdf5"
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)  # what a file can do to HDF5
 
 
 def find_recon(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
@@ -61,7 +61,7 @@ def find_recon(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
     except OSError as error:
         raise RefusedError(f"data_folder {data_folder}: cannot list it: {error.strerror}") from error
     for file_name in file_names:
-        if file_name.endswith(RECON_SUFFIX) and not file_name.startswith("."):
+        if file_name.lower().endswith(RECON_SUFFIX) and not file_name.startswith("."):
             yield Trajectory(recordable_name(file_name.partition(".")[0]), data_folder / file_name, format="recon")
 
 
@@ -80,7 +80,7 @@ class ReconSource:
         self._trajectory = trajectory
         self._where = f"{trajectory.name} ({recordable_name(trajectory.path.name)})"
         given = (keys.image_key, keys.position_key, keys.yaw_key)
-        self._keys = [key or default for key, default in zip(given, RECON_KEYS)]
+        self._keys, self._settings = [key or default for key, default in zip(given, RECON_KEYS)], keys
         self._size = os.stat(trajectory.path).st_size
 
     @functools.cached_property
@@ -103,13 +103,11 @@ class ReconSource:
         return digest.hexdigest()[:16]
 
     def poses(self, *, required: bool) -> Poses:
-        count, poses = self._content
-        _, position_key, yaw_key = self._keys
-        position = checked_position(self._where, poses, position_key)
-        yaw = checked_numbers(self._where, poses, yaw_key, len(position))
-        if count != len(position):
-            raise InputError(f"{self._where}: {count} images in {self._keys[0]} but {len(position)} poses")
-        return Poses(np.arange(count, dtype=np.int64), position, yaw)
+        count, values = self._content
+        poses = checked_poses(self._where, values, self._settings, *self._keys[1:])
+        if count != len(poses.position):
+            raise InputError(f"{self._where}: {count} images in {self._keys[0]} but {len(poses.position)} poses")
+        return poses
 
     def open_frames(self, numbers: Sequence[int]) -> FrameReader:
         return self
@@ -172,7 +170,8 @@ class Hdf5Readers:
 
         Raises:
             InputError: the file is damaged, lacks a key, or crashes HDF5 twice.
-            OSError: it cannot be opened or read, or HDF5 does not come to an end with it.
+            OSError: it cannot be opened or read, HDF5 does not come to an end with it, or the process that reads it was
+                killed twice or does not start: of the file that says nothing.
         """
         process = self._idle.get()
         try:
@@ -188,7 +187,7 @@ class Hdf5Readers:
                 except (EOFError, ConnectionError) as error:
                     status, process = process.end(), None
                     if is_last:
-                        raise InputError(f"{where}: HDF5 crashed on it (exit status {status})") from error
+                        raise _ended(where, status) from error
         finally:
             self._idle.put(process)
         if kind == "error":
@@ -196,6 +195,18 @@ class Hdf5Readers:
         if kind == "fault":
             raise InputError(f"{where}: {value}")
         return value
+
+
+def _ended(where: str, status: int) -> Exception:
+    """What it means that the process that read a file ended with this exit status, negative where a signal ended it."""
+    if -status in CRASHES:
+        return InputError(f"{where}: HDF5 crashed on it (exit status {status})")
+    how = f"ended with exit status {status}; `python -c 'import h5py'` says whether the library is whole"
+    if status < 0:
+        how = f"was killed by signal {-status}"
+    if status == -signal.SIGKILL:
+        how += ", as the system does when memory runs out"
+    return OSError(errno.ECHILD, f"{where}: cannot be read: the process that reads HDF5 {how}")
 
 
 HDF5_READERS = Hdf5Readers(HDF5_PROCESSES)
@@ -242,7 +253,7 @@ def read_recon(path: str, keys: list[str], rows: list[int] | None) -> Any:
             return [_image_bytes(value) for value in images[rows]]
         if any(values.size > MAX_POSE_NUMBERS for values in poses):
             raise InputError(f"{keys[1:]} hold more than {MAX_POSE_NUMBERS} numbers")
-        return len(images), {key: values[...] for key, values in zip(keys[1:], poses)}
+        return len(images), {key: _comparable(values[...]) for key, values in zip(keys[1:], poses)}
 
 
 def _recon_dataset(file: h5py.File, key: str) -> h5py.Dataset:
@@ -256,6 +267,15 @@ def _recon_dataset(file: h5py.File, key: str) -> h5py.Dataset:
     return dataset
 
 
+def _comparable(values: np.ndarray) -> np.ndarray:
+    """The values; text in place of objects. Those could not be poses, but the checksum is over what they say: over the
+    objects, it would be over where they lie in memory, and another one every time."""
+    if not values.dtype.hasobject:
+        return values
+    texts = map(repr, values.flat)
+    return np.array([text if len(text) <= 64 else hashlib.sha256(text.encode()).hexdigest() for text in texts])
+
+
 def _image_bytes(value: Any) -> bytes:
     """The bytes of one image, of fixed length, of variable length, or a padded row of numbers."""
     if isinstance(value, bytes):
@@ -267,7 +287,7 @@ def _image_bytes(value: Any) -> bytes:
 
 
 def _signs(folder: FolderFiles, is_top: bool) -> list[str]:
-    return [file for file in folder.files if file.endswith(RECON_SUFFIX)][:1] if is_top else []
+    return [file for file in folder.files if file.lower().endswith(RECON_SUFFIX)][:1] if is_top else []
 
 
 FORMAT = Format(
@@ -277,4 +297,7 @@ FORMAT = Format(
     settings=KEY_SETTINGS,
     trajectory=f"a *{RECON_SUFFIX} file in the folder itself",
     signs=_signs,
+    guess=lambda data_folder, spec: {
+        setting: getattr(spec, setting) or key for setting, key in zip(KEY_SETTINGS, RECON_KEYS)
+    },
 )

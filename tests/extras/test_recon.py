@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from formats_support import chunks, write_recon
 
 from dino_cache import DataKeys, InputError, Trajectory, open_source
 from dino_cache_extras.formats import recon
-from support import FIRST, ROOT, Outcome, no_hang, wait_until
+from support import FIRST, ROOT, SECOND, Outcome, chunk_files, no_hang, read_progress, wait_until
 
 
 @pytest.fixture
@@ -64,6 +65,36 @@ def test_a_file_that_crashes_hdf5_twice_is_at_fault(
         read_one(tmp_path / "t1.r01.hdf5")
 
 
+def end_by(number: int) -> Callable[[recon.Hdf5Process, tuple], Any]:
+    """In place of Hdf5Process.ask: the process is ended by this signal before it answers."""
+
+    def ask(self: recon.Hdf5Process, request: tuple) -> Any:
+        os.kill(self._process.pid, number)
+        return self._connection.recv()
+
+    return ask
+
+
+def test_a_reading_process_that_is_killed_each_time_says_nothing_of_the_file(
+    tmp_path: Path, readers: recon.Hdf5Readers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_recon(tmp_path, [FIRST])
+    monkeypatch.setattr(recon.Hdf5Process, "ask", end_by(signal.SIGKILL))
+    with pytest.raises(OSError, match=r"t1.r01.hdf5.*cannot be read.*killed by signal 9.*memory"):
+        read_one(tmp_path / "t1.r01.hdf5")
+
+
+def test_a_library_that_does_not_load_says_nothing_of_the_file(
+    tmp_path: Path, readers: recon.Hdf5Readers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_recon(tmp_path, [FIRST])
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text("import sys; sys.modules['h5py'] = None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    with pytest.raises(OSError, match=r"t1.r01.hdf5.*cannot be read.*exit status 1.*h5py"):
+        read_one(tmp_path / "t1.r01.hdf5")
+
+
 def test_a_file_that_hdf5_does_not_finish_with_is_given_up(
     tmp_path: Path, readers: recon.Hdf5Readers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +136,47 @@ def test_two_files_with_one_name_are_refused(run_bits: Callable[..., Outcome], t
     outcome = run_bits()
     assert outcome.code == 2
     assert all(word in outcome.err for word in ("t1.r01.hdf5", "t1.r02.hdf5", "rename"))
+
+
+def test_completed_trajectories_survive_runs_in_which_every_reading_process_is_killed(
+    run_bits: Callable[..., Outcome], tmp_path: Path, readers: recon.Hdf5Readers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_recon(tmp_path / "data", [FIRST, SECOND])
+    assert run_bits().code == 0
+    before = {path: path.read_bytes() for path in chunk_files(tmp_path / "cache")}
+    with monkeypatch.context() as harm:
+        harm.setattr(recon.Hdf5Process, "ask", end_by(signal.SIGKILL))
+        outcome = run_bits()
+    assert outcome.code == 1
+    assert "killed by signal 9" in outcome.err
+    assert read_progress(tmp_path / "cache")["completed_trajectories"] == ["t1", "t2"]
+    assert {path: path.read_bytes() for path in chunk_files(tmp_path / "cache")} == before
+    outcome = run_bits()
+    assert outcome.code == 0
+    assert "Redoing" not in outcome.err
+    assert {path: path.read_bytes() for path in chunk_files(tmp_path / "cache")} == before
+
+
+@pytest.mark.parametrize("values", [["0.1"] * 40, [b"x" * 100] * 40, [np.ones(2)] * 40])
+def test_poses_that_are_no_numbers_are_the_same_data_in_every_run(
+    run_bits: Callable[..., Outcome], tmp_path: Path, values: list[Any]
+) -> None:
+    write_recon(tmp_path / "data", [FIRST, SECOND])
+    with h5py.File(tmp_path / "data/t1.r01.hdf5", "r+") as file:
+        del file["jackal/yaw"]
+        kind = h5py.vlen_dtype(float) if isinstance(values[0], np.ndarray) else h5py.string_dtype()
+        yaw = file.create_dataset("jackal/yaw", (40,), kind)
+        for row, value in enumerate(values):
+            yaw[row] = value
+    for attempts in (1, 2, 3, 3):
+        outcome = run_bits()
+        assert outcome.code == 1
+        assert "Redoing" not in outcome.err
+        failure = read_progress(tmp_path / "cache")["failures"]["t1"]
+        assert failure["attempts"] == attempts
+        assert "jackal/yaw" in failure["reason"]
+        assert "expected numbers" in failure["reason"]
+    assert read_progress(tmp_path / "cache")["completed_trajectories"] == ["t2"]
 
 
 def test_poses_that_are_there_are_stored_also_in_chunks_by_number_of_frames(
