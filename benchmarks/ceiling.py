@@ -23,6 +23,7 @@ from workload import ROOT, Spread, data_of, dino_cache, interleave, ratios, repo
 
 INSTANT_RUN = Path(__file__).with_name("instant_run.py")
 LOOK_EVERY_S = 0.1  # at the memory of the processes
+BUSY = 0.5  # of the cores' load, from which two runs in turn do not find the same machine
 SHORT_FRAMES = 20  # of a short trajectory
 LEAST_FRAMES = 16 * InstantEncoder.default_batch_size  # of the longest case; a quarter of them must have a middle
 TINY, CAMERA = (16, 16), (640, 480)
@@ -210,6 +211,9 @@ def ceiling(arguments: argparse.Namespace, root: Path) -> None:
     num_frames, repetitions = (LEAST_FRAMES, 1) if arguments.quick else (arguments.frames, arguments.repetitions)
     if num_frames < LEAST_FRAMES:
         sys.exit(f"--frames {num_frames}: at least {LEAST_FRAMES}")
+    load = os.getloadavg()[0]
+    if load > BUSY * dino_cache.available_cores():
+        print(f"The machine is busy (load {load:.1f}): rates and starts mean little, processor times a little more.")
     for case in cases(num_frames):
         data = data_of(root, *case.lengths, size=case.pictures)
         settings = {"dino_model_type": arguments.model, "tokens": ["cls"], "image_size": list(case.image_size)}

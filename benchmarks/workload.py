@@ -136,7 +136,7 @@ def report(title: str, rows: dict[str, Spread | float | int | str]) -> None:
     machine = {"cores": dino_cache.available_cores(), "python": platform.python_version()}
     versions = json.loads(dino_cache.library_versions())
     content = {name: value._asdict() if isinstance(value, Spread) else value for name, value in rows.items()}
-    print(json.dumps({"benchmark": title, **content, "machine": {**machine, **versions}}))
+    print(json.dumps({"benchmark": title, **content, "machine": {**machine, **versions}}), flush=True)
 
 
 @contextlib.contextmanager
