@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 PRECISION_HINTS = {"fp32": "f32", "bf16": "bf16"}
 GRAPH_FILE, DATA_FILE, DIGEST_FILE = "model.xml", "model.bin", "digest"
 READ_BLOCK_BYTES = 1 << 24
+STAGING_PREFIX, LEFTOVER_AGE_S = ".new-", 86_400
 # Mean over tokens of 1 - cosine to torch in fp32, of one frame of noise: many times what rounding makes, and far below
 # what a damaged graph would.
 MOST_DEVIATION = {"fp32": 1e-5, "bf16": 1e-2}
@@ -62,8 +63,8 @@ def load(model: torch.nn.Module, spec: CacheSpec, weights_digest: str) -> Encode
 
 
 class OpenVinoEncoder(DinoEncoder):
-    """As DinoEncoder on a CPU: every core encodes rows of its own. It takes one at a time, which is as fast here as four,
-    and makes a frame's features the same bytes whatever it is batched with."""
+    """As DinoEncoder on a CPU: every core encodes rows of its own. It takes one at a time, which is as fast here as
+    four, and makes a frame's features the same bytes whatever it is batched with."""
 
     def __init__(self, model: torch.nn.Module, spec: CacheSpec, weights_digest: str):
         self._weights_digest = weights_digest
@@ -212,12 +213,20 @@ def read_kept(folder: Path) -> openvino.Model | None:
     return None
 
 
+def remove_leftovers(parent: Path) -> None:
+    """Of runs that were killed while they kept a graph; a day old, since another run may be at it now."""
+    for path in parent.glob(f"{STAGING_PREFIX}*"):
+        if time.time() - path.stat().st_mtime > LEFTOVER_AGE_S:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def keep(graph: openvino.Model, folder: Path) -> None:
     """Keep a graph, in place of what lies there; where that fails, each run converts anew."""
     staging = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+        remove_leftovers(folder.parent)
+        staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=folder.parent))
         openvino.save_model(graph, staging / GRAPH_FILE, compress_to_fp16=False)
         (staging / DIGEST_FILE).write_text(graph_digest(staging), encoding="ascii")
         shutil.rmtree(folder, ignore_errors=True)
