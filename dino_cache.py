@@ -2037,11 +2037,10 @@ class DinoEncoder:
 
     def _features_of(self, model: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
         """What turns normalised fp32 frames (B, 3, H, W) into tokens (B, 1 + R + h*w, D), after the final norm."""
-        model = model.to(self._device, self._dtype)
-        forward = model.forward_features
+        if self._spec.compile and self._device.type == "cuda":
+            open_library("triton")  # which the first batch would miss
+        forward = model.to(self._device, self._dtype).forward_features
         if self._spec.compile:
-            if self._device.type == "cuda":
-                open_library("triton")  # which the first batch would miss
             forward = self._torch.compile(forward)
         return lambda normalised: forward(normalised.to(self._dtype))
 
