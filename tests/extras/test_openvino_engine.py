@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from dino_cache import CacheSpec, Encoder, RefusedError, check_engine, encode_im
 from support import REAL, ROOT, chunk_files, make_trajectory, read_chunk, tree, write_config
 
 openvino = pytest.importorskip("openvino")
-from dino_cache_extras import openvino_engine  # noqa: E402
+from dino_cache_extras import openvino_engine, ray_workers  # noqa: E402
 
 SIZES = {"small": (28, 42), "small_reg": (28, 42), "dinov3_small": (32, 48)}
 MOST = {"fp32": 1e-6, "bf16": 1e-4}  # 1 - cosine to torch in fp32
@@ -364,6 +365,27 @@ def test_a_missing_library_is_said_before_work(options: tuple[str, ...], tmp_pat
     assert "this needs openvino" in done.stderr
     assert "pip install -r requirements-openvino.txt" in done.stderr
     assert not list(tmp_path.rglob("chunk_*"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_ray_worker_refuses_what_it_cannot_compute_alike(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"handlers": [], "propagate": False, "level": 0}.items():
+        monkeypatch.setattr(dino_cache.LOG, name, value)  # which a worker changes for its whole process
+    spec = spec_of("small")
+    label = dino_cache.ChunkLabel("robot", spec, "0" * 16, "0" * 16, {})
+    job = ray_workers.WorkerJob(
+        label, dino_cache.RunOptions(), lambda spec, device: (None, "0" * 16), tmp_path, tmp_path,
+        versions=dino_cache.versions_of(spec),
+    )  # fmt: skip
+    worker = ray_workers.RayWorker("worker", device, 1, dino_cache.library_versions())
+    if device == "cuda":
+        assert "openvino encodes on a CPU" in worker.load(job, tmp_path)
+    else:
+        assert worker.load(job, tmp_path) is None
+        other = job.versions.replace(openvino.__version__.split("-")[0], "2026.9.9")
+        assert "the driver has" in worker.load(dataclasses.replace(job, versions=other), tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
