@@ -30,7 +30,8 @@ Sections, each using only those above it: constants - errors - profile - configu
 plan - decoding - encoding - storage - working ahead - pipeline - executors - before the work - the work - forecast -
 a run - command line. torch, torchvision, timm and h5py are imported where they are first needed, so that refusals and
 runs with nothing to do are quick. What goes beyond this job (other formats, executor: ray, CacheWindows to train with,
-encode_images) lies in dino_cache_extras/ and is opened by name: FORMAT_MODULES, EXECUTOR_MODULES, DOORS.
+encode_images, other engines) lies in dino_cache_extras/ and is opened by name: FORMAT_MODULES, EXECUTOR_MODULES,
+ENGINE_MODULES, DOORS.
 """
 
 from __future__ import annotations
@@ -167,6 +168,7 @@ FORMAT_MODULES = {  # format -> the module that reads it; gnm is read here
     "video": "dino_cache_extras.formats.video",
 }
 EXECUTOR_MODULES = {"ray": "dino_cache_extras.ray_workers"}  # executor -> its module; local is this process
+ENGINE_MODULES = {"openvino": "dino_cache_extras.openvino_engine"}  # engine -> its module; torch is used here
 DOORS = {"CacheWindows": "dino_cache_extras.windows", "encode_images": "dino_cache_extras.images"}  # see __getattr__
 __all__.extend(DOORS)
 
@@ -344,6 +346,8 @@ class CacheSpec(BaseModel):
     pixel_mean: ChannelValues = (0.485, 0.456, 0.406)
     pixel_std: ChannelValues = (0.229, 0.224, 0.225)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    engine: str = "torch"
+    compile: StrictBool = False
     max_chunk_distance_m: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] = 50.0
     overlap_distance_m: Metres = 1.0
     min_chunk_distance_m: Metres = 0.3
@@ -367,6 +371,11 @@ class CacheSpec(BaseModel):
         if len(set(tokens)) != len(tokens):
             raise ValueError("names a token twice")
         return tuple(token for token in TOKEN_DATASETS if token in tokens)
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_is_known(cls, name: str) -> str:
+        return one_of(name, ("torch", *ENGINE_MODULES))
 
     @field_validator("pixel_std")
     @classmethod
@@ -402,6 +411,8 @@ class CacheSpec(BaseModel):
             raise ValueError(
                 f"overlap_frames: {self.overlap_frames} must be less than max_chunk_frames: {self.max_chunk_frames}"
             )
+        if self.compile and self.engine != "torch":
+            raise ValueError(f"compile: true is for engine: torch; engine: {self.engine} compiles by itself")
         if "register" in self.tokens and self.dino_model_type not in MODELS_WITH_REGISTERS:
             raise ValueError(
                 f"tokens: register needs a model with registers; dino_model_type: {self.dino_model_type} has none, "
@@ -449,7 +460,7 @@ def without_guesses(settings: dict[str, Any]) -> dict[str, Any]:
 
 _LATER_SETTINGS = (
     "image_key", "position_key", "yaw_key", "position_scale", "chunk_by", "max_chunk_frames", "overlap_frames",
-    "time_zero", "yaw_unit", "pose_axes", "time_scale",
+    "time_zero", "yaw_unit", "pose_axes", "time_scale", "engine", "compile",
 )  # fmt: skip
 _LATER_DEFAULTS = {key: CacheSpec.model_fields[key].default for key in _LATER_SETTINGS}
 
@@ -1928,6 +1939,28 @@ def default_precision(device: str, model_type: ModelType) -> str:
     return "bf16" if has_bf16 else "fp32"
 
 
+def check_engine(spec: CacheSpec, device: str | None) -> None:
+    """See, before any work, that what computes the features is there and fits the device (None: not known yet).
+
+    Raises:
+        RefusedError: it is not, or does not; the message says the ways on.
+    """
+    is_cuda = device is not None and device.startswith("cuda")
+    if spec.engine != "torch":
+        if is_cuda:
+            raise RefusedError(
+                f"engine: {spec.engine} encodes on a CPU and the device is {device}. Ways on: set device: cpu, or "
+                "engine: torch"
+            )
+        open_door(ENGINE_MODULES[spec.engine]).check(spec)
+    if spec.compile and not is_cuda and device is not None:
+        raise RefusedError(
+            f"compile: true needs CUDA and the device is {device}, where torch.compile gains little. Ways on: run on a "
+            "machine with a GPU, or set compile: false",
+            *unused_gpu(),
+        )
+
+
 def weights_source(spec: CacheSpec) -> dict[str, Any]:
     """Where the weights come from: {source, size, mtime}; size and mtime are null where there is no file of the user's.
 
@@ -2190,9 +2223,19 @@ class DinoEncoder:
             self.default_batch_size = 2 * self.most_rows * self._num_cores
             keep_freed_memory()
         self._grid = set_input_size(model.eval(), spec.image_size, device)  # in fp32, before any cast
-        self._model = model.requires_grad_(False).to(self._device, self._dtype)
+        self._num_prefix = model.num_prefix_tokens
+        self._features = self._features_of(model.requires_grad_(False))
         self._mean = torch.tensor(spec.pixel_mean, device=self._device).view(3, 1, 1) * 255
         self._std = torch.tensor(spec.pixel_std, device=self._device).view(3, 1, 1) * 255
+
+    def _features_of(self, model: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What turns normalised fp32 frames (B, 3, H, W) into tokens (B, 1 + R + h*w, D), after the final norm."""
+        if self._spec.compile and self._device.type == "cuda":
+            open_library("triton")  # which the first batch would miss
+        forward = model.to(self._device, self._dtype).forward_features
+        if self._spec.compile:
+            forward = self._torch.compile(forward)
+        return lambda normalised: forward(normalised.to(self._dtype))
 
     def new_pixels(self, batch_size: int) -> torch.Tensor:
         """Room for (B, 3, H, W) uint8 frames; pinned for CUDA, and reused by torch once its copy is done."""
@@ -2249,13 +2292,11 @@ class DinoEncoder:
 
     def _forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, 3, H, W) uint8 to dataset name -> (B, ...) float16, after the final norm, and "finite": (B,) bool."""
-        normalised = ((pixels - self._mean) / self._std).to(self._dtype)
-        features = self._model.forward_features(normalised).half()  # (B, 1 + R + h*w, D)
-        num_prefix = self._model.num_prefix_tokens
+        features = self._features((pixels - self._mean) / self._std).half()  # (B, 1 + R + h*w, D)
         parts = {
             "cls": features[:, 0],
-            "patch": features[:, num_prefix:].unflatten(1, self._grid),
-            "register": features[:, 1:num_prefix],
+            "patch": features[:, self._num_prefix :].unflatten(1, self._grid),
+            "register": features[:, 1 : self._num_prefix],
         }
         rows = {TOKEN_DATASETS[token]: parts[token] for token in self._spec.tokens}
         finite = [values.isfinite().flatten(1).all(1) for values in rows.values()]
@@ -2280,13 +2321,16 @@ def load_encoder(spec: CacheSpec, device: str) -> tuple[Encoder, str]:
     """An encoder on its device, and the digest of its weights.
 
     Raises:
-        RefusedError: the weights cannot be had.
+        RefusedError: the weights cannot be had, or the engine cannot compute with them on that device.
         DeviceError: host or device cannot hold the model, or the device does not work.
     """
+    check_engine(spec, device)
     with device_errors(f"loading the model ({spec.dino_model_type}, to {device})"):
         model = build_model(spec)
         digest = weights_digest(model)
-        return DinoEncoder(model, spec, device), digest
+        if spec.engine == "torch":
+            return DinoEncoder(model, spec, device), digest
+        return open_door(ENGINE_MODULES[spec.engine]).load(model, spec, digest), digest
 
 
 # Settings that do not reach an encoder: they choose frames, bring them to the input size, or cut trajectories. All
@@ -2343,6 +2387,13 @@ def library_versions() -> str:
     names = ("torch", "torchvision", "timm", "numpy", "h5py")
     versions = {"dino_cache": __version__, "python": sys.version.split()[0]}
     return json.dumps({**versions, **{name: importlib.metadata.version(name) for name in names}})
+
+
+def versions_of(spec: CacheSpec) -> str:
+    """library_versions, with that of an engine beside torch."""
+    if spec.engine == "torch":
+        return library_versions()
+    return json.dumps({**json.loads(library_versions()), spec.engine: importlib.metadata.version(spec.engine)})
 
 
 def bytes_digest(data: bytes | np.ndarray = b"") -> hashlib.blake2b:
@@ -2471,7 +2522,7 @@ class ChunkWriter:
             "trajectory_checksum": plan.checksum,
             "checksum_kind": plan.checksum_kind,
             **({"pairing": pairing} if pairing > 1 else {}),
-            "versions": library_versions(),
+            "versions": versions_of(label.spec),
             "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
 
@@ -3788,12 +3839,13 @@ def settle_encoding(dataset: PreparedDataset) -> None:
     """Settle in which precision and shape the pending trajectories of a dataset are encoded.
 
     Raises:
-        RefusedError: the precision is not for the device, image_size is no multiple of the patches, or there is no
-            weights file.
+        RefusedError: the precision or the engine is not for the device, image_size is no multiple of the patches, or
+            there is no weights file.
     """
     if dataset.workers is not None:
         recorded = dataset.progress.processing_config.get("precision")
         dataset.spec = settle_spec(dataset.config, recorded, dataset.workers.device)
+    check_engine(dataset.spec, dataset.workers.device if dataset.workers is not None else None)
     dataset.shape = model_shape(dataset.spec.dino_model_type)
     check_image_size(dataset.spec, dataset.shape)
     weights_source(dataset.spec)
@@ -3886,10 +3938,12 @@ def load_encoders(datasets: list[PreparedDataset], stop_request: StopRequest) ->
                 with device_errors("loading the model"):
                     dataset.weights = {**source, "digest": weights_digest(build_model(dataset.spec))}
             continue
-        device = dataset.workers.device if dataset.workers.encodes_here else "cpu"  # there only the digest is wanted
-        key = encoder_key(dataset.spec, device)
+        spec, device = dataset.spec, dataset.workers.device
+        if not dataset.workers.encodes_here:  # only the digest is wanted
+            spec, device = spec.model_copy(update={"engine": "torch", "compile": False}), "cpu"
+        key = encoder_key(spec, device)
         if key not in loaded:
-            loaded[key] = load_encoder(dataset.spec, device)
+            loaded[key] = load_encoder(spec, device)
         dataset.encoder, digest = loaded[key]
         dataset.weights = {**source, "digest": digest}
 
@@ -4376,7 +4430,8 @@ def announce_encoding(dataset: PreparedDataset) -> None:
     if workers.encodes_here:
         where += f", {resolve_batch_size(dataset.config.options, dataset.encoder)} frames a batch"
     source = dataset.weights["source"]
-    LOG.info("Encoding with %s (%s) in %s on %s", spec.dino_model_type, source, spec.precision, where)
+    how = spec.precision + (f" by {spec.engine}" if spec.engine != "torch" else ", compiled" if spec.compile else "")
+    LOG.info("Encoding with %s (%s) in %s on %s", spec.dino_model_type, source, how, where)
     if workers.encodes_here and workers.device.startswith("cuda"):
         hint_at_other_gpus()
     if spec.weights == "random":

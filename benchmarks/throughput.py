@@ -1,6 +1,7 @@
 """How close a run comes to its physical limit, side by side in one process.
 
     python benchmarks/throughput.py encoder         # the forward pass by rows at once, over matrix multiply
+    python benchmarks/throughput.py engine          # openvino over torch on a CPU, compiled over not on CUDA
     python benchmarks/throughput.py efficiency      # whole runs over the same encoder on resident batches
     python benchmarks/throughput.py host            # an encoder that returns at once, over decoding and resizing alone
     python benchmarks/throughput.py baselines       # over what a user would write instead
@@ -137,6 +138,42 @@ def encoder_alone(arguments: argparse.Namespace, root: Path) -> None:
             rows[f"{size} rows, a core's own over all cores"] = ratios(rates, f"own {size}", f"together {size}")
     title = f"Encoder alone: {spec.dino_model_type}, {spec.precision}, {arguments.tokens}, {arguments.device}"
     report(title, rows)
+
+
+def engine_rates(arguments: argparse.Namespace, engines: dict[str, Any]) -> dict[str, list[float]]:
+    """Frames/s of each engine alone, in turn. --processor-time: of a core that has nothing else to do, by the time that
+    the cores gave this process, for machines that others use too; what threads wait for is not in it."""
+    clock = time.process_time if arguments.processor_time else time.perf_counter
+
+    def rate(encoder: Any) -> float:
+        size = arguments.batch_size or encoder.default_batch_size
+        pixels = encoder.new_pixels(size).random_(0, 255)
+        begin = clock()
+        resident_rate(encoder, pixels, arguments.frames)
+        return -(-arguments.frames // size) * size / (clock() - begin)
+
+    for encoder in engines.values():  # to warm up: what is compiled is compiled then
+        rate(encoder)
+    return interleave(arguments.repetitions, **{name: functools.partial(rate, it) for name, it in engines.items()})
+
+
+def engine(arguments: argparse.Namespace, root: Path) -> None:
+    plain = make_spec(arguments, tuple(arguments.tokens.split("+")))
+    is_cuda = arguments.device.startswith("cuda")
+    other = plain.model_copy(update={"compile": True} if is_cuda else {"engine": "openvino"})
+    name = "compiled" if is_cuda else "openvino"
+    begin = time.perf_counter()
+    engines = {"torch": dino_cache.load_encoder(plain, arguments.device)[0]}
+    loaded = time.perf_counter()
+    engines[name] = dino_cache.load_encoder(other, arguments.device)[0]
+    rows: dict[str, Any] = {
+        "torch, to load [s]": loaded - begin,
+        f"{name}, to load [s]": time.perf_counter() - loaded,
+    }
+    rates = engine_rates(arguments, engines)
+    rows |= {f"{key} [frames/s]": Spread.of(values) for key, values in rates.items()}
+    rows[f"{name}, over torch"] = ratios(rates, name, "torch")
+    report(f"Engine: {plain.dino_model_type}, {plain.precision}, {arguments.tokens}, {arguments.device}", rows)
 
 
 def efficiency(arguments: argparse.Namespace, root: Path) -> None:
@@ -485,6 +522,7 @@ def start(arguments: argparse.Namespace, root: Path) -> None:
 
 COMMANDS = {
     "encoder": encoder_alone,
+    "engine": engine,
     "efficiency": efficiency,
     "host": host,
     "baselines": baselines,
@@ -495,8 +533,8 @@ COMMANDS = {
     "ceiling": ceiling,
 }
 DEFAULT_FRAMES = {
-    "encoder": 128, "efficiency": 768, "host": 4096, "baselines": 384, "short": 600, "safety": 600, "memory": 20_000,
-    "start": 2000, "ceiling": 8000,
+    "encoder": 128, "engine": 64, "efficiency": 768, "host": 4096, "baselines": 384, "short": 600, "safety": 600,
+    "memory": 20_000, "start": 2000, "ceiling": 8000,
 }  # fmt: skip
 
 
@@ -516,6 +554,9 @@ def main() -> None:
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="likewise: a setting of both")
     parser.add_argument("--baseline-set", metavar="KEY=VALUE", action="append", default=[], help="of the baseline")
     parser.add_argument("--quick", action="store_true", help="likewise: a few frames, once; its figures mean nothing")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="engine: by the processor's time, not the clock's"
+    )
     parser.add_argument("--scratch", metavar="FOLDER", help="where frames and caches are written (default: /tmp)")
     arguments = parser.parse_args()
     arguments.frames = arguments.frames or DEFAULT_FRAMES[arguments.benchmark]

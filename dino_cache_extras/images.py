@@ -55,6 +55,7 @@ def encode_images(
     pixel_mean: Sequence[float] = (0.485, 0.456, 0.406),
     pixel_std: Sequence[float] = (0.229, 0.224, 0.225),
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    engine: str = "torch",
     device: str = "auto",
 ) -> dict[str, np.ndarray]:
     """Features of pictures: what a cache of the same settings holds for them, to the rounding of its batches.
@@ -74,7 +75,7 @@ def encode_images(
     Raises:
         InputError: a picture does not decode, is no such array, or its features are not finite; it is named.
         OSError: a file cannot be read.
-        RefusedError: a setting is not allowed, or the weights cannot be had.
+        RefusedError: a setting is not allowed, the weights cannot be had, or the engine is not there.
         DeviceError: the encoder fails.
     """
     if isinstance(images, str | os.PathLike):
@@ -88,6 +89,7 @@ def encode_images(
         "pixel_mean": tuple(pixel_mean),
         "pixel_std": tuple(pixel_std),
         "precision": precision,
+        "engine": engine,
     }
     device = resolve_device(device)
     spec = _settled_spec(settings, device)

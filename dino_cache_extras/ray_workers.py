@@ -43,11 +43,13 @@ from dino_cache import (
     Trajectory,
     TrajectoryResult,
     cache_trajectories,
+    check_engine,
     encoder_key,
     library_versions,
     plan_or_fail,
     process_umask,
     storage_errors,
+    versions_of,
 )
 from progress_utils import DinoCacheError, RefusedError, available_cores, open_library
 
@@ -220,6 +222,7 @@ class WorkerJob:
     load_encoder: Callable[[CacheSpec, str], tuple[Encoder, str]]
     cache_dir: Path
     data_folder: Path
+    versions: str | None = None  # of the driver's libraries, the engine's among them
 
 
 @dataclass
@@ -326,6 +329,13 @@ class RayWorker:
             return fault
         torch.set_num_threads(self._cpus)  # of this thread
         spec = job.label.spec
+        if spec.engine != "torch":
+            try:
+                check_engine(spec, self._device)
+            except RefusedError as error:
+                return str(error)
+            if job.versions != versions_of(spec):
+                return f"it has {versions_of(spec)}, the driver has {job.versions}"
         if self._encoder_key != encoder_key(spec, self._device):
             self._encoder = None  # first, as two may not fit on the device
             try:
@@ -542,6 +552,7 @@ class RayWorkers:
             load_encoder=dino_cache.load_encoder,
             cache_dir=job.store.cache_dir,
             data_folder=job.data_folder,
+            versions=versions_of(job.label.spec),
         )
         return RayDataset(self, assignments, worker_job, job.store, hooks).results()
 

@@ -110,6 +110,7 @@ def test_a_cache_from_before_the_formats_keeps_its_configuration_and_fingerprint
         ("image_key", "a", None), ("position_key", "p", None), ("yaw_key", "y", None), ("position_scale", 0.01, 1.0),
         ("chunk_by", "frames", "distance"), ("max_chunk_frames", 100, 256), ("overlap_frames", 0, 8),
         ("time_zero", "container", "first_frame"),
+        ("engine", "openvino", "torch"), ("compile", True, False),
     ],
 )  # fmt: skip
 def test_a_setting_that_came_with_the_formats_is_a_change_where_it_is_not_the_default(
@@ -229,6 +230,9 @@ WRONG: list[tuple[str, Any, list[str]]] = [  # key, value, what the message says
     ("pixel_std", [0.5, -0.5, 0.5], ["-0.5", "greater than 0"]),
     ("pixel_std", [INF, 0.5, 0.5], ["inf"]),
     ("precision", "fp64", ["'fp64'", "'auto'", "'fp32'", "'bf16'", "'fp16'"]),
+    ("engine", "onnx", ["'onnx'", "torch", "openvino"]),
+    ("engine", None, ["None"]),
+    ("compile", "yes please", ["'yes please'", "boolean"]),
     ("max_chunk_distance_m", "50 m", ["'50 m'", "number"]),
     ("max_chunk_distance_m", True, ["True", "number"]),
     ("max_chunk_distance_m", 0, ["0", "greater than 0"]),
@@ -318,6 +322,11 @@ def test_limits_are_0_overlap_below_max_and_0_min_up_to_max(
     message = refusal(write(tmp_path, settings))
     for key in named:
         assert f"{key}: {settings[key]}" in message
+
+
+def test_compile_is_not_for_another_engine(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="compile: true is for engine: torch; engine: openvino compiles by itself"):
+        load(tmp_path, engine="openvino", compile=True)
 
 
 def test_a_limit_that_only_a_dataset_breaks_is_refused(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from dino_cache import (
     Frame,
     RefusedError,
     build_model,
+    check_engine,
     encode_batches,
     full_batches,
     resolve_device,
@@ -434,3 +435,54 @@ def test_a_driver_that_breaks_while_the_model_is_loaded_ends_with_one_message(tm
     assert done.returncode == 3, done.stderr
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: loading the model (small, to cuda) failed: ")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# compile: true
+# ----------------------------------------------------------------------------------------------------------------------
+
+COMPILED = SPEC.model_copy(update={"compile": True})
+
+
+@pytest.mark.parametrize("model_type", ["small_reg", "dinov3_small"])
+def test_a_compiled_model_has_the_same_features_in_batches_of_any_size(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.compile as it traces, without its code generator, which needs a compiler."""
+    create, compile_for_real, compiled = timm.create_model, torch.compile, []
+
+    def trace(function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled.append(function)
+        return compile_for_real(function, backend="eager")
+
+    monkeypatch.setattr(timm, "create_model", lambda name, **settings: create(name, depth=1, **settings))
+    monkeypatch.setattr(torch, "compile", trace)
+    spec = COMPILED.model_copy(update={"dino_model_type": model_type, "image_size": (112, 112)})
+    model = build_model(spec)
+    encoder = DinoEncoder(copy.deepcopy(model), spec, "cpu")
+    plain = DinoEncoder(model, spec.model_copy(update={"compile": False}), "cpu")
+    assert len(compiled) == 1
+    for count in (4, 4, 3):
+        pixels = torch.randint(0, 256, (count, 3, 112, 112), dtype=torch.uint8)
+        expected = plain.encode(pixels)()
+        for name, values in encoder.encode(pixels)().tokens.items():
+            np.testing.assert_allclose(values, expected.tokens[name], rtol=2e-3, atol=2e-3)
+
+
+def test_compile_needs_cuda(tmp_path: Path) -> None:
+    check_engine(COMPILED, "cuda:0")
+    check_engine(COMPILED, None)  # Ray's workers, before they are asked
+    with pytest.raises(RefusedError, match=r"compile: true needs CUDA and the device is cpu.* set compile: false"):
+        check_engine(COMPILED, "cpu")
+    make_trajectory(tmp_path / "data" / "t")
+    config = write_config(tmp_path / "config.yaml", tmp_path / "data", compile=True, device="cpu")
+    for options in ([], ["--dry-run"]):
+        done = run_cache(config, *options)
+        assert done.returncode == 2
+        assert "compile: true needs CUDA" in done.stderr
+
+
+def test_compile_needs_triton_before_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(RefusedError, match="this needs triton"):
+        DinoEncoder(timm.create_model("vit_small_patch14_reg4_dinov2", depth=0), COMPILED, "cuda")

@@ -145,6 +145,15 @@ def test_an_executors_module_has_workers(name: str) -> None:
 
 
 @needs_wing
+@pytest.mark.parametrize("name", dino_cache.ENGINE_MODULES)
+def test_an_engines_module_checks_and_loads(name: str) -> None:
+    pytest.importorskip(name)
+    module = progress_utils.open_door(dino_cache.ENGINE_MODULES[name])
+    assert callable(module.check)
+    assert callable(module.load)
+
+
+@needs_wing
 def test_every_public_name_is_there() -> None:
     for name in dino_cache.__all__:
         assert getattr(dino_cache, name) is not None
@@ -224,7 +233,9 @@ def test_a_command_beyond_the_two_files_says_what_is_missing(alone: Path, comman
     assert tree(alone / CACHE) == before
 
 
-@pytest.mark.parametrize("settings", [{"format": "recon"}, {"format": "video"}, {"executor": "ray"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"format": "recon"}, {"format": "video"}, {"executor": "ray"}, {"engine": "openvino"}], ids=str
+)
 def test_a_setting_beyond_the_two_files_says_what_is_missing(alone: Path, tmp_path: Path, settings: dict) -> None:
     config = yaml.safe_load((alone / "config/data/sample.yaml").read_text())
     make_trajectory(tmp_path / "data" / "t")
