@@ -77,6 +77,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTu
 
 from progress_utils import (
     GC_THRESHOLDS,
+    JOURNAL_FILE,
     LOCK_FILE,
     LOCK_OWNER_FILE,
     LOG_FILE,
@@ -3947,6 +3948,7 @@ class DatasetRun:
             progress.forget(name)
         progress.to_redo = {name for name, *_ in dataset.pending if name in progress.records}
         has_changed = bool(new_checksums or dataset.lost) or before != self._settings()
+        has_changed |= (self._store.cache_dir / JOURNAL_FILE).exists()  # of a killed run
         self._must_save = bool(dataset.pending or progress.rebuild_started) or has_changed
         with storage_errors(self._store.cache_dir):
             self._store.empty_staging()

@@ -17,8 +17,7 @@ This file owns three things, which dino_cache.py imports from here:
 
     durable writing   write_durably, fsync_path: every file that must survive a crash passes through them
     the lock          cache_lock: one run, or one edit, per cache; and the heartbeat of a run for those who watch it
-    the record        Progress: what <cache_dir>/progress.json and its journal hold, how they are checked, loaded and
-                      saved (RECORD_KEYS)
+    the record        Progress: what progress.json and its journal hold; how it is checked, loaded, saved (RECORD_KEYS)
 
 Reading commands never write and never lock; editing commands take the lock and are refused while a run holds it.
 Exit codes: 0 fine, 1 problems found, 2 could not do it, 4 a run holds the cache.
@@ -570,48 +569,39 @@ def lock_owner(cache_dir: Path) -> str | None:
 # The journal: lines appended beside progress.json, each with its checksum
 # ======================================================================================================================
 
-JOURNAL_FORMAT_VERSION = 1
-
 
 class Journal:
-    """Takes entries, one a line, behind those that it took before. The first makes the file."""
+    """Takes entries, one a line; the first makes the file."""
 
     def __init__(self, path: Path):
         self._path = path
         self._file: io.FileIO | None = None
-        self._size = 0
-        self._is_synced = self._has_lasting_name = True
+        self._is_synced = True
         self._last_sync_s = self._last_sync_end = 0.0
 
     def append(self, entries: Iterable[dict[str, Any]]) -> None:
         """Add entries; they survive this process at once, and a power cut after `sync`."""
-        data = b"".join(map(_journal_line, entries))
+        texts = [json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") for entry in entries]
+        rest = memoryview(b"".join(b"%08x %b\n" % (zlib.crc32(text), text) for text in texts))
         if self._file is None:
-            self._file, self._size = io.FileIO(self._path, "x"), 0  # a new one, never through a link
-            self._has_lasting_name = False
-        self._is_synced = False
+            self._file = io.FileIO(self._path, "x")  # a new one, never through a link
+            fsync_path(self._path.parent)
+        begin, self._is_synced = self._file.tell(), False
         try:
-            rest = memoryview(data)
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError:
             with contextlib.suppress(OSError):  # a full disk: no half line may stand before the next one
-                os.ftruncate(self._file.fileno(), self._size)
+                self._file.truncate(self._file.seek(begin))
             raise
-        self._size += len(data)
 
     def sync(self, *, at_once: bool = False) -> None:
-        """Force the entries to the disk; unless `at_once`, not for more than 2 % of the time."""
+        """Force the entries to the disk; unless `at_once`, for a part of SAVE_SHARE of the time only."""
         begin = time.monotonic()
-        if self._is_synced or not (at_once or begin - self._last_sync_end >= self._last_sync_s / SAVE_SHARE):
-            return
-        os.fsync(self._file.fileno())
-        if not self._has_lasting_name:
-            fsync_path(self._path.parent)
-            self._has_lasting_name = True
-        self._is_synced = True
-        self._last_sync_end = time.monotonic()
-        self._last_sync_s = self._last_sync_end - begin
+        if not self._is_synced and (at_once or begin - self._last_sync_end >= self._last_sync_s / (SAVE_SHARE / 4)):
+            os.fsync(self._file.fileno())
+            self._is_synced, self._last_sync_end = True, time.monotonic()
+            self._last_sync_s = self._last_sync_end - begin
 
     def remove(self) -> None:
         """Remove the file, also one that another process left."""
@@ -621,38 +611,17 @@ class Journal:
         self._path.unlink(missing_ok=True)
 
 
-def _journal_line(entry: dict[str, Any]) -> bytes:
-    """An entry as JSON behind its checksum, 8 hex digits."""
-    text = json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace")
-    return b"%08x %b\n" % (zlib.crc32(text), text)
-
-
-def journal_entries(journal: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The entries in a journal's bytes with the numbers of their lines. What a killed process or a power cut left of
-    the last ones is no entry: it lacks the end of its line, or has zeros.
-
-    Raises:
-        ValueError: a line is damaged.
-    """
-    damaged = None
+def journal_entries(journal: bytes) -> Iterator[dict[str, Any]]:
+    """The entries in a journal's bytes. Raises ValueError where a line is damaged."""
     lines = journal.split(b"\n")
+    lines.pop()  # half a line, of a process that was killed
+    while lines and b"\0" in lines[-1]:  # never forced to the disk before its power was cut
+        lines.pop()
     for number, line in enumerate(lines, 1):
-        entry = _journal_entry(line)
-        if entry is None:
-            damaged = damaged or (number if line else None)
-        elif damaged:
-            break
-        else:
-            yield number, entry
-    is_torn = damaged and (damaged == len(lines) or b"\0" in lines[damaged - 1])
-    if damaged and not (is_torn and entry is None):
-        raise ValueError(f"line {damaged} is damaged")
-
-
-def _journal_entry(line: bytes) -> dict[str, Any] | None:
-    """The entry in a line, or None where its checksum is not that of its text."""
-    digits, _, text = line.partition(b" ")
-    return json.loads(text) if digits == b"%08x" % zlib.crc32(text) else None
+        digits, _, text = line.partition(b" ")
+        if digits != b"%08x" % zlib.crc32(text):
+            raise ValueError(f"line {number} is damaged")
+        yield json.loads(text)
 
 
 # ======================================================================================================================
@@ -660,6 +629,7 @@ def _journal_entry(line: bytes) -> dict[str, Any] | None:
 # ======================================================================================================================
 
 PROGRESS_FORMAT_VERSION = 1
+JOURNAL_FORMAT_VERSION = 1
 READABLE_ENTRIES = 1000  # up to here progress.json is indented; json's indenting encoder is 10 times slower
 
 
@@ -715,9 +685,7 @@ class Progress:
         self.to_redo: set[str] = set()  # completed ones that may be withdrawn soon
         self._count()
         self._lock = threading.RLock()
-        self._saves_s = 0.0
-        self._last_save_s = 0.0
-        self._last_save_end = 0.0
+        self._saves_s = self._last_save_s = self._last_save_end = 0.0
         self.has_journal = False  # what was read had one that belongs to it
         self._journal = Journal(cache_dir / JOURNAL_FILE)
         self._journal_head: tuple[Any, ...] = ()  # what its last head says
@@ -734,7 +702,7 @@ class Progress:
     def fingerprints(self) -> set[str]:
         """Fingerprints in use; more than one means that the cache is mixed."""
         with self._lock:
-            return set(self._uses)
+            return {fingerprint for fingerprint, count in self._uses.items() if count}
 
     def complete(self, name: str, checksum: str, record: TrajectoryRecord) -> None:
         """Record a trajectory whose chunks are durable."""
@@ -746,17 +714,15 @@ class Progress:
             self.total_chunks += len(record["spans"])
             self._uses[record["fingerprint"]] += 1
             self.to_redo.discard(name)
-            if self._saved_update is not None:
-                self._changed[name] = None
-                self._not_in_file.add(name)
+            self._changed[name] = None
+            self._not_in_file.add(name)
 
     def fail(self, name: str, failure: Failure) -> None:
         """Record a trajectory as failed, and so no longer as completed."""
         with self._lock:
             self.forget(name)
             self.failures[name] = failure
-            if self._saved_update is not None:
-                self._changed[name] = None
+            self._changed[name] = None
 
     def forget(self, name: str) -> bool:
         """Un-record a completed trajectory; says whether it was recorded."""
@@ -767,12 +733,9 @@ class Progress:
                 return False
             self.total_chunks -= len(record["spans"])
             self._uses[record["fingerprint"]] -= 1
-            if not self._uses[record["fingerprint"]]:
-                del self._uses[record["fingerprint"]]
-            if self._saved_update is not None:
-                self._changed[name] = None
-                self._file_is_untrue |= name not in self._not_in_file
-                self._not_in_file.discard(name)
+            self._changed[name] = None
+            self._file_is_untrue |= name not in self._not_in_file
+            self._not_in_file.discard(name)
             return True
 
     def empty(self) -> None:
@@ -818,86 +781,82 @@ class Progress:
             if not row.is_derived and key in data:
                 setattr(progress, row.attribute or key, data[key])
         progress._count()
-        if stored.journal:
-            progress._take_journal(stored.journal)
+        progress._take_journal(stored.journal)
         return progress
 
     def _take_journal(self, journal: bytes) -> None:
         """Take in the entries that follow progress.json. Those that follow an earlier one are in it already."""
         path, saved_update, follows = self.cache_dir / JOURNAL_FILE, self.last_update, False
         try:
-            for number, entry in journal_entries(journal):
+            for entry in journal_entries(journal):
                 if "follows" in entry:
                     _refuse_newer(path, entry, JOURNAL_FORMAT_VERSION)
                     follows = entry["follows"] == saved_update
                     self.has_journal |= follows
                 if follows:
-                    try:
-                        _take_entry(self, entry)
-                    except (ValueError, TypeError, KeyError, AttributeError) as error:
-                        raise ValueError(f"line {number}: {error!r}") from error
-        except (ValueError, TypeError, RecursionError) as error:
+                    _take_entry(self, entry)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise RefusedError(
-                f"{path}: not a usable journal of {PROGRESS_FILE}: {error}. Without the journal {PROGRESS_FILE} is "
-                f"true, and what only the journal holds would be redone. {_ways_out(self.cache_dir)}"
+                f"{path}: not usable: {error!r}. Without it {PROGRESS_FILE} is true: remove it, and what only it holds "
+                f"is redone. {_ways_out(self.cache_dir)}"
             ) from error
 
     def save(self, *, keep_old: bool = True) -> None:
         """Write progress.json atomically and durably; the copy before stays as progress.json.bak, if wanted. The
         journal, which it then holds, is removed."""
         with self._lock:
-            self.last_update = time.time()
-            self._write(self, keep_old=keep_old)
-            self._journal.remove()
-            self._journal_head = ()
+            self._save(set(), keep_old=keep_old)
 
     def save_spaced(self, run_time_s: float, *, at_once: bool = False) -> None:
-        """Save, unless saves would then take over 2 % of the run's time; they are at most 50 times one save's duration
-        apart. Between them what changed is appended to the journal: a killed process loses nothing. A power cut loses
-        what was appended within 50 times the time that the disk takes to keep it; nothing, with `at_once`."""
+        """Save, or append what changed to the journal, where saves would take over 2 % of the run's time; then they are
+        100 times their duration apart. A power cut loses what was appended in 200 fsyncs' time; with `at_once` none."""
         with self._lock:
             since_last_s = time.monotonic() - self._last_save_end
             within_share = self._saves_s + self._last_save_s <= SAVE_SHARE * run_time_s
             if within_share or self._saved_update is None:
                 self.save()
-            elif self._file_is_untrue or since_last_s >= self._last_save_s / SAVE_SHARE:
-                self._save_without_redone()
+            elif self._file_is_untrue or since_last_s >= self._last_save_s / (SAVE_SHARE / 2):
+                self._save(self.to_redo & self.records.keys())
             elif self._changed:
                 self._append(self._changed, self._saved_update)
                 self._changed.clear()
-                self._journal.sync(at_once=at_once)
+            self._journal.sync(at_once=at_once)
 
     def sync_spaced(self) -> None:
         """Force to the disk what was appended to the journal, if it is time to."""
-        if self._lock.acquire(blocking=False):  # else it is being saved
-            try:
-                self._journal.sync()
-            finally:
-                self._lock.release()
+        with self._lock:
+            self._journal.sync()
 
-    def _save_without_redone(self) -> None:
-        """Save progress.json without those that are to be redone; they are in the journal before."""
-        left_out = self.to_redo & self.records.keys()
+    def _save(self, left_out: set[str], *, keep_old: bool = True) -> None:
+        """Save progress.json; those left out are in the journal, and before it."""
+        begin, content, self.last_update = time.monotonic(), self, time.time()
+        if left_out:
+            self._append(left_out, self.last_update)
+            self._journal.sync(at_once=True)
+            content = copy.copy(self)
+            content.records = {name: record for name, record in self.records.items() if name not in left_out}
+            content.checksums = {name: self.checksums[name] for name in content.records}
+            content._count()
+        indent = 1 if len(content.records) + len(content.failures) <= READABLE_ENTRIES else None
+        text = json.dumps(content.to_json(), indent=indent, ensure_ascii=False) + "\n"
+        path, backup = self.cache_dir / PROGRESS_FILE, self.cache_dir / BACKUP_FILE if keep_old else None
+        write_durably(path, text.encode(errors="backslashreplace"), backup=backup)
+        self._saved_update, self._not_in_file, self._file_is_untrue = self.last_update, left_out, False
+        self._changed.clear()
         if not left_out:
-            self.save()
-            return
-        self.last_update = time.time()
-        self._append(left_out, self.last_update)
-        self._journal.sync(at_once=True)
-        rest = copy.copy(self)
-        rest.records = {name: record for name, record in self.records.items() if name not in left_out}
-        rest.checksums = {name: self.checksums[name] for name in rest.records}
-        rest._count()
-        self._write(rest)
-        self._not_in_file = left_out
+            self._journal.remove()
+            self._journal_head = ()
+        self._last_save_end = time.monotonic()
+        self._last_save_s = self._last_save_end - begin
+        self._saves_s += self._last_save_s
 
     def _append(self, names: Iterable[str], follows: float) -> None:
         """Append what is known of trajectories to the journal of the progress.json whose last_update is `follows`."""
-        head, entries = (follows, *self.specs), []
+        head, now = (follows, *self.specs), {"time": time.time(), "elapsed_s": self.elapsed_s}
+        entries = [{**self._entry(name), **now} for name in names]
         if head != self._journal_head:
-            entries = [{"format_version": JOURNAL_FORMAT_VERSION, "follows": follows, "specs": self.specs}]
-        now = {"time": time.time(), "elapsed_s": self.elapsed_s}
-        self._journal.append([*entries, *({**self._entry(name), **now} for name in names)])
+            entries.insert(0, {"format_version": JOURNAL_FORMAT_VERSION, "follows": follows, "specs": self.specs})
+        self._journal.append(entries)
         self._journal_head = head
 
     def _entry(self, name: str) -> dict[str, Any]:
@@ -905,45 +864,27 @@ class Progress:
             return {"completed": name, "checksum": self.checksums[name], "record": self.records[name]}
         return {"failed": name, "failure": self.failures[name]} if name in self.failures else {"withdrawn": name}
 
-    def _write(self, content: Progress, *, keep_old: bool = True) -> None:
-        begin = time.monotonic()
-        data = content.to_json()
-        indent = 1 if len(content.records) + len(content.failures) <= READABLE_ENTRIES else None
-        text = json.dumps(data, indent=indent, ensure_ascii=False) + "\n"
-        write_durably(
-            self.cache_dir / PROGRESS_FILE,
-            text.encode(errors="backslashreplace"),
-            backup=self.cache_dir / BACKUP_FILE if keep_old else None,
-        )
-        self._saved_update = self.last_update
-        self._changed.clear()
-        self._not_in_file = set()
-        self._file_is_untrue = False
-        self._last_save_end = time.monotonic()
-        self._last_save_s = self._last_save_end - begin
-        self._saves_s += self._last_save_s
-
 
 def _take_entry(progress: Progress, entry: dict[str, Any]) -> None:
-    """Take an entry of the journal into the record. Raises ValueError, TypeError or KeyError where it is none."""
     if "follows" in entry:
         _check_specs(entry["specs"])
         progress.specs |= entry["specs"]
         return
-    if "completed" in entry:
-        name, record = entry["completed"], _share_texts(entry["record"])
-        _check_records({name: record})
-        _check_checksums({name: entry["checksum"]})
-        if record["fingerprint"] not in progress.specs:
-            raise ValueError(f"fingerprint {record['fingerprint']!r} is not in specs")
-        progress.complete(name, entry["checksum"], record)
-    elif "failed" in entry:
-        _check_failures({entry["failed"]: entry["failure"]})
-        progress.fail(entry["failed"], entry["failure"])
-    else:
-        progress.forget(entry["withdrawn"])
-        progress.failures.pop(entry["withdrawn"], None)
+    name = entry.get("completed", entry.get("failed", entry.get("withdrawn")))
+    _check_texts([name])
+    for key in ("time", "elapsed_s"):
+        _check_time(entry[key])
     progress.last_update, progress.elapsed_s = entry["time"], entry["elapsed_s"]
+    progress.forget(name)
+    progress.failures.pop(name, None)
+    if "completed" in entry:
+        _check_records({name: entry["record"]})
+        _check_texts([entry["checksum"]])
+        progress.specs[entry["record"]["fingerprint"]]  # KeyError
+        progress.complete(name, entry["checksum"], _share_texts(entry["record"]))
+    elif "failed" in entry:
+        _check_failures({name: entry["failure"]})
+        progress.fail(name, entry["failure"])
 
 
 def _check_time(value: float) -> None:
@@ -951,18 +892,8 @@ def _check_time(value: float) -> None:
         raise ValueError(f"is {value}")
 
 
-def _check_caches(caches: list[Any] | None) -> None:
-    if not all(isinstance(cache_dir, str) for cache_dir in caches or []):
-        raise ValueError("holds something that is not a text")
-
-
-def _check_names(names: list[Any]) -> None:
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError("holds a trajectory's name that is not a text")
-
-
-def _check_checksums(checksums: dict[str, Any]) -> None:
-    if not all(isinstance(checksum, str) for checksum in checksums.values()):
+def _check_texts(values: list[Any] | dict[str, Any] | None) -> None:
+    if not all(isinstance(value, str) for value in (values.values() if isinstance(values, dict) else values or [])):
         raise ValueError("holds something that is not a text")
 
 
@@ -1025,34 +956,29 @@ RECORD_KEYS: dict[str, RecordKey] = {
     "data_format": RecordKey((str, _NULL), is_later=True),
     "num_trajectories": RecordKey((int, _NULL), is_later=True),
     # Where the caches of the same config's other datasets are: where one of them is gone entirely, a run asks.
-    "other_caches": RecordKey((list, _NULL), check=_check_caches, is_later=True),
+    "other_caches": RecordKey((list, _NULL), check=_check_texts, is_later=True),
     "checksum_kind": RecordKey((str,), lambda: "stat"),
     "rebuild_started": RecordKey((*_NUMBER, _NULL)),
     "processing_config": RecordKey((dict,), dict),
     "weights": RecordKey((dict, _NULL), check=_check_weights),  # source, size, mtime, digest
     "specs": RecordKey((dict,), dict, saved=_specs_in_use, check=_check_specs),  # fingerprint -> spec
-    "completed_trajectories": _derived((list,), lambda progress: list(progress.records), check=_check_names),
-    "failed_trajectories": _derived((list,), lambda progress: list(progress.failures), check=_check_names),
-    "trajectory_checksums": RecordKey((dict,), dict, attribute="checksums", check=_check_checksums),
+    "completed_trajectories": _derived((list,), lambda progress: list(progress.records), check=_check_texts),
+    "failed_trajectories": _derived((list,), lambda progress: list(progress.failures), check=_check_texts),
+    "trajectory_checksums": RecordKey((dict,), dict, attribute="checksums", check=_check_texts),
     "trajectory_records": RecordKey((dict,), dict, attribute="records", check=_check_records),
     "failures": RecordKey((dict,), dict, check=_check_failures),
 }
 
 
 class StoredRecord(NamedTuple):
-    """A record as it lies on the disk."""
-
     text: str  # of progress.json; its bytes as well would be much to hold while it is parsed
     journal: bytes  # empty where there is none
-
-
-READING_ATTEMPTS = 10
 
 
 def read_record(cache_dir: Path, *, with_journal: bool = True) -> StoredRecord | None:
     """The record in `cache_dir`, or None where there is none; RefusedError where it cannot be read."""
     path = cache_dir / PROGRESS_FILE
-    for _ in range(READING_ATTEMPTS):  # a run may save it between the two files
+    for _ in range(10):  # a run may save it between the two files
         stamp = _file_stamp(path)
         content = _read_or_none(path)
         journal = _read_or_none(cache_dir / JOURNAL_FILE) if with_journal else None
@@ -1379,20 +1305,17 @@ def reset(cache_dir: Path, *, yes: bool) -> int:
 
 
 def set_aside(cache_dir: Path, why: str) -> Path:
-    """Give the present record a second name, progress.json.<why>-<time>, that no older one has; returns it. Its journal
-    gets that name with .journal behind it."""
+    """Give the present record a new name too, progress.json.<why>-<time>, and its journal that and .journal."""
     stem = f"{PROGRESS_FILE}.{why}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = itertools.chain([stem], (f"{stem}-{count}" for count in itertools.count(2)))
     kept = next(cache_dir / name for name in names if not os.path.lexists(cache_dir / name))
-    names = {PROGRESS_FILE: kept}
-    if (cache_dir / JOURNAL_FILE).is_file():
-        names[JOURNAL_FILE] = kept.with_name(kept.name + ".journal")
-    for name, copy_of_it in names.items():
-        try:
-            os.link(cache_dir / name, copy_of_it)
-        except OSError:  # no hard links here
-            shutil.copyfile(cache_dir / name, copy_of_it)
-            fsync_path(copy_of_it)
+    for path, second in ((cache_dir / PROGRESS_FILE, kept), (cache_dir / JOURNAL_FILE, Path(f"{kept}.journal"))):
+        if path.is_file():
+            try:
+                os.link(path, second)
+            except OSError:  # no hard links here
+                shutil.copyfile(path, second)
+                fsync_path(second)
     return kept
 
 
