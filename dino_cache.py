@@ -78,6 +78,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTu
 
 from progress_utils import (
     GC_THRESHOLDS,
+    JOURNAL_FILE,
     LOCK_FILE,
     LOCK_OWNER_FILE,
     LOG_FILE,
@@ -3996,7 +3997,7 @@ def remarks(dataset: PreparedDataset) -> list[str]:
 # ======================================================================================================================
 
 LOST_MOUNT_FAILURES = 20  # unreadable trajectories in a row, without a success between them, that mean a lost mount
-SHOW_INTERVAL_S = 0.2  # time between two looks at the progress: counting a large cache's chunks takes milliseconds
+SHOW_INTERVAL_S = 0.2  # time between two looks at the progress
 
 _LOST_MOUNT = "the mount seems lost. None of them is recorded as failed; mount it and run the same command again"
 _WORST_FIRST = (EXIT_STOPPED_BY_FAULT, EXIT_WORK_LEFT, EXIT_SOME_FAILED, EXIT_COMPLETED)
@@ -4074,15 +4075,18 @@ class RunCounts:
         self.frames_total = dataset.num_frames
         self.frames_encoded = self.frames_finished = 0  # finished: of trajectories that are completed or failed
         self.num_results = self.num_bytes = 0
-        self._num_frames = {name: work.num_frames for name, work in dataset.work.items()}
-        self._unfinished = dict.fromkeys(trajectory.name for trajectory in dataset.pending)  # in the stream's order
+        self._work = dataset.work
+        self._unfinished = {trajectory.name for trajectory in dataset.pending}
+        self._stream = deque(trajectory.name for trajectory in dataset.pending)  # in order, from the first
 
     def add(self, result: TrajectoryResult) -> None:
         """Count a trajectory as finished."""
         self.num_results += 1
         self.num_bytes += sum(result.chunk_bytes)
-        self.frames_finished += self._num_frames[result.name]
-        self._unfinished.pop(result.name, None)
+        self.frames_finished += self._work[result.name].num_frames
+        self._unfinished.discard(result.name)
+        while self._stream and self._stream[0] not in self._unfinished:
+            self._stream.popleft()
 
     @property
     def is_finished(self) -> bool:
@@ -4108,7 +4112,7 @@ class RunCounts:
             elapsed_s=elapsed_s,
             frames_left=self.frames_total - self.frames_done,
             frames_per_s=self.frames_encoded / elapsed_s if elapsed_s > 0 else 0.0,
-            trajectory=next(iter(self._unfinished), None),
+            trajectory=self._stream[0] if self._stream else None,
         )
 
 
@@ -4277,7 +4281,9 @@ class DatasetRun:
             progress.complete(name, state.new_checksum or progress.checksums[name], record)
         for name in dataset.lost:
             progress.forget(name)
+        progress.to_redo = {name for name, *_ in dataset.pending if name in progress.records}
         has_changed = bool(renewed or dataset.lost) or before != self._settings()
+        has_changed |= (self._store.cache_dir / JOURNAL_FILE).exists()  # of a killed run
         self._must_save = bool(dataset.pending or progress.rebuild_started) or has_changed
         with storage_errors(self._store.cache_dir):
             self._store.empty_staging()
@@ -4380,27 +4386,29 @@ class DatasetRun:
             with storage_errors(self._store.cache_dir):
                 self._store.remove_chunks(name)
         self._progress.fail(name, failure)
-        self._save()
+        self._save(spaced=True)
 
     def _withdraw(self, name: str) -> None:
         """Un-record a trajectory, durably: its chunks are about to be replaced or removed."""
         if self._progress.forget(name):
-            self._save()
+            self._save(spaced=True, at_once=True)
 
-    def _save(self, *, spaced: bool = False) -> None:
+    def _save(self, *, spaced: bool = False, at_once: bool = False) -> None:
         if not self._options.enable_progress_tracking:
             return
         run_time_s = self._counts.elapsed_s
         self._progress.elapsed_s = self._elapsed_before_s + run_time_s
         with storage_errors(self._store.cache_dir), PROFILE("record"):
             if spaced:
-                self._progress.save_spaced(run_time_s)
+                self._progress.save_spaced(run_time_s, at_once=at_once)
             else:
                 self._progress.save()
 
     def _on_encoded(self, count: int) -> None:
         self._counts.frames_encoded += count
         self._display.show()
+        with storage_errors(self._store.cache_dir):
+            self._progress.sync_spaced()
 
 
 def announce(dataset: PreparedDataset) -> None:

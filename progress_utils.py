@@ -17,7 +17,7 @@ This file owns three things, which dino_cache.py imports from here:
 
     durable writing   write_durably, fsync_path: every file that must survive a crash passes through them
     the lock          cache_lock: one run, or one edit, per cache; and the heartbeat of a run for those who watch it
-    the record        Progress: what <cache_dir>/progress.json holds, how it is checked, loaded and saved (RECORD_KEYS)
+    the record        Progress: what progress.json and its journal hold; how it is checked, loaded, saved (RECORD_KEYS)
 
 Reading commands never write and never lock; editing commands take the lock and are refused while a run holds it.
 Exit codes: 0 fine, 1 problems found, 2 could not do it, 4 a run holds the cache.
@@ -26,7 +26,7 @@ A save survives a killed process and, as far as the disk keeps its word about fs
 stays as progress.json.bak. Only the standard library is imported at the top, so that every command starts at once.
 
 Sections, each using only those above it: constants - errors - names and small helpers - the console - doors - durable
-writing - the lock - the record - showing and resetting the record - command line.
+writing - the lock - the journal - the record - showing and resetting the record - command line.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ import argparse
 import atexit
 import collections
 import contextlib
+import copy
 import errno
 import fcntl
 import gc
 import importlib
 import importlib.util
+import io
 import itertools
 import json
 import os
@@ -49,7 +51,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn, TextIO, TypedDict
@@ -62,6 +65,7 @@ __version__ = "0.2.0"  # dino_cache.py and pyproject.toml take it from here
 
 PROGRESS_FILE = "progress.json"
 BACKUP_FILE = "progress.json.bak"
+JOURNAL_FILE = "progress.json.journal"  # results that progress.json does not hold yet, where its saves are spaced
 STAGING_FOLDER = ".staging"
 LOCK_FILE = ".lock"
 LOCK_OWNER_FILE = ".lock.owner"  # who holds the lock and how far it is; advisory, the lock itself decides
@@ -71,6 +75,7 @@ TEMPORARY_FILES = tuple(f"{name}.tmp" for name in (PROGRESS_FILE, BACKUP_FILE, L
 
 # Errors of reading that are the mount's fault or the user's, so that a file that gives one is not called damaged.
 CANNOT_LOOK = (errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOTCONN, errno.ENXIO, errno.ETIMEDOUT)
+SAVE_SHARE = 0.02  # saves of the record may take this share of a run's time before they are spaced
 GC_THRESHOLDS = (100_000, 20, 100)  # a large record is a million objects, not to be looked through every 700 new ones
 
 
@@ -563,11 +568,70 @@ def lock_owner(cache_dir: Path) -> str | None:
 
 
 # ======================================================================================================================
-# The record: progress.json, checked when read, durable when saved
+# The journal: lines appended beside progress.json, each with its checksum
+# ======================================================================================================================
+
+
+class Journal:
+    """Takes entries, one a line; the first makes the file."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file: io.FileIO | None = None
+        self._is_synced = True
+        self._last_sync_s = self._last_sync_end = 0.0
+
+    def append(self, entries: Iterable[dict[str, Any]]) -> None:
+        """Add entries; they survive this process at once, and a power cut after `sync`."""
+        texts = [json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") for entry in entries]
+        rest = memoryview(b"".join(b"%08x %b\n" % (zlib.crc32(text), text) for text in texts))
+        if self._file is None:
+            self._file = io.FileIO(self._path, "x")  # a new one, never through a link
+            fsync_path(self._path.parent)
+        begin, self._is_synced = self._file.tell(), False
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):  # a full disk: no half line may stand before the next one
+                self._file.truncate(self._file.seek(begin))
+            raise
+
+    def sync(self, *, at_once: bool = False) -> None:
+        """Force the entries to the disk; unless `at_once`, for a part of SAVE_SHARE of the time only."""
+        begin = time.monotonic()
+        if not self._is_synced and (at_once or begin - self._last_sync_end >= self._last_sync_s / (SAVE_SHARE / 4)):
+            os.fsync(self._file.fileno())
+            self._is_synced, self._last_sync_end = True, time.monotonic()
+            self._last_sync_s = self._last_sync_end - begin
+
+    def remove(self) -> None:
+        """Remove the file, also one that another process left."""
+        if self._file is not None:
+            self._file.close()
+        self._file, self._is_synced = None, True
+        self._path.unlink(missing_ok=True)
+
+
+def journal_entries(journal: bytes) -> Iterator[dict[str, Any]]:
+    """The entries in a journal's bytes. Raises ValueError where a line is damaged."""
+    lines = journal.split(b"\n")
+    lines.pop()  # half a line, of a process that was killed
+    while lines and b"\0" in lines[-1]:  # never forced to the disk before its power was cut
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        digits, _, text = line.partition(b" ")
+        if digits != b"%08x" % zlib.crc32(text):
+            raise ValueError(f"line {number} is damaged")
+        yield json.loads(text)
+
+
+# ======================================================================================================================
+# The record: progress.json with its journal, checked when read, durable when saved
 # ======================================================================================================================
 
 PROGRESS_FORMAT_VERSION = 1
-SAVE_SHARE = 0.02  # saves may take this share of a run's time before they are spaced
+JOURNAL_FORMAT_VERSION = 1
 READABLE_ENTRIES = 1000  # up to here progress.json is indented; json's indenting encoder is 10 times slower
 
 
@@ -611,7 +675,11 @@ class Progress:
     """The record of one cache: what is completed, what failed and why, and the configuration in force.
 
     Its attributes are those of RECORD_KEYS. Safe to use from the run's main thread and its writer thread. Nothing
-    reaches the disk before `save`.
+    reaches the disk before `save` or `save_spaced`.
+
+    progress.json alone is true at every moment, for whoever does not know of the journal: it names no trajectory whose
+    chunks may have been replaced since. Those that a run is to redo, `to_redo`, therefore stand in the journal only,
+    while there is one.
     """
 
     def __init__(self, cache_dir: Path, dataset_name: str | None):
@@ -620,47 +688,69 @@ class Progress:
             if not row.is_derived:
                 setattr(self, row.attribute or key, row.initial())
         self.dataset_name = dataset_name
+        self.to_redo: set[str] = set()  # completed ones that may be withdrawn soon
+        self._count()
         self._lock = threading.RLock()
-        self._saves_s = 0.0
-        self._last_save_s = 0.0
-        self._last_save_end = 0.0
+        self._saves_s = self._last_save_s = self._last_save_end = 0.0
+        self.has_journal = False  # what was read had one that belongs to it
+        self._journal = Journal(cache_dir / JOURNAL_FILE)
+        self._journal_head: tuple[Any, ...] = ()  # what its last head says
+        self._saved_update: float | None = None  # last_update of the progress.json saved from here, None before that
+        self._changed: dict[str, None] = {}  # trajectories to save or append, in order; of none before the first save
+        self._not_in_file: set[str] = set()  # completed ones that it does not name
+        self._file_is_untrue = False  # progress.json names a trajectory that was withdrawn or redone
 
-    @property
-    def total_chunks(self) -> int:
-        """Chunk files of all completed trajectories."""
-        with self._lock:
-            return sum(len(record["spans"]) for record in self.records.values())
+    def _count(self) -> None:
+        self.total_chunks = sum(len(record["spans"]) for record in self.records.values())  # of completed trajectories
+        self._uses = collections.Counter(record["fingerprint"] for record in self.records.values())
 
     @property
     def fingerprints(self) -> set[str]:
         """Fingerprints in use; more than one means that the cache is mixed."""
         with self._lock:
-            return {record["fingerprint"] for record in self.records.values()}
+            return {fingerprint for fingerprint, count in self._uses.items() if count}
 
     def complete(self, name: str, checksum: str, record: TrajectoryRecord) -> None:
         """Record a trajectory whose chunks are durable."""
         with self._lock:
+            self.forget(name)
             self.failures.pop(name, None)
             self.checksums[name] = checksum
             self.records[name] = record
+            self.total_chunks += len(record["spans"])
+            self._uses[record["fingerprint"]] += 1
+            self.to_redo.discard(name)
+            self._changed[name] = None
+            self._not_in_file.add(name)
 
     def fail(self, name: str, failure: Failure) -> None:
         """Record a trajectory as failed, and so no longer as completed."""
         with self._lock:
             self.forget(name)
             self.failures[name] = failure
+            self._changed[name] = None
 
     def forget(self, name: str) -> bool:
         """Un-record a completed trajectory; says whether it was recorded."""
         with self._lock:
             self.checksums.pop(name, None)
-            return self.records.pop(name, None) is not None
+            record = self.records.pop(name, None)
+            if record is None:
+                return False
+            self.total_chunks -= len(record["spans"])
+            self._uses[record["fingerprint"]] -= 1
+            self._changed[name] = None
+            self._file_is_untrue |= name not in self._not_in_file
+            self._not_in_file.discard(name)
+            return True
 
     def empty(self) -> None:
         """Forget every trajectory and the configuration that they were made with."""
         with self._lock:
             for entries in (self.checksums, self.records, self.failures, self.specs, self.processing_config):
                 entries.clear()
+            self._count()
+            self._file_is_untrue = True  # appending would not say it
             self.weights = None
             self.elapsed_s = 0.0
 
@@ -672,23 +762,23 @@ class Progress:
         }
 
     @classmethod
-    def load(cls, cache_dir: Path) -> Progress | None:
-        """The record in `cache_dir`, or None where there is no progress.json.
+    def load(cls, cache_dir: Path, *, with_journal: bool = True) -> Progress | None:
+        """The record in `cache_dir`, with its journal, or None where there is no progress.json.
 
         Raises:
             RefusedError: there is one, but it is unreadable, corrupt, unversioned or of a newer version. It is never
                 taken for "no progress".
         """
-        content = read_record(cache_dir)
-        return None if content is None else cls.parse(cache_dir, content)
+        stored = read_record(cache_dir, with_journal=with_journal)
+        return None if stored is None else cls.parse(cache_dir, stored)
 
     @classmethod
-    def parse(cls, cache_dir: Path, content: bytes) -> Progress:
-        """The record that `content`, read from `cache_dir`, holds; RefusedError as for `load`."""
+    def parse(cls, cache_dir: Path, stored: StoredRecord) -> Progress:
+        """The record that was read from `cache_dir`; RefusedError as for `load`."""
         path = cache_dir / PROGRESS_FILE
         try:
-            data = json.loads(content.decode("utf-8"))
-            _refuse_newer(path, data)
+            data = json.loads(stored.text, object_hook=_share_texts)
+            _refuse_newer(path, data, PROGRESS_FORMAT_VERSION)
             _check_progress(data)
         except (ValueError, TypeError, RecursionError) as error:
             raise RefusedError(f"{path}: not a usable progress record: {error}. {_ways_out(cache_dir)}") from error
@@ -696,32 +786,111 @@ class Progress:
         for key, row in RECORD_KEYS.items():
             if not row.is_derived and key in data:
                 setattr(progress, row.attribute or key, data[key])
+        progress._count()
+        progress._take_journal(stored.journal)
         return progress
 
-    def save(self, *, keep_old: bool = True) -> None:
-        """Write progress.json atomically and durably; the copy before stays as progress.json.bak, if wanted."""
-        with self._lock:
-            begin = time.monotonic()
-            self.last_update = time.time()
-            data = self.to_json()
-            indent = 1 if len(self.records) + len(self.failures) <= READABLE_ENTRIES else None
-            text = json.dumps(data, indent=indent, ensure_ascii=False) + "\n"
-            write_durably(
-                self.cache_dir / PROGRESS_FILE,
-                text.encode(errors="backslashreplace"),
-                backup=self.cache_dir / BACKUP_FILE if keep_old else None,
-            )
-            self._last_save_end = time.monotonic()
-            self._last_save_s = self._last_save_end - begin
-            self._saves_s += self._last_save_s
+    def _take_journal(self, journal: bytes) -> None:
+        """Take in the entries that follow progress.json. Those that follow an earlier one are in it already."""
+        path, saved_update, follows = self.cache_dir / JOURNAL_FILE, self.last_update, False
+        try:
+            for entry in journal_entries(journal):
+                if "follows" in entry:
+                    _refuse_newer(path, entry, JOURNAL_FORMAT_VERSION)
+                    follows = entry["follows"] == saved_update
+                    self.has_journal |= follows
+                if follows:
+                    _take_entry(self, entry)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise RefusedError(
+                f"{path}: not usable: {error!r}. Without it {PROGRESS_FILE} is true: remove it, and what only it holds "
+                f"is redone. {_ways_out(self.cache_dir)}"
+            ) from error
 
-    def save_spaced(self, run_time_s: float) -> None:
-        """Save, unless saves would then take over 2 % of the run's time; at most 50 times one save's duration apart."""
+    def save(self, *, keep_old: bool = True) -> None:
+        """Write progress.json atomically and durably; the copy before stays as progress.json.bak, if wanted. The
+        journal, which it then holds, is removed."""
+        with self._lock:
+            self._save(set(), keep_old=keep_old)
+
+    def save_spaced(self, run_time_s: float, *, at_once: bool = False) -> None:
+        """Save, or append what changed to the journal, where saves would take over 2 % of the run's time; then they are
+        100 times their duration apart. A power cut loses what was appended in 200 fsyncs' time; with `at_once` none."""
         with self._lock:
             since_last_s = time.monotonic() - self._last_save_end
             within_share = self._saves_s + self._last_save_s <= SAVE_SHARE * run_time_s
-            if within_share or since_last_s >= self._last_save_s / SAVE_SHARE:
+            if within_share or self._saved_update is None:
                 self.save()
+            elif self._file_is_untrue or since_last_s >= self._last_save_s / (SAVE_SHARE / 2):
+                self._save(self.to_redo & self.records.keys())
+            elif self._changed:
+                self._append(self._changed, self._saved_update)
+                self._changed.clear()
+            self._journal.sync(at_once=at_once)
+
+    def sync_spaced(self) -> None:
+        """Force to the disk what was appended to the journal, if it is time to."""
+        with self._lock:
+            self._journal.sync()
+
+    def _save(self, left_out: set[str], *, keep_old: bool = True) -> None:
+        """Save progress.json; those left out are in the journal, and before it."""
+        begin, content, self.last_update = time.monotonic(), self, time.time()
+        if left_out:
+            self._append(left_out, self.last_update)
+            self._journal.sync(at_once=True)
+            content = copy.copy(self)
+            content.records = {name: record for name, record in self.records.items() if name not in left_out}
+            content.checksums = {name: self.checksums[name] for name in content.records}
+            content._count()
+        indent = 1 if len(content.records) + len(content.failures) <= READABLE_ENTRIES else None
+        text = json.dumps(content.to_json(), indent=indent, ensure_ascii=False) + "\n"
+        path, backup = self.cache_dir / PROGRESS_FILE, self.cache_dir / BACKUP_FILE if keep_old else None
+        write_durably(path, text.encode(errors="backslashreplace"), backup=backup)
+        self._saved_update, self._not_in_file, self._file_is_untrue = self.last_update, left_out, False
+        self._changed.clear()
+        if not left_out:
+            self._journal.remove()
+            self._journal_head = ()
+        self._last_save_end = time.monotonic()
+        self._last_save_s = self._last_save_end - begin
+        self._saves_s += self._last_save_s
+
+    def _append(self, names: Iterable[str], follows: float) -> None:
+        """Append what is known of trajectories to the journal of the progress.json whose last_update is `follows`."""
+        head, now = (follows, *self.specs), {"time": time.time(), "elapsed_s": self.elapsed_s}
+        entries = [{**self._entry(name), **now} for name in names]
+        if head != self._journal_head:
+            entries.insert(0, {"format_version": JOURNAL_FORMAT_VERSION, "follows": follows, "specs": self.specs})
+        self._journal.append(entries)
+        self._journal_head = head
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        if name in self.records:
+            return {"completed": name, "checksum": self.checksums[name], "record": self.records[name]}
+        return {"failed": name, "failure": self.failures[name]} if name in self.failures else {"withdrawn": name}
+
+
+def _take_entry(progress: Progress, entry: dict[str, Any]) -> None:
+    if "follows" in entry:
+        _check_specs(entry["specs"])
+        progress.specs |= entry["specs"]
+        return
+    name = entry.get("completed", entry.get("failed", entry.get("withdrawn")))
+    _check_texts([name])
+    for key in ("time", "elapsed_s"):
+        _check_time(entry[key])
+    progress.last_update, progress.elapsed_s = entry["time"], entry["elapsed_s"]
+    progress.forget(name)
+    progress.failures.pop(name, None)
+    if "completed" in entry:
+        _check_records({name: entry["record"]})
+        _check_texts([entry["checksum"]])
+        progress.specs[entry["record"]["fingerprint"]]  # KeyError
+        progress.complete(name, entry["checksum"], _share_texts(entry["record"]))
+    elif "failed" in entry:
+        _check_failures({name: entry["failure"]})
+        progress.fail(name, entry["failure"])
 
 
 def _check_time(value: float) -> None:
@@ -729,18 +898,8 @@ def _check_time(value: float) -> None:
         raise ValueError(f"is {value}")
 
 
-def _check_caches(caches: list[Any] | None) -> None:
-    if not all(isinstance(cache_dir, str) for cache_dir in caches or []):
-        raise ValueError("holds something that is not a text")
-
-
-def _check_names(names: list[Any]) -> None:
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError("holds a trajectory's name that is not a text")
-
-
-def _check_checksums(checksums: dict[str, Any]) -> None:
-    if not all(isinstance(checksum, str) for checksum in checksums.values()):
+def _check_texts(values: list[Any] | dict[str, Any] | None) -> None:
+    if not all(isinstance(value, str) for value in (values.values() if isinstance(values, dict) else values or [])):
         raise ValueError("holds something that is not a text")
 
 
@@ -807,37 +966,73 @@ RECORD_KEYS: dict[str, RecordKey] = {
     "data_format": RecordKey((str, _NULL), is_later=True),
     "num_trajectories": RecordKey((int, _NULL), is_later=True),
     # Where the caches of the same config's other datasets are: where one of them is gone entirely, a run asks.
-    "other_caches": RecordKey((list, _NULL), check=_check_caches, is_later=True),
+    "other_caches": RecordKey((list, _NULL), check=_check_texts, is_later=True),
     "checksum_kind": RecordKey((str,), lambda: "stat"),
     "rebuild_started": RecordKey((*_NUMBER, _NULL)),
     "processing_config": RecordKey((dict,), dict),
     "weights": RecordKey((dict, _NULL), check=_check_weights),  # source, size, mtime, digest
     "specs": RecordKey((dict,), dict, saved=_specs_in_use, check=_check_specs),  # fingerprint -> spec
-    "completed_trajectories": _derived((list,), lambda progress: list(progress.records), check=_check_names),
-    "failed_trajectories": _derived((list,), lambda progress: list(progress.failures), check=_check_names),
-    "trajectory_checksums": RecordKey((dict,), dict, attribute="checksums", check=_check_checksums),
+    "completed_trajectories": _derived((list,), lambda progress: list(progress.records), check=_check_texts),
+    "failed_trajectories": _derived((list,), lambda progress: list(progress.failures), check=_check_texts),
+    "trajectory_checksums": RecordKey((dict,), dict, attribute="checksums", check=_check_texts),
     "trajectory_records": RecordKey((dict,), dict, attribute="records", check=_check_records),
     "failures": RecordKey((dict,), dict, check=_check_failures),
 }
 
 
-def read_record(cache_dir: Path) -> bytes | None:
-    """The bytes of the record in `cache_dir`, or None where there is none; RefusedError where it cannot be read."""
+class StoredRecord(NamedTuple):
+    text: str  # of progress.json; its bytes as well would be much to hold while it is parsed
+    journal: bytes  # empty where there is none
+
+
+def read_record(cache_dir: Path, *, with_journal: bool = True) -> StoredRecord | None:
+    """The record in `cache_dir`, or None where there is none; RefusedError where it cannot be read."""
     path = cache_dir / PROGRESS_FILE
+    for _ in range(10):  # a run may save it between the two files
+        stamp = _file_stamp(path)
+        content = _read_or_none(path)
+        journal = _read_or_none(cache_dir / JOURNAL_FILE) if with_journal else None
+        if _file_stamp(path) == stamp:
+            break
+    if content is None:
+        return None
+    try:
+        return StoredRecord(content.decode("utf-8"), journal or b"")
+    except UnicodeDecodeError as error:
+        raise RefusedError(f"{path}: not a usable progress record: {error}. {_ways_out(cache_dir)}") from error
+
+
+def _read_or_none(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not path.is_symlink():
             return None
-        raise RefusedError(f"{path}: cannot read: {error.strerror}. {_ways_out(cache_dir)}") from error
+        raise RefusedError(f"{path}: cannot read: {error.strerror}. {_ways_out(path.parent)}") from error
 
 
-def _refuse_newer(path: Path, data: Any) -> None:
+def _file_stamp(path: Path) -> tuple[int, ...] | None:
+    """What tells a file from the one that was there before it; None where there is none."""
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        return status.st_mtime_ns, status.st_ino, status.st_size
+    return None
+
+
+def _share_texts(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry whose texts that a million others hold too are the same objects there."""
+    for key in ("fingerprint", "checksum_kind"):
+        if type(entry.get(key)) is str:
+            entry[key] = sys.intern(entry[key])
+    return entry
+
+
+def _refuse_newer(path: Path, data: Any, known: int) -> None:
     version = data.get("format_version") if isinstance(data, dict) else None
-    if type(version) is int and version > PROGRESS_FORMAT_VERSION:
+    if type(version) is int and version > known:
         raise RefusedError(
-            f"{path}: format_version is {version}, this program knows {PROGRESS_FORMAT_VERSION}: a newer dino_cache "
-            "made it. Update the program. Nothing was changed"
+            f"{path}: format_version is {version}, this program knows {known}: a newer dino_cache made it. Update the "
+            "program. Nothing was changed"
         )
 
 
@@ -904,14 +1099,14 @@ def load_or_refuse(cache_dir: Path) -> Progress:
     return Progress.parse(cache_dir, read_or_refuse(cache_dir))
 
 
-def read_or_refuse(cache_dir: Path) -> bytes:
-    """The bytes of the record in `cache_dir`; RefusedError where there is none."""
-    content = read_record(cache_dir)
-    if content is None:
+def read_or_refuse(cache_dir: Path) -> StoredRecord:
+    """The record in `cache_dir` as it lies there; RefusedError where there is none."""
+    stored = read_record(cache_dir)
+    if stored is None:
         near = [str(path.parent) for path in sorted(cache_dir.glob(f"*/{PROGRESS_FILE}"))[:3]]
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
         raise RefusedError(f"{cache_dir}: no {PROGRESS_FILE} here; a cache is the folder that holds it{hint}")
-    return content
+    return stored
 
 
 def show(cache_dir: Path, *, as_json: bool, show_all: bool) -> int:
@@ -952,13 +1147,12 @@ class _WatchedRecord:
     def __init__(self, cache_dir: Path):
         self._cache_dir = cache_dir
         self._progress: Progress | None = None
-        self._stamp: tuple[int, ...] | None = None
+        self._stamp: list[tuple[int, ...] | None] = []
         self._not_before = 0.0
 
     def load(self) -> Progress:
         begin = time.monotonic()
-        status = os.stat(self._cache_dir / PROGRESS_FILE)
-        stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
+        stamp = [_file_stamp(self._cache_dir / name) for name in (PROGRESS_FILE, JOURNAL_FILE)]
         if self._progress is None or (stamp != self._stamp and begin >= self._not_before):
             self._progress, self._stamp = load_or_refuse(self._cache_dir), stamp
             self._not_before = begin + 10 * (time.monotonic() - begin)
@@ -1121,15 +1315,17 @@ def reset(cache_dir: Path, *, yes: bool) -> int:
 
 
 def set_aside(cache_dir: Path, why: str) -> Path:
-    """Give the present record a second name, progress.json.<why>-<time>, that no older one has; returns it."""
+    """Give the present record a new name too, progress.json.<why>-<time>, and its journal that and .journal."""
     stem = f"{PROGRESS_FILE}.{why}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = itertools.chain([stem], (f"{stem}-{count}" for count in itertools.count(2)))
     kept = next(cache_dir / name for name in names if not os.path.lexists(cache_dir / name))
-    try:
-        os.link(cache_dir / PROGRESS_FILE, kept)
-    except OSError:  # no hard links here
-        shutil.copyfile(cache_dir / PROGRESS_FILE, kept)
-        fsync_path(kept)
+    for path, second in ((cache_dir / PROGRESS_FILE, kept), (cache_dir / JOURNAL_FILE, Path(f"{kept}.journal"))):
+        if path.is_file():
+            try:
+                os.link(path, second)
+            except OSError:  # no hard links here
+                shutil.copyfile(path, second)
+                fsync_path(second)
     return kept
 
 

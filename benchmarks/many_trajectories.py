@@ -1,6 +1,7 @@
 """How a run's bookkeeping scales: start, resume, record, show and verify with very many trajectories.
 
     python benchmarks/many_trajectories.py --trajectories 100000 [--folder /disk/many]
+    python benchmarks/many_trajectories.py --records 1000000
 
 Makes so many tiny trajectories (their frames are hard links), each with a chunk file of its own and recorded as
 completed, then measures, with the peak memory of each command:
@@ -12,18 +13,28 @@ completed, then measures, with the peak memory of each command:
                  what the saves are spaced for, so over a few spaces it must come out as no more
     show, list, verify, verify --deep
 
+With --records, no data and no chunks are made, only records of so many trajectories and of a tenth of it, and measured:
+
+    completed, failed    milliseconds of this process's time to record one more, while saves are spaced (the journal)
+    withdrawn            likewise, the first one apart, which saves the record
+    look                 what the display and the heartbeat ask of the record, each time
+    growth               each of these over that with a tenth of the trajectories: 1 where nothing grows
+    load                 bytes of the peak memory a trajectory, to load the record, of two chunks each
+
 With --folder, data that is there already is taken, and stays. Prints a table and, last, one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import pickle
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +43,7 @@ import yaml
 from PIL import Image
 from workload import ROOT, dino_cache, report, scratch
 
-from progress_utils import Progress
+from progress_utils import Progress, TrajectoryRecord
 
 FRAMES = 4
 TRAJECTORIES_PER_SOURCE = 10_000  # ext4 allows 65,000 hard links to a file
@@ -163,6 +174,84 @@ def measure(root: Path, count: int, repetitions: int) -> None:
     report("Very many trajectories", rows | costs)
 
 
+def make_record(cache_dir: Path, count: int) -> None:
+    """A record of `count` completed trajectories, of which nothing else is there."""
+    progress, fingerprint = Progress(cache_dir, "many"), SPEC.fingerprint("0" * 16)
+    progress.specs[fingerprint] = SPEC.to_json()
+    for index in range(count):
+        progress.complete(f"site{index % 97}/t{index:07d}", f"{index:016x}", record_of(index, fingerprint))
+    cache_dir.mkdir()
+    progress.save()
+
+
+def record_of(index: int, fingerprint: str) -> TrajectoryRecord:
+    return {
+        "fingerprint": fingerprint,
+        "spans": [[0, 300 + index % 97], [290 + index % 97, 500 + index % 89]],
+        "bytes": [240_000 + index % 997, 170_000 + index % 991],
+        "checksum_kind": "stat",
+    }
+
+
+def milliseconds(count: int, action: Callable[[int], None]) -> float:
+    """Of this process's time for one of `count` actions."""
+    begin = time.process_time()
+    for index in range(count):
+        action(index)
+    return 1e3 * (time.process_time() - begin) / count
+
+
+def record_costs(cache_dir: Path, count: int, results: int = 5000) -> dict[str, float]:
+    """What a run pays for one result more, with `count` recorded and saves that are spaced."""
+    make_record(cache_dir, count)
+    progress, fingerprint, begin = Progress.load(cache_dir), SPEC.fingerprint("0" * 16), time.monotonic()
+    progress.save()
+
+    def complete(index: int) -> None:
+        progress.complete(f"new{index}", "0" * 16, record_of(index, fingerprint))
+        progress.save_spaced(time.monotonic() - begin)
+
+    def fail(index: int) -> None:
+        failure = {"reason": f"bad{index}/7.jpg: cannot decode", "error_type": "InputError", "attempts": 1}
+        progress.fail(f"bad{index}", {**failure, "time": 1.0, "checksum": None, "checksum_kind": "stat"})
+        progress.save_spaced(time.monotonic() - begin)
+
+    redone = list(itertools.islice(progress.records, 201))
+    progress.to_redo = set(redone)
+
+    def withdraw(index: int) -> None:
+        progress.forget(redone[index])
+        progress.save_spaced(time.monotonic() - begin, at_once=True)
+
+    costs = {"completed": milliseconds(results, complete), "failed": milliseconds(results, fail)}
+    withdraw(200)
+    costs["withdrawn"] = milliseconds(200, withdraw)
+    costs["look"] = milliseconds(results, lambda _: (progress.total_chunks, progress.fingerprints))
+    return costs
+
+
+def peak_of_loading(cache_dir: Path) -> int:
+    """Peak memory [bytes] of a process that loads a record, by its own word: to its parent it seems no smaller than
+    the parent itself."""
+    code = (
+        "import sys, pathlib, progress_utils; progress_utils.Progress.load(pathlib.Path(sys.argv[1]));"
+        "print(pathlib.Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])"
+    )
+    command = [sys.executable, "-c", code, str(cache_dir)]
+    return 1024 * int(subprocess.run(command, check=True, cwd=ROOT, capture_output=True).stdout)
+
+
+def measure_records(root: Path, count: int) -> None:
+    """Take the measures of --records and print them."""
+    few, many = record_costs(root / "few", count // 10), record_costs(root / "many", count)
+    rows: dict[str, object] = {"trajectories": count}
+    for what, cost_ms in many.items():
+        rows |= {f"{what}_ms": round(cost_ms, 4), f"{what}_growth": round(cost_ms / few[what], 2)}
+    more = peak_of_loading(root / "many") - peak_of_loading(root / "few")
+    rows["load_bytes_a_trajectory"] = round(more / (count - count // 10))
+    report("Records of very many trajectories", rows)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -170,9 +259,13 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the data lies, or is made; it stays")
     parser.add_argument("--make", action="store_true", help="only make the data")
+    parser.add_argument("--records", type=int, metavar="N", help="measure records of N trajectories, without data")
     arguments = parser.parse_args()
     with scratch(None) as temporary:
         root = arguments.folder or temporary
+        if arguments.records:
+            measure_records(temporary, arguments.records)
+            return
         if not (root / "cache.yaml").exists():
             make_dataset(root, arguments.trajectories)
         if not arguments.make:

@@ -50,12 +50,14 @@ def cache_index(cache_dir: Path) -> CacheIndex:
     Raises:
         RefusedError: there is no record, or it is unreadable, corrupt, of a newer version or empty.
     """
-    content = read_or_refuse(cache_dir)
-    file = cache_dir / f"{INDEX_PREFIX}{bytes_digest(content).hexdigest()}.npz"
+    stored = read_or_refuse(cache_dir)
+    digest = bytes_digest(stored.text.encode())
+    digest.update(stored.journal)
+    file = cache_dir / f"{INDEX_PREFIX}{digest.hexdigest()}.npz"
     index = _kept_index(file)
     if index is None:
-        index = _index_of(Progress.parse(cache_dir, content))
-        if len(content) >= MIN_INDEXED_BYTES:
+        index = _index_of(Progress.parse(cache_dir, stored))
+        if len(stored.text) + len(stored.journal) >= MIN_INDEXED_BYTES:
             _keep_index(file, index)
     return index
 

@@ -9,6 +9,7 @@ milliseconds and inherits no threads.
 from __future__ import annotations
 
 import faulthandler
+import functools
 import gc
 import io
 import json
@@ -18,6 +19,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
 import filelock  # noqa: F401  here, so that no child has to
@@ -50,6 +52,7 @@ class Call(NamedTuple):
     path: str
     target: str | None = None  # of a rename or a link
     recorded: list[str] | None = None  # of a write of the record: the trajectories that it calls completed
+    last_words: dict[str, bool] | None = None  # of a write of its journal: trajectory -> whether it calls it completed
 
 
 class Ending(NamedTuple):
@@ -136,6 +139,7 @@ class _Counter:
         self._before(h5py.Dataset, "__setitem__", _h5_write)
         self._before(h5py.Group, "create_dataset", _h5_write)
         progress_utils.open = self._open
+        progress_utils.io = SimpleNamespace(FileIO=functools.partial(_JournalFile, self))
 
     def watch(self, cache_dir: Path) -> None:
         self._root, self._calls = os.path.realpath(cache_dir), []
@@ -209,6 +213,24 @@ class _RecordFile(io.BufferedWriter):
         return write(data)
 
 
+class _JournalFile(io.FileIO):
+    """A journal of the record being written, in counted writes."""
+
+    def __init__(self, counter: _Counter, path: Any, mode: str):
+        super().__init__(path, mode)
+        self._counter = counter
+
+    def write(self, data: Any) -> int:
+        write, data = super().write, bytes(data)
+        entries = [json.loads(line[9:]) for line in data.splitlines()]
+        words = {name: kind == "completed" for entry in entries for kind, name in entry.items() if kind in _LAST_WORDS}
+        half = data[: len(data) // 2]
+        self._counter.count("write", os.fspath(self.name), lambda: write(half), last_words=words)
+        return write(data)
+
+
+_LAST_WORDS = ("completed", "failed", "withdrawn")
+
 _h5_paths: dict[str, str] = {}  # what h5py calls a file -> its path
 
 
@@ -253,6 +275,8 @@ class Disk:
         self._names: set[str] = set()  # files and folders whose name may be lost
         self._records = [set(recorded)]  # what progress.json may call completed, the latest last
         self._written: list[str] = []
+        self._journal: dict[str, set[bool]] = {}  # trajectory -> what the journal may say after a power cut
+        self._last_words: dict[str, bool] = {}  # and what it says otherwise
 
     def replay(self, calls: Iterable[Call]) -> Disk:
         for call in calls:
@@ -279,6 +303,10 @@ class Disk:
             assert call.path != progress_utils.PROGRESS_FILE, "the record is written in place"
             self._check_lasting(call.recorded)
             self._written = call.recorded
+        for name, is_completed in (call.last_words or {}).items():
+            self._check_lasting([name] * is_completed)
+            self._journal.setdefault(name, set()).add(is_completed)
+            self._last_words[name] = is_completed
 
     _close = _write
 
@@ -310,6 +338,8 @@ class Disk:
     def _remove(self, call: Call) -> None:
         if not in_staging(call.path) and progress_utils.is_chunk_file(os.path.basename(call.path)):
             self._check_unrecorded(os.path.dirname(call.path))
+        if call.path == progress_utils.JOURNAL_FILE:
+            self._journal.clear()
         for places in (self._bytes, self._names):
             places.difference_update({place for place in places if is_below(place, call.path)})
 
@@ -317,6 +347,8 @@ class Disk:
 
     def _fsync(self, call: Call) -> None:
         self._bytes.discard(call.path)
+        if call.path == progress_utils.JOURNAL_FILE:
+            self._journal = {name: {self._last_words[name]} for name in self._journal}
         self._names -= {place for place in self._names if (os.path.dirname(place) or ".") == call.path}
         if call.path == ".":
             self._records = self._records[-1:]
@@ -331,4 +363,5 @@ class Disk:
             assert not lost, f"{name} is recorded, but a power cut may lose {sorted(lost)}"
 
     def _check_unrecorded(self, name: str) -> None:
-        assert not any(name in names for names in self._records), f"{name} is taken away while it may still be recorded"
+        is_recorded = any(name in names for names in self._records) or True in self._journal.get(name, ())
+        assert not is_recorded, f"{name} is taken away while it may still be recorded"

@@ -22,12 +22,14 @@ import yaml
 import dino_cache
 import progress_utils
 from crash_harness import DIED, Call, Child, Command, Disk, Ending
+from progress_utils import Progress
 from support import (
     cache_content,
     check_stamps,
     chunk_files,
     make_trajectory,
     read_progress,
+    read_whole_record,
     sealed,
     straight_line,
     tree,
@@ -110,6 +112,27 @@ def command(folder: Path, line: str) -> Command:
     return Command(lambda: progress_utils.main([name, "--cache-dir", str(cache), *options]), cache)
 
 
+def journalled(cache: Path) -> None:
+    """Have the record as a killed run may leave it: every trajectory's result in the journal, none in progress.json."""
+    before, save_share = Progress.load(cache), progress_utils.SAVE_SHARE
+    progress_utils.SAVE_SHARE = 1e-9
+    try:
+        record = Progress.load(cache)
+        for name in before.records:
+            record.forget(name)
+        record.failures.clear()
+        record.save()
+        for name, entry in before.records.items():
+            record.complete(name, before.checksums[name], entry)
+        for name, failure in before.failures.items():
+            record.fail(name, failure)
+        record.save_spaced(0.0, at_once=True)
+    finally:
+        progress_utils.SAVE_SHARE = save_share
+    (cache / "progress.json.bak").unlink(missing_ok=True)
+    assert (cache / "progress.json.journal").exists()
+
+
 @dataclass(frozen=True)
 class Scenario:
     prepare: Callable[[Lab], None]
@@ -144,7 +167,7 @@ def record_bytes(cache: Path) -> bytes | None:
 def checksums(cache: Path) -> dict[str, str]:
     """What the record calls completed; nothing where there is no record, or a corrupt one."""
     try:
-        return read_progress(cache)["trajectory_checksums"]
+        return read_whole_record(cache)["trajectory_checksums"]
     except (FileNotFoundError, ValueError):
         return {}
 
@@ -152,7 +175,7 @@ def checksums(cache: Path) -> dict[str, str]:
 def essence(cache: Path) -> dict[str, Any] | bytes | None:
     """What the record says, without times and counts of attempts; the bytes of a corrupt one."""
     try:
-        data = read_progress(cache)
+        data = read_whole_record(cache)
     except (FileNotFoundError, ValueError):
         return record_bytes(cache)
     for key in ("start_time", "last_update", "elapsed_s"):
@@ -225,22 +248,32 @@ def check_nothing_false(cache: Path, start: Path, scenario: Scenario, expected: 
         assert essence(cache) in (essence(start), expected.after_command)
     elif record_bytes(cache) != record_bytes(start):
         assert isinstance(essence(cache), dict)  # it parses
+    if isinstance(essence(cache), dict):
+        check_recorded_alone(cache, start, scenario, expected)
     recorded = checksums(cache)
     for name in chunk_folders(cache) | recorded.keys():
         as_found = name in scenario.damaged and tree(cache / name) == tree(start / name)
         if as_found and (name not in recorded or name in checksums(start)):
             continue
         if name in recorded:
-            check_recorded(cache, name, recorded[name], expected)
+            record = read_whole_record(cache)["trajectory_records"][name]
+            check_recorded(cache, name, recorded[name], record, expected)
         else:
             files = list((cache / name).iterdir())
             heads = [(attributes["trajectory"], attributes["num_chunks"]) for attributes in map(sealed, files)]
             assert heads == [(name, len(files))] * len(files)
 
 
-def check_recorded(cache: Path, name: str, checksum: str, expected: Undisturbed) -> None:
+def check_recorded_alone(cache: Path, start: Path, scenario: Scenario, expected: Undisturbed) -> None:
+    """What progress.json says to a program that does not know of its journal is true too."""
+    alone = read_progress(cache)
+    for name, record in alone["trajectory_records"].items():
+        if name not in scenario.damaged or tree(cache / name) != tree(start / name):
+            check_recorded(cache, name, alone["trajectory_checksums"][name], record, expected)
+
+
+def check_recorded(cache: Path, name: str, checksum: str, record: dict[str, Any], expected: Undisturbed) -> None:
     """All its chunks are there and intact, of its own frames, and of the data that its checksum stands for."""
-    record = read_progress(cache)["trajectory_records"][name]
     files = sorted((cache / name).iterdir())
     heads = [sealed(path) for path in files]
     assert [path.name for path in files] == [f"chunk_{index:05d}.h5" for index in range(len(SPANS[name]))]

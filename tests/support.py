@@ -267,6 +267,29 @@ def stream_results(
     return cache_trajectories(trajectories, label, options, encoder, store, hooks or Hooks())
 
 
+def read_whole_record(cache_dir: Path) -> dict[str, Any]:
+    """progress.json with what the whole lines of its journal add: the last word on each trajectory."""
+    data, path = read_progress(cache_dir), cache_dir / "progress.json.journal"
+    last_words, belongs = {}, False
+    for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
+        entry = json.loads(line[9:])
+        if "follows" in entry:
+            belongs = entry["follows"] == data["last_update"]
+            data["specs"] |= entry["specs"] if belongs else {}
+        elif belongs:
+            last_words[entry.get("completed") or entry.get("failed") or entry["withdrawn"]] = entry
+    for name, entry in last_words.items():
+        for key in ("trajectory_checksums", "trajectory_records", "failures"):
+            data[key].pop(name, None)
+        if "completed" in entry:
+            data["trajectory_checksums"][name], data["trajectory_records"][name] = entry["checksum"], entry["record"]
+        elif "failed" in entry:
+            data["failures"][name] = entry["failure"]
+    data["completed_trajectories"], data["failed_trajectories"] = [*data["trajectory_records"]], [*data["failures"]]
+    data["total_chunks"] = sum(len(record["spans"]) for record in data["trajectory_records"].values())
+    return data
+
+
 def read_progress(cache_dir: Path) -> dict[str, Any]:
     """What progress.json holds."""
     return json.loads((cache_dir / "progress.json").read_text(encoding="utf-8"))

@@ -19,6 +19,7 @@ from crash_lab import (
     Scenario,
     checksums,
     chunk_folders,
+    journalled,
     survive,
 )
 from support import make_trajectory
@@ -89,14 +90,36 @@ def mended(lab: Lab) -> None:
     frame.write_bytes(good)
 
 
+def two_changed_and_journalled(lab: Lab) -> None:
+    two_changed(lab)
+    journalled(lab.cache)
+
+
+def one_repainted_and_journalled(lab: Lab) -> None:
+    one_repainted(lab)
+    journalled(lab.cache)
+
+
+def mended_and_journalled(lab: Lab) -> None:
+    mended(lab)
+    journalled(lab.cache)
+
+
 SCENARIOS = {
     "a fresh run": Scenario(nothing_yet, "run", 1, 1, BOTH),
     "a redo": Scenario(changed_data, "run", 1, 1, {A: 11, NESTED: 2, D: 4}, {A: 1, C: 3}, (NESTED,)),
     "a redo, rarely saved": Scenario(two_changed, "run-rarely-saved", 0, 0, {A: 11, D: 14}, {A: 1, D: 4}),
+    "a fresh run, rarely saved": Scenario(nothing_yet, "run-rarely-saved", 1, 1, BOTH),
+    "a redo with failures, rarely saved": Scenario(
+        changed_data, "run-rarely-saved", 1, 1, {A: 11, NESTED: 2, D: 4}, {A: 1, C: 3}, (NESTED,)
+    ),
+    "a redo with a journal": Scenario(two_changed_and_journalled, "run", 0, 0, {A: 11, D: 14}, {A: 1, D: 4}),
     "force_rebuild": Scenario(two_repainted, "run --force-rebuild", 0, 0, {A: 11, NESTED: 12}, BOTH),
     "reset": Scenario(one_repainted, "reset --yes", 0, 0, {NESTED: 12}, {NESTED: 2}),
     "a run after reset": Scenario(one_repainted_and_reset, "run", 0, 0, {NESTED: 12}, {NESTED: 2}),
+    "reset with a journal": Scenario(one_repainted_and_journalled, "reset --yes", 0, 0, {NESTED: 12}, {NESTED: 2}),
     "reset-failed": Scenario(mended, "reset-failed", 0, 0, {A: 1, C: 3}),
+    "reset-failed with a journal": Scenario(mended_and_journalled, "reset-failed", 0, 0, {A: 1, C: 3}),
 }
 
 

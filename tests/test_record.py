@@ -268,7 +268,7 @@ def test_a_full_disk_leaves_the_old_record(tmp_path, monkeypatch):
     assert saved(tmp_path / "progress.json") == 1.0
 
 
-def test_saves_beyond_2_percent_of_the_run_are_50_saves_apart(tmp_path, monkeypatch):
+def test_saves_beyond_2_percent_of_the_run_are_100_saves_apart(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=1000.0)
     replace = os.replace
 
@@ -290,7 +290,7 @@ def test_saves_beyond_2_percent_of_the_run_are_50_saves_apart(tmp_path, monkeypa
     assert not saves(199.0)  # it and another one are 4 s of 199 s: above 2 %
     assert saves(200.0)  # at 2 %
     assert not saves(200.0)  # 6 s of 200 s
-    assert not saves(250.0, wait_s=99.0)  # 50 times 2 s are not yet over
+    assert not saves(250.0, wait_s=199.0)  # 100 times 2 s are not yet over
     assert saves(250.0, wait_s=1.0)  # now they are
     assert not saves(399.0)  # 8 s of 399 s
     assert saves(400.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import calendar
+import contextlib
 import functools
 import json
 import os
@@ -79,10 +80,10 @@ def _readable_record(cache_dir: Path) -> Progress | None:
     Raises:
         RefusedError: it says that a force_rebuild is under way; chunks still to be redone would be taken for finished.
     """
-    try:
-        progress = Progress.load(cache_dir)
-    except RefusedError:
-        return None
+    progress = None
+    for with_journal in (False, True):  # the journal may be all that is damaged
+        with contextlib.suppress(RefusedError):
+            progress = Progress.load(cache_dir, with_journal=with_journal)
     if progress is not None and progress.rebuild_started is not None:
         raise RefusedError(
             f"{cache_dir}: its {PROGRESS_FILE} is sound, and a force_rebuild is under way: the next run goes on with "

@@ -16,6 +16,7 @@ from dino_cache_extras.chunk_files import check_recorded, recorded_chunks
 from dino_cache_extras.commands.workers import on_all_cores
 from progress_utils import (
     CANNOT_LOOK,
+    JOURNAL_FILE,
     STAGING_FOLDER,
     TEMPORARY_FILES,
     DamagedChunkError,
@@ -54,7 +55,7 @@ def verify(cache_dir: Path, *, deep: bool, as_json: bool, repair: bool, yes: boo
             findings = _still_true(progress, findings)
         holder = None if repair else lock_owner(cache_dir)
         if holder is None:  # else these are what a run has in flight
-            others = [*_find_unrecorded(progress), *_find_leftovers(cache_dir)]
+            others = [*_find_unrecorded(progress), *_find_leftovers(progress)]
             holder = None if repair else lock_owner(cache_dir)  # one that began during the look
             findings += others if holder is None else []
         mixed = len(progress.fingerprints) > 1
@@ -119,9 +120,10 @@ def _find_unrecorded(progress: Progress) -> list[Finding]:
     ]
 
 
-def _find_leftovers(cache_dir: Path) -> list[Finding]:
-    staging = cache_dir / STAGING_FOLDER
-    paths = [cache_dir / name for name in TEMPORARY_FILES if os.path.lexists(cache_dir / name)]
+def _find_leftovers(progress: Progress) -> list[Finding]:
+    cache_dir, staging = progress.cache_dir, progress.cache_dir / STAGING_FOLDER
+    names = TEMPORARY_FILES if progress.has_journal else (*TEMPORARY_FILES, JOURNAL_FILE)  # of an earlier progress.json
+    paths = [cache_dir / name for name in names if os.path.lexists(cache_dir / name)]
     if staging.is_symlink():
         paths.append(staging)  # what it points to is not ours
     elif staging.is_dir():

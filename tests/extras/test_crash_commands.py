@@ -7,9 +7,9 @@ from pathlib import Path
 import h5py
 import pytest
 
-from crash_lab import BOTH, NESTED, A, D, Lab, Scenario, essence, survive
+from crash_lab import BOTH, NESTED, A, D, Lab, Scenario, essence, journalled, survive
 from dino_cache_extras.commands import verify
-from support import read_progress
+from support import read_whole_record
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and /proc")
 
@@ -47,7 +47,27 @@ def corrupt_record(lab: Lab) -> None:
     record.write_bytes(record.read_bytes()[:300])
 
 
+def damaged_and_journalled(lab: Lab) -> None:
+    damaged(lab)
+    journalled(lab.cache)
+
+
+def corrupt_journal(lab: Lab) -> None:
+    """Beside a sound progress.json; and one trajectory lost a chunk."""
+    lab.add(A, NESTED)
+    lab.configure()
+    lab.run()
+    (lab.cache / NESTED / "chunk_00001.h5").unlink()
+    journalled(lab.cache)
+    journal = lab.cache / "progress.json.journal"
+    journal.write_bytes(journal.read_bytes().replace(b"completed", b"conpleted"))
+
+
 SCENARIOS = {
+    "verify --repair, with a journal": Scenario(
+        damaged_and_journalled, "verify --deep --repair --yes", 1, 0, {**BOTH, D: 4}, {}, (A, NESTED)
+    ),
+    "rebuild, corrupt journal": Scenario(corrupt_journal, "rebuild --yes", 1, 0, BOTH, {}, (NESTED,)),
     "verify --repair": Scenario(damaged, "verify --deep --repair --yes", 1, 0, {**BOTH, D: 4}, {}, (A, NESTED)),
     "rebuild, no record": Scenario(lost_record, "rebuild --yes", 0, 0, BOTH),
     "rebuild, corrupt record": Scenario(corrupt_record, "rebuild --yes", 1, 0, BOTH, {}, (NESTED,)),
@@ -58,7 +78,7 @@ def check_sound(cache: Path, damaged: tuple[str, ...]) -> None:
     """What is recorded is sound to `verify --deep`, but for what was damaged from the start."""
     if not isinstance(essence(cache), dict):
         return
-    data = read_progress(cache)
+    data = read_whole_record(cache)
     for name in data["trajectory_records"].keys() - set(damaged):
         task = (name, data["trajectory_records"][name], data["trajectory_checksums"][name])
         assert verify.check_trajectory(cache, task, deep=True) == []
