@@ -1324,7 +1324,9 @@ def _rebuilt(values: Any) -> Any:
 
 def _pose_array(where: str, poses: dict[str, Any], key: str) -> np.ndarray:
     if key not in poses:
-        raise InvalidDataError(f"{where}: has no {key}; its keys are {', '.join(map(str, poses))[:200]}")
+        near = next((name for name in map(str, poses) if unit_of_name(name)[0] == key), None)
+        hint = f"; call {near} {key}, and set its unit in the config (yaw_unit, position_scale)" if near else ""
+        raise InvalidDataError(f"{where}: has no {key}; its keys are {', '.join(map(str, poses))[:200]}{hint}")
     try:
         values = np.asarray(_plain_rows(poses[key]))
     except (ValueError, OverflowError) as error:  # rows of unequal length, numbers too large
@@ -3856,12 +3858,13 @@ def estimate_work(dataset: PreparedDataset, stop_request: StopRequest) -> list[s
     """Plan every pending trajectory, keeping only what it will cost; returns the reasons of those that will fail."""
     plan = functools.partial(plan_or_fail, spec=dataset.spec, checksum_kind="stat", store=dataset.store)
     look_at = open_door(POSE_FACTS_MODULE).look_at if is_there(POSE_FACTS_MODULE) else None
-    reasons = []
+    reasons, states = [], {state.trajectory.name: state for state in dataset.states}
     for outcome in map_files(plan, dataset.pending):
         stop_request.check()
         if isinstance(outcome, TrajectoryResult):
             dataset.work[outcome.name] = Work()
-            reasons.append(str(outcome.error))
+            is_recorded = outcome.name in dataset.progress.records
+            reasons.append(f"{outcome.error}{fate_of(states[outcome.name], outcome.error) if is_recorded else ''}")
         else:
             for note in outcome.notes:
                 dataset.notes.setdefault(note.what, []).append(f"{outcome.trajectory.name} ({note.detail})")
@@ -3875,6 +3878,18 @@ def estimate_work(dataset: PreparedDataset, stop_request: StopRequest) -> list[s
             size = cache_bytes(dataset, dataset.spec, [work])
             dataset.work[outcome.trajectory.name] = work._replace(num_bytes=size)
     return reasons
+
+
+def fate_of(state: TrajectoryState, error: Exception) -> str:
+    """What becomes of a completed trajectory that will fail when it is redone, in words."""
+    if is_void(state, error):
+        return " (its chunks will be removed)"
+    return " (it stays as it was completed)" if state.is_whole else " (it will no longer count as completed)"
+
+
+def is_void(state: TrajectoryState, error: Exception) -> bool:
+    """Whether chunks match no data any more: those that could be read changed, and break a rule."""
+    return state.has_changed and isinstance(error, InvalidDataError)
 
 
 def pose_lines(dataset: PreparedDataset) -> tuple[list[str], list[str]]:
@@ -3980,7 +3995,8 @@ def remarks(dataset: PreparedDataset) -> list[str]:
     for names, what in (
         (
             sorted(records.keys() - present - dataset.lost.keys()),
-            "recorded trajectories are not among the data now; their chunks stay",
+            f"recorded trajectories are not {'in the split or ' if dataset.config.split else ''}among the data now; "
+            "their chunks stay",
         ),
         (dataset.selection.missing, "names of the split are not in the data folder"),
         (dataset.selection.lack_poses, "folders hold frames but no pose file, left out"),
@@ -4016,6 +4032,7 @@ class DatasetOutcome:
     failures: dict[str, Failure]  # recorded ones, of this run or earlier
     gone: frozenset[str]  # names of failures that are not among the data now
     held_back: list[str]  # why trajectories could not be read that are not recorded as failed
+    num_odd: int  # completed ones that could not be checked or redone and stay, or that lost their chunks
     seconds: float  # of this run
     num_frames: int  # encoded by this run
     num_bytes: int  # of the chunk files that this run wrote
@@ -4050,6 +4067,8 @@ def log_outcome(outcome: DatasetOutcome) -> None:
         len(outcome.failures),
         outcome.num_chunks,
     )
+    if outcome.num_odd:
+        LOG.warning("%d completed trajectories were not as they should be; the lines above say how", outcome.num_odd)
     for name, failure in list(outcome.failures.items())[:SHOWN_NAMES]:
         gone = f" ({name} is not among the data now; reset-failed forgets it)" if name in outcome.gone else ""
         attempts = f"{failure['attempts']} of {outcome.max_attempts} attempts"
@@ -4250,6 +4269,7 @@ class DatasetRun:
             failures=dict(failures),
             gone=frozenset(failures.keys() - present),
             held_back=[str(result.error) for result in held_back],
+            num_odd=self._num_odd,
             seconds=counts.elapsed_s,
             num_frames=counts.frames_encoded,
             num_bytes=counts.num_bytes,
@@ -4364,9 +4384,9 @@ class DatasetRun:
         read changed and break a rule, or chunk files that it names are gone. Chunks that no record names are void."""
         name, error, state = result.name, result.error, self._states[result.name]
         LOG.warning("Failed: %s", error, exc_info=error)
-        is_recorded, is_invalid = name in self._progress.records, isinstance(error, InvalidDataError)
-        is_void = is_invalid and (state.has_changed or not is_recorded)
-        if is_recorded and state.is_whole and not is_void:
+        is_recorded = name in self._progress.records
+        is_removed = is_void(state, error) or (not is_recorded and isinstance(error, InvalidDataError))
+        if is_recorded and state.is_whole and not is_removed:
             LOG.warning("%s stays as it was completed", name)
             self._counts.num_completed += 1
             self._num_odd += 1
@@ -4382,7 +4402,7 @@ class DatasetRun:
             "checksum_kind": result.checksum_kind,
         }
         self._withdraw(name)
-        if is_void:
+        if is_removed:
             with storage_errors(self._store.cache_dir):
                 self._store.remove_chunks(name)
         self._progress.fail(name, failure)

@@ -120,6 +120,24 @@ def test_a_record_of_chunks_that_are_gone_is_withdrawn_where_it_cannot_be_redone
         assert run_here(robot.config).code == 0
 
 
+@pytest.mark.parametrize(
+    ("change", "fate"),
+    [
+        (cut_poses, "it stays as it was completed"),
+        (lambda robot: (robot.data / "t1/19.png").unlink(), "its chunks will be removed"),  # 19 frames, 20 poses
+    ],
+)
+def test_a_dry_run_tells_what_becomes_of_a_completed_trajectory_that_will_fail(robot, run_here, change, fate):
+    robot.add("t0", "t1")
+    run_here(robot.config)
+    change(robot)
+    assert fate in run_here(robot.config, "--dry-run").out
+    outcome = run_here(robot.config)
+    assert outcome.code == 1
+    assert ("t1" in read_progress(robot.cache)["completed_trajectories"]) == ("stays" in fate)
+    assert ("1 completed trajectories were not as they should be" in outcome.err) == ("stays" in fate)
+
+
 def test_a_dry_run_tells_lost_chunks_and_withdraws_nothing(robot, run_here):
     robot.add("t0", "t1")
     run_here(robot.config)

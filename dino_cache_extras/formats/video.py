@@ -162,7 +162,7 @@ class VideoSource:
             times=times[numbers],
             num_without=len(times) - len(numbers),
             table=Poses(np.arange(len(at)), points, table["yaw"], table.get("height"), at),
-            notes=self._notes(),
+            notes=self._notes(at),
         )
 
     def _times(self, zero: str) -> np.ndarray:
@@ -186,16 +186,26 @@ class VideoSource:
             + likely_time_scale(at, times, self._keys.time_scale)
         )
 
-    def _notes(self) -> tuple[Note, ...]:
-        """Where the two ways to count would give a frame the pose of another."""
-        times = frame_times(self._path)
-        if abs(times[0]) <= (np.median(np.diff(times)) / 2 if len(times) > 1 else 0.0):
-            return ()
-        what = (
-            "videos have their first frame elsewhere than at 0 s on their own clock; pose times are counted from "
-            f"{TIME_ZEROS[self._keys.time_zero]} (time_zero: {self._keys.time_zero})"
-        )
-        return (Note(what, f"{times[0]:.3f} s"),)
+    def _notes(self, at: np.ndarray) -> tuple[Note, ...]:
+        """What should be known of a video whose poses are at these times: that frames are left out, and where the two
+        ways to count would give a frame the pose of another."""
+        zero = self._keys.time_zero
+        times, first_s = self._times(zero), frame_times(self._path)[0]
+        inside, notes = np.count_nonzero(are_between(times, at)), []
+        if inside < len(times):
+            what = "videos have frames before their first pose or after the last, which are left out"
+            notes.append(Note(what, f"{len(times) - inside} of {len(times)}"))
+        if abs(first_s) > (np.median(np.diff(times)) / 2 if len(times) > 1 else 0.0):
+            what = "videos have their first frame elsewhere than at 0 s on their own clock"
+            notes.append(
+                Note(f"{what}; pose times are counted from {TIME_ZEROS[zero]} (time_zero: {zero})", f"{first_s:.3f} s")
+            )
+            other = next(other for other in TIME_ZEROS if other != zero)
+            others = np.count_nonzero(are_between(self._times(other), at))
+            if others > inside:
+                what = f"of these have more frames between their poses if those are counted from {TIME_ZEROS[other]}"
+                notes.append(Note(f"{what}: set time_zero: {other} if they are", f"{others} instead of {inside}"))
+        return tuple(notes)
 
     def mispaired(self, spec: CacheSpec) -> str | None:
         """Why what 0.2.0 made is not what is made now: it counted pose times on the container's clock alone, and showed

@@ -491,3 +491,20 @@ def test_a_rebuilt_record_knows_by_which_rule_its_trajectories_were_made(
     outcome = run_bits()
     assert outcome.code == 0
     assert "Redoing" not in outcome.err
+
+
+def test_poses_that_fit_the_other_clock_better_and_frames_without_a_pose_are_told(
+    tmp_path: Path, run_bits: Callable[..., Outcome]
+) -> None:
+    """The first frame is at 2 s on the container's clock, and so is the first pose."""
+    write_video(tmp_path / "data/t1.mkv", Rendered(1, 60).frames, first_s=2.0)
+    write_csv(tmp_path / "data/t1.csv", Rendered(1, 60))
+    lines = (tmp_path / "data/t1.csv").read_text().splitlines()
+    shifted = [",".join([str(float(line.split(",")[0]) + 2), *line.split(",")[1:]]) for line in lines[1:]]
+    (tmp_path / "data/t1.csv").write_text("\n".join([lines[0], *shifted]))
+    told = run_bits(None, "--dry-run").out
+    assert "set time_zero: container if they are: t1 (60 instead of 40)" in told
+    assert "are left out: t1 (20 of 60)" in told
+    told = run_bits({"time_zero": "container"}, "--dry-run").out
+    assert "instead of" not in told
+    assert "left out" not in told
