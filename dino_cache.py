@@ -68,9 +68,9 @@ import time
 import traceback
 import unicodedata
 import zipfile
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Executor, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple, NoReturn, Protocol, TypeVar
@@ -155,7 +155,7 @@ MODEL_NAMES = DINOV2_NAMES | DINOV3_NAMES  # dino_model_type -> the model's name
 
 FRAME_PATTERN = r"(\d+)\.(?:jpg|jpeg|png|JPG|JPEG|PNG)"
 FILE_THREADS = 16  # threads that wait for files of a slow disk or a network
-READ_TOGETHER = 8  # frames that one thread reads in one go
+READ_TOGETHER = 8  # frames that are taken from a container in one go
 MAX_POSE_NUMBERS = 50_000_000  # a pose file with more numbers is refused; they would take 400 MB
 MAX_POSITION_M = 1e8  # no place on Earth is farther from any map's origin; one glitch of 1e16 m would swallow all steps
 MAX_FRAME_PIXELS = 80_000_000  # a frame that claims more pixels is refused undecoded
@@ -1209,10 +1209,11 @@ class FolderSource:
         return f"{self._name}/{recordable_name(self._listing.frames[number].file_name)}"
 
     def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        for number in numbers:
-            with PROFILE("read"):
-                data = read_file(f"{self._folder}/{self._listing.frames[number].file_name}")
-            yield data
+        return map_files(self._read_frame, numbers, measured=2, together=1)
+
+    def _read_frame(self, number: int) -> np.ndarray:
+        with PROFILE("read"):
+            return read_file(f"{self._folder}/{self._listing.frames[number].file_name}")
 
     def close(self) -> None:
         """Nothing stays open."""
@@ -1236,6 +1237,8 @@ class Format(NamedTuple):
     trajectory: str  # what is one, for messages
     signs: Callable[[FolderFiles, bool], Iterable[str]]  # files that show this format; is it data_folder itself?
     hints: Callable[[FolderFiles, DataKeys], Iterable[str]] = lambda folder, keys: ()  # where nothing else shows one
+    # How frames can be read: each from a file of its own; in any order from one; or in one pass, by who began it.
+    frames: Literal["files", "rows", "stream"] = "stream"
 
 
 def _gnm_signs(folder: FolderFiles, is_top: bool) -> list[str]:
@@ -1254,6 +1257,7 @@ GNM = Format(
     trajectory=f"a folder with one of {', '.join(POSE_FILES)} and its frames",
     signs=_gnm_signs,
     hints=_gnm_hints,
+    frames="files",
 )
 
 
@@ -1395,7 +1399,7 @@ class TrajectoryPlan:
     trajectory: Trajectory
     checksum: str
     checksum_kind: ChecksumKind
-    reader: FrameReader
+    stat_checksum: str  # by which those who open the trajectory again see that it is the same
     frame_index: np.ndarray  # (T,) int64, row of the source's pose arrays
     position: np.ndarray | None  # (T, 2) float64 [m]
     yaw: np.ndarray | None  # (T,) float64 [rad]
@@ -1413,9 +1417,16 @@ class TrajectoryPlan:
         }
         return {name: values for name, values in poses.items() if values is not None}
 
-    def stored_frames(self) -> Iterator[int]:
-        """Kept frames that lie in a chunk, each once, in order."""
-        return _stored_frames(self.spans)
+    @functools.cached_property
+    def stored_rows(self) -> np.ndarray:
+        """(n,) int64: kept frames that lie in a chunk, each once, in order."""
+        done = [0, *(span.stop for span in self.spans)]
+        return np.concatenate([np.arange(max(span.start, begin), span.stop) for begin, span in zip(done, self.spans)])
+
+    @property
+    def stored_numbers(self) -> list[int]:
+        """Their numbers, by which the source knows them."""
+        return self.frame_index[self.stored_rows].tolist()
 
     def left_out(self) -> list[Span]:
         """Kept frames that lie in no chunk: pieces between pose jumps that travel too little."""
@@ -1423,21 +1434,14 @@ class TrajectoryPlan:
         stops = [*(span.start for span in self.spans), len(self.frame_index)]
         return [Span(start, stop) for start, stop in zip(starts, stops) if start < stop]
 
-    @functools.cached_property
+    @property
     def num_stored_frames(self) -> int:
-        return sum(1 for _ in self.stored_frames())
+        return len(self.stored_rows)
 
     @property
     def num_rows(self) -> int:
         """Rows of all chunks together; frames in an overlap count once a chunk."""
         return sum(span.stop - span.start for span in self.spans)
-
-
-def _stored_frames(spans: list[Span]) -> Iterator[int]:
-    done = 0
-    for span in spans:
-        yield from range(max(span.start, done), span.stop)
-        done = span.stop
 
 
 def plan_trajectory(
@@ -1469,7 +1473,7 @@ def plan_trajectory(
         trajectory=trajectory,
         checksum=checksum,
         checksum_kind=checksum_kind,
-        reader=source.open_frames(frame_index[list(_stored_frames(spans))].tolist()),
+        stat_checksum=checksum if checksum_kind == "stat" else source.checksum("stat"),
         frame_index=frame_index,
         position=position,
         yaw=None if poses.yaw is None else poses.yaw[kept],
@@ -2494,7 +2498,8 @@ POSE_TYPES = {"position": "<f8", "yaw": "<f8", "frame_index": "<i8", "travelled_
 # ======================================================================================================================
 
 
-MEASURED_ITEMS = 64  # items whose time tells whether files are slow; also the items that a thread then takes at once
+STOP_LOOK_S = 0.2  # time between two looks at whether the run shall stop, while something is waited for
+MEASURED_ITEMS = 64  # items whose time tells whether files are slow
 
 
 def in_groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -2514,6 +2519,59 @@ def thread_pool(workers: int, name: str, initializer: Callable[[], None] | None 
         pool.shutdown(cancel_futures=True)
 
 
+def under_way(
+    begin: Callable[[Item], Future | None],
+    items: Iterable[Item],
+    depth: int,
+    *,
+    early: bool = False,
+    weigh: Callable[[Item], int] = lambda item: 1,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[Item, Future | None]]:
+    """Begin what is to be done with each item, up to `depth` ahead; items come out in order, each when it is done.
+
+    One is handed out once `depth` items are under way, so that the workers never run dry; at once where there was
+    nothing to begin (None); with `early`, as soon as it is done when another item is taken up. An item may count for
+    several; one is under way ahead in any case. Ends early where it waits and the run shall stop.
+    """
+    pending: deque[tuple[Item, Future | None, int]] = deque()  # with weights
+    ahead = 0  # weight of all but the first
+    try:
+        for item in itertools.chain(items, [_END]):
+            if item is not _END:
+                weight = weigh(item)
+                ahead += weight if pending else 0
+                pending.append((item, begin(item), weight))
+            while pending:
+                head, future, _ = pending[0]
+                may_go = item is _END or ahead >= depth - 1 or future is None or (early and future.done())
+                if not may_go:
+                    break
+                if future is not None and not _wait(future, should_stop):
+                    return
+                pending.popleft()
+                ahead -= pending[0][2] if pending else 0
+                yield head, future
+    finally:
+        for _, future, _ in pending:
+            if future is not None:
+                future.cancel()
+
+
+_END: Any = object()  # after the last item
+
+
+def _wait(future: Future, should_stop: Callable[[], bool]) -> bool:
+    """Wait until it is done; False where the run shall stop before that."""
+    while not future.done():
+        try:
+            future.exception(STOP_LOOK_S)
+        except TimeoutError:
+            if should_stop():
+                return False
+    return True
+
+
 def prefetch(
     function: Callable[[Item], Result],
     items: Iterable[Item],
@@ -2523,51 +2581,41 @@ def prefetch(
     early: bool = False,
     weigh: Callable[[Item], int] = lambda item: 1,
 ) -> Iterator[Result]:
-    """`function` of each item, in order, up to `depth` ahead; an exception comes out where its result would.
-
-    A result is handed out once `depth` items are under way, so that the pool never runs dry; with `early`, as soon as
-    it is there when another item is taken up. An item may count for several; one is under way ahead in any case.
-    """
-    pending: deque = deque()  # (future, weight)
-    ahead = 0  # weight of all but the first
-    try:
-        for item in items:
-            weight = weigh(item)
-            ahead += weight if pending else 0
-            pending.append((pool.submit(function, item), weight))
-            while pending and (ahead >= depth - 1 or (early and pending[0][0].done())):
-                future, _ = pending.popleft()
-                ahead -= pending[0][1] if pending else 0
-                yield future.result()
-        while pending:
-            yield pending.popleft()[0].result()
-    finally:
-        for future, _ in pending:
-            future.cancel()
+    """`function` of each item, in order, worked ahead as `under_way` says; an exception comes out where its result
+    would."""
+    begun = under_way(lambda item: pool.submit(function, item), items, depth, early=early, weigh=weigh)
+    with contextlib.closing(begun):
+        for _, future in begun:
+            yield future.result()
 
 
-def map_files(function: Callable[[Item], Result], items: list[Item]) -> Iterator[Result]:
-    """`function` of each item, in order; in threads where the files that it reads make it wait, as a network's do. A
-    local disk's answer so fast that threads would only contend for the interpreter's lock, at twice the time."""
-    first, rest = items[:MEASURED_ITEMS], items[MEASURED_ITEMS:]
+def map_files(
+    function: Callable[[Item], Result], items: Sequence[Item], *, measured: int = MEASURED_ITEMS, together: int = 64
+) -> Iterator[Result]:
+    """`function` of each item, in order; in threads where the files that it reads make it wait, as a network's do,
+    which the `measured` first items show; a thread then takes so many `together`. A local disk's answer so fast that
+    threads would only contend for the interpreter's lock, at twice the time."""
+    first, rest = items[:measured], items[measured:]
     wall_s, work_s = time.perf_counter(), time.thread_time()
     yield from [function(item) for item in first]
     if time.perf_counter() - wall_s < 2 * (time.thread_time() - work_s):
         yield from map(function, rest)
         return
     with thread_pool(FILE_THREADS, "files") as pool:
-        groups = in_groups(rest, MEASURED_ITEMS)
+        groups = in_groups(rest, together)
         for results in prefetch(lambda group: [function(item) for item in group], groups, pool, 2 * FILE_THREADS):
             yield from results
 
 
 # ======================================================================================================================
-# Pipeline: one stream of frames through all trajectories
+# Reading: trajectories to plans, and to groups of frames at the input's size
 # ======================================================================================================================
 
-PLANS_AHEAD = 16  # trajectories whose poses are read before their frames are wanted
-FRAMES_PLANNED_AHEAD = 2048  # the same bound in frames, where a trajectory's number of frames is known
-WRITE_BACKLOG = 2  # encoded batches that may wait for the disk; more would only fill memory
+GROUP_FRAMES = (
+    32  # frames that are read, decoded and handed over together, at most; one by one costs more than decoding
+)
+GROUP_BYTES = 4 << 20  # bytes of their pixels, at most
+OPEN_TRAJECTORIES = 24  # that a reader keeps open; more than are planned ahead
 
 
 @dataclass(frozen=True)
@@ -2584,27 +2632,196 @@ class TrajectoryResult:
     error: Exception | None = None  # InputError or OSError
 
 
-class Frame(NamedTuple):
-    """One frame in the stream: a kept frame of a plan; its image's bytes (N,) uint8, then its pixels (3, H, W) uint8,
-    or why there are none."""
+class ReadingJob(NamedTuple):
+    """What a reader must know of a dataset."""
+
+    spec: CacheSpec
+    checksum_kind: ChecksumKind
+    store: ChunkStore | None = None  # in which there must be a place for a trajectory's chunks
+
+
+class Wanted(NamedTuple):
+    """Frames of a planned trajectory that a reader shall read."""
+
+    trajectory: Trajectory
+    stat_checksum: str
+    numbers: list[int]  # of frame_index, ascending
+    slot: int | None = None  # of the shared memory in which their pixels shall lie; None: they come with the answer
+
+
+class Content(NamedTuple):
+    """What was read of a group of frames: the first `count` are good; the one after them is not, where there is an
+    error."""
+
+    count: int
+    error: Exception | None = None
+    pixels: np.ndarray | None = None  # (n, 3, H, W) uint8, where they lie in no slot
+
+
+class OpenTrajectory(NamedTuple):
+    """What is open of a trajectory."""
+
+    source: Source
+    frames: FrameReader | None  # None of a format whose frames need not come in one pass
+
+
+def open_plan(trajectory: Trajectory, job: ReadingJob) -> tuple[TrajectoryPlan, Source, FrameReader] | TrajectoryResult:
+    """Open, check and cut a trajectory, for whose chunks there must be a place in the store; a failure is a value."""
+    checksum, spec = None, job.spec
+    try:
+        with input_errors(trajectory.name):
+            if job.store is not None:
+                job.store.refuse_taken_place(trajectory.name)
+            source = open_source(trajectory, data_keys(spec))
+            checksum = source.checksum(job.checksum_kind)
+            plan = plan_trajectory(trajectory, source, checksum, job.checksum_kind, spec)
+            return plan, source, source.open_frames(plan.stored_numbers)
+    except (InputError, OSError) as error:
+        return TrajectoryResult(trajectory.name, checksum, job.checksum_kind, error=error)
+
+
+def plan_or_fail(
+    trajectory: Trajectory, spec: CacheSpec, checksum_kind: ChecksumKind, store: ChunkStore | None = None
+) -> TrajectoryPlan | TrajectoryResult:
+    """Check and cut a trajectory; a failure is a value."""
+    opened = open_plan(trajectory, ReadingJob(spec, checksum_kind, store))
+    if isinstance(opened, TrajectoryResult):
+        return opened
+    plan, _, frames = opened
+    frames.close()
+    return plan
+
+
+class TrajectoryReader:
+    """Plans trajectories and reads their frames: for one dataset, in a process of its own or in threads of this one.
+    What it opened stays open for a while."""
+
+    def __init__(self, job: ReadingJob, slots: np.ndarray | None = None):
+        self._job, self._slots = job, slots
+        self._open: OrderedDict[str, OpenTrajectory] = OrderedDict()
+        self._lock = threading.RLock()
+
+    @functools.cached_property
+    def _decoder(self) -> FrameDecoder:
+        return FrameDecoder(self._job.spec)
+
+    def plan(
+        self, trajectory: Trajectory, slot: int | None, most: int
+    ) -> tuple[TrajectoryPlan | TrajectoryResult, Content | None]:
+        """Open, check and cut a trajectory, and read the first frames of it, `most` at most."""
+        opened = open_plan(trajectory, self._job)
+        if isinstance(opened, TrajectoryResult):
+            return opened, None
+        plan, source, frames = opened
+        self._keep(trajectory, source, frames if format_named(trajectory.format).frames == "stream" else None)
+        if not most:
+            return plan, None
+        return plan, self.read(Wanted(trajectory, plan.stat_checksum, plan.stored_numbers[:most], slot))
+
+    def read(self, wanted: Wanted) -> Content:
+        """Read and decode a group of frames, of a trajectory that may have been planned elsewhere."""
+        name, numbers, count = wanted.trajectory.name, wanted.numbers, 0
+        if wanted.slot is None:
+            pixels = np.empty((len(numbers), 3, *self._job.spec.image_size), np.uint8)
+        else:
+            pixels = self._slots[wanted.slot]
+        try:
+            with input_errors(name):
+                frames = self._frame_reader(wanted)
+                for number, content in zip(numbers, frames.read(numbers), strict=True):
+                    with PROFILE("decode"):
+                        take = self._decoder if content.ndim == 1 else self._decoder.fit
+                        pixels[count] = take(content, frames.name(number)).numpy()
+                    count += 1
+        except (InputError, OSError) as error:
+            self._drop(name)
+            return Content(count, error, None if count == 0 or wanted.slot is not None else pixels)
+        return Content(count, None, None if wanted.slot is not None else pixels)
+
+    def name(self, wanted: Wanted) -> str:
+        """The first of those frames, for messages."""
+        with input_errors(wanted.trajectory.name):
+            return self._frame_reader(wanted).name(wanted.numbers[0])
+
+    def _frame_reader(self, wanted: Wanted) -> FrameReader:
+        with self._lock:
+            opened = self._open.get(wanted.trajectory.name) or self._open_again(wanted)
+        return opened.frames or opened.source.open_frames(wanted.numbers)
+
+    def _open_again(self, wanted: Wanted) -> OpenTrajectory:
+        """Open what was planned in another process, or so long ago that it is closed.
+
+        Raises:
+            InputError, OSError: that is not possible any more, or it is not the same.
+        """
+        trajectory, spec = wanted.trajectory, self._job.spec
+        source = open_source(trajectory, data_keys(spec))
+        if (checksum := source.checksum("stat")) != wanted.stat_checksum:
+            raise InputError(f"{trajectory.name}: its data changed while it was read; run the same command again")
+        frames = None
+        if format_named(trajectory.format).frames == "stream":
+            rest = plan_trajectory(trajectory, source, checksum, "stat", spec).stored_numbers
+            frames = source.open_frames(rest[rest.index(wanted.numbers[0]) :])
+        return self._keep(trajectory, source, frames)
+
+    def _keep(self, trajectory: Trajectory, source: Source, frames: FrameReader | None) -> OpenTrajectory:
+        with self._lock:
+            self._open[trajectory.name] = opened = OpenTrajectory(source, frames)
+            surplus = list(self._open)[:-OPEN_TRAJECTORIES]
+        for closed in surplus:
+            self._drop(closed)
+        return opened
+
+    def _drop(self, name: str) -> None:
+        with self._lock:
+            opened = self._open.pop(name, None)
+        if opened is not None and opened.frames is not None:
+            opened.frames.close()
+
+    def close(self) -> None:
+        """Close what is open."""
+        for name in list(self._open):
+            self._drop(name)
+
+
+class ReaderThreads:
+    """A reader in threads of this process, for data that may be read here."""
+
+    def __init__(self, job: ReadingJob, count: int):
+        self._reader = TrajectoryReader(job)
+        self._threads = ThreadPoolExecutor(count, "read", one_torch_thread)
+
+    def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """Begin function(reader, *arguments)."""
+        return self._threads.submit(function, self._reader, *arguments)
+
+    def close(self) -> None:
+        """Finish what is begun, and nothing more."""
+        self._threads.shutdown(cancel_futures=True)
+        self._reader.close()
+
+
+# ======================================================================================================================
+# Pipeline: one stream of frames through all trajectories
+# ======================================================================================================================
+
+PLANS_AHEAD = 16  # trajectories whose poses are read before their frames are wanted
+FRAMES_PLANNED_AHEAD = 2048  # the same bound in frames, where a trajectory's number of frames is known
+WRITE_BACKLOG = 2  # encoded batches that may wait for the disk; more would only fill memory
+
+
+class Rows(NamedTuple):
+    """Kept frames of one trajectory: (n,), ascending."""
 
     plan: TrajectoryPlan
-    row: int
-    data: np.ndarray | None = None
-    pixels: torch.Tensor | None = None
-    error: Exception | None = None
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return self.plan.reader.name(int(self.plan.frame_index[self.row]))
+    rows: np.ndarray
 
 
 @dataclass(frozen=True)
 class Batch:
     """B frames of one or many trajectories: pixels (B, 3, H, W) uint8."""
 
-    frames: list[tuple[TrajectoryPlan, int]]
+    parts: list[Rows]  # B rows in all
     pixels: torch.Tensor
 
 
@@ -2612,7 +2829,7 @@ class Batch:
 class EncodedBatch:
     """A batch, or a part of one, with its tokens."""
 
-    frames: list[tuple[TrajectoryPlan, int]]
+    parts: list[Rows]
     rows: EncodedRows
 
 
@@ -2650,87 +2867,88 @@ class Hooks:
     num_frames_of: Callable[[str], int] = lambda name: 0
 
 
-def plan_or_fail(
-    trajectory: Trajectory, spec: CacheSpec, checksum_kind: ChecksumKind, store: ChunkStore | None = None
-) -> TrajectoryPlan | TrajectoryResult:
-    """Open, check and cut a trajectory, for whose chunks there must be a place in the store; a failure is a value."""
-    checksum = None
-    try:
-        with input_errors(trajectory.name):
-            if store is not None:
-                store.refuse_taken_place(trajectory.name)
-            source = open_source(trajectory, data_keys(spec))
-            checksum = source.checksum(checksum_kind)
-            return plan_trajectory(trajectory, source, checksum, checksum_kind, spec)
-    except (InputError, OSError) as error:
-        return TrajectoryResult(trajectory.name, checksum, checksum_kind, error=error)
+class FrameGroup(NamedTuple):
+    """Consecutive stored frames of one trajectory, as they were read."""
+
+    plan: TrajectoryPlan
+    rows: np.ndarray  # (n,) kept frames
+    content: Content
+    pixels: np.ndarray | None  # (n, 3, H, W) uint8
 
 
-def read_group(
-    group: list[Frame | TrajectoryResult], decoder: FrameDecoder, failed: FailedTrajectories
-) -> list[Frame | TrajectoryResult]:
-    """Read frames, each trajectory's together; a failure is a value."""
-    done: list[Frame | TrajectoryResult] = []
-    for _, items in itertools.groupby(group, lambda item: id(item.plan) if isinstance(item, Frame) else None):
-        run = list(items)
-        if isinstance(run[0], Frame) and run[0].plan.trajectory.name not in failed:
-            run = _read_frames(run, decoder)
-        elif isinstance(run[0], Frame):
-            run[0].plan.reader.close()
-        done += run
-    return done
+class FrameStream:
+    """All trajectories' stored frames, in groups, read ahead and in order; failures are values."""
 
+    def __init__(self, readers: ReaderThreads, group_frames: int, groups_ahead: int, hooks: Hooks):
+        self._readers, self._hooks = readers, hooks
+        self._group_frames, self._groups_ahead = group_frames, groups_ahead
 
-def _read_frames(run: list[Frame], decoder: FrameDecoder) -> list[Frame]:
-    """Frames of one plan with their bytes, or with their pixels where the source decodes; from the one on that cannot
-    be had, with the reason."""
-    plan, done = run[0].plan, []
-    try:
-        with input_errors(plan.trajectory.name):
-            contents = plan.reader.read([int(plan.frame_index[frame.row]) for frame in run])
-            for frame, content in zip(run, contents, strict=True):
-                if content.ndim == 1:
-                    done.append(frame._replace(data=content))
-                else:  # at once: the input's size is what waits for the encoder
-                    with PROFILE("decode"):
-                        done.append(frame._replace(pixels=decoder.fit(content, frame.name)))
-    except (InputError, OSError) as error:
-        plan.reader.close()
-        done += [frame._replace(error=error) for frame in run[len(done) :]]
-    return done
+    def groups(
+        self, trajectories: Iterable[Trajectory], kind: ChecksumKind, failed: FailedTrajectories
+    ) -> Iterator[FrameGroup | TrajectoryResult]:
+        """Every stored frame of every trajectory. The rest of one that failed is left out."""
+        stop = self._hooks.should_stop
+        plans = under_way(self._begin_plan, trajectories, PLANS_AHEAD, weigh=self._weigh, should_stop=stop)
+        wanted = self._wanted(plans, kind, failed)
+        for item, future in under_way(self._begin_read, wanted, self._groups_ahead, should_stop=stop):
+            if future is None:
+                yield item
+                continue
+            plan, rows = item
+            try:
+                content = future.result()
+            except (InputError, OSError) as error:
+                content = Content(0, error)
+            yield FrameGroup(plan, rows, content, content.pixels)
 
+    def _wanted(
+        self, plans: Iterator[tuple[Trajectory, Future]], kind: ChecksumKind, failed: FailedTrajectories
+    ) -> Iterator[Rows | FrameGroup | TrajectoryResult]:
+        """What is to be read, and what is known already."""
+        for trajectory, future in plans:
+            try:
+                plan, first = future.result()
+            except (InputError, OSError) as error:
+                plan, first = TrajectoryResult(trajectory.name, None, kind, error=error), None
+            if isinstance(plan, TrajectoryResult):
+                yield plan
+                continue
+            begin = 0
+            if first is not None:
+                begin = self._group_frames
+                yield FrameGroup(plan, plan.stored_rows[:begin], first, first.pixels)
+            for start in range(begin, len(plan.stored_rows), self._group_frames):
+                if self._hooks.should_stop():
+                    return
+                if trajectory.name in failed:
+                    break
+                yield Rows(plan, plan.stored_rows[start : start + self._group_frames])
 
-def decode_or_fail(
-    item: Frame | TrajectoryResult, decoder: FrameDecoder, failed: FailedTrajectories
-) -> Frame | TrajectoryResult:
-    """Decode a frame that was read; a failure is a value."""
-    if isinstance(item, TrajectoryResult) or item.data is None or item.plan.trajectory.name in failed:
-        return item
-    try:
-        with PROFILE("decode"), input_errors(item.plan.trajectory.name):
-            return item._replace(data=None, pixels=decoder(item.data, item.name))
-    except InputError as error:
-        return item._replace(data=None, error=error)
+    def _weigh(self, trajectory: Trajectory) -> int:
+        return 1 + self._hooks.num_frames_of(trajectory.name) * PLANS_AHEAD // FRAMES_PLANNED_AHEAD
 
+    def _begin_plan(self, trajectory: Trajectory) -> Future:
+        return self._readers.submit(TrajectoryReader.plan, trajectory, None, self._group_frames)
 
-def frame_stream(
-    plans: Iterable[TrajectoryPlan | TrajectoryResult], failed: FailedTrajectories, should_stop: Callable[[], bool]
-) -> Iterator[Frame | TrajectoryResult]:
-    """Every stored frame of every plan, in order; failures pass. The rest of a trajectory that failed is left out."""
-    for plan in plans:
-        if isinstance(plan, TrajectoryResult):
-            yield plan
-            continue
-        for row in plan.stored_frames():
-            if should_stop():
-                return
-            if plan.trajectory.name in failed:
-                break
-            yield Frame(plan, row)
+    def _begin_read(self, item: Rows | FrameGroup | TrajectoryResult) -> Future | None:
+        if not isinstance(item, Rows):
+            return None
+        plan, rows = item
+        numbers = plan.frame_index[rows].tolist()
+        return self._readers.submit(TrajectoryReader.read, Wanted(plan.trajectory, plan.stat_checksum, numbers))
+
+    def frame_name(self, plan: TrajectoryPlan, row: int) -> str:
+        """A kept frame, for messages."""
+        number = int(plan.frame_index[row])
+        wanted = Wanted(plan.trajectory, plan.stat_checksum, [number])
+        try:
+            return self._readers.submit(TrajectoryReader.name, wanted).result()
+        except (InputError, OSError, CancelledError):
+            return f"{plan.trajectory.name}: frame {number}"
 
 
 def full_batches(
-    frames: Iterable[Frame | TrajectoryResult],
+    groups: Iterable[FrameGroup | TrajectoryResult],
     new_pixels: Callable[[int], torch.Tensor],
     batch_size: int,
     failed: FailedTrajectories,
@@ -2742,25 +2960,28 @@ def full_batches(
     is dropped too.
     """
     with device_errors("making room for a batch"):
-        pixels, batch = new_pixels(batch_size), []
-    for frame in frames:
+        pixels, parts, filled = new_pixels(batch_size), [], 0
+    for group in groups:
         if should_stop():
             return
-        if isinstance(frame, TrajectoryResult):
-            yield frame
-        elif frame.plan.trajectory.name in failed:
+        if isinstance(group, TrajectoryResult):
+            yield group
             continue
-        elif frame.error is not None:
-            yield from _fail(frame.plan, frame.error, failed)
-        else:
-            pixels.numpy()[len(batch)] = frame.pixels.numpy()  # torch would wake threads for each of these copies
-            batch.append((frame.plan, frame.row))
-            if len(batch) == batch_size:
-                yield Batch(batch, pixels)
+        plan, done, count = group.plan, 0, group.content.count
+        while done < count and plan.trajectory.name not in failed:
+            stop = done + min(batch_size - filled, count - done)
+            taken = slice(filled, filled + stop - done)
+            pixels.numpy()[taken] = group.pixels[done:stop]  # torch would wake threads for each of these copies
+            parts.append(Rows(plan, group.rows[done:stop]))
+            filled, done = taken.stop, stop
+            if filled == batch_size:
+                yield Batch(parts, pixels)
                 with device_errors("making room for a batch"):
-                    pixels, batch = new_pixels(batch_size), []
-    if batch and not should_stop():
-        yield Batch(batch, pixels[: len(batch)])
+                    pixels, parts, filled = new_pixels(batch_size), [], 0
+        if group.content.error is not None and plan.trajectory.name not in failed:
+            yield from _fail(plan, group.content.error, failed)
+    if parts and not should_stop():
+        yield Batch(parts, pixels[:filled])
 
 
 def _fail(plan: TrajectoryPlan, error: Exception, failed: FailedTrajectories) -> list[TrajectoryResult]:
@@ -2769,6 +2990,17 @@ def _fail(plan: TrajectoryPlan, error: Exception, failed: FailedTrajectories) ->
     if not failed.add(plan.trajectory.name):
         return []
     return [TrajectoryResult(plan.trajectory.name, plan.checksum, plan.checksum_kind, error=error)]
+
+
+def cut_parts(parts: list[Rows], start: int, stop: int) -> list[Rows]:
+    """Those of rows [start, stop) of all parts together."""
+    cut, first = [], 0
+    for plan, rows in parts:
+        inside = rows[max(0, start - first) : max(0, stop - first)]
+        if len(inside):
+            cut.append(Rows(plan, inside))
+        first += len(rows)
+    return cut
 
 
 def encode_batches(
@@ -2794,10 +3026,10 @@ def encode_batches(
                 encoder.drop()
             with device_errors("the encoder"):
                 rows = part()
-            frames = batch.frames[start : start + len(rows.finite)]
-            start += len(frames)
-            on_encoded(len(frames))
-            yield EncodedBatch(frames, rows)
+            stop = start + len(rows.finite)
+            on_encoded(stop - start)
+            yield EncodedBatch(cut_parts(batch.parts, start, stop), rows)
+            start = stop
         in_flight.popleft()
 
     try:
@@ -2846,10 +3078,15 @@ class StreamWriter:
     """
 
     def __init__(
-        self, store: ChunkStore, label: ChunkLabel, failed: FailedTrajectories, before_replacing: Callable[[str], None]
+        self,
+        store: ChunkStore,
+        label: ChunkLabel,
+        failed: FailedTrajectories,
+        before_replacing: Callable[[str], None],
+        frame_name: Callable[[TrajectoryPlan, int], str],
     ):
         self._store, self._label, self._failed = store, label, failed
-        self._before_replacing = before_replacing
+        self._before_replacing, self._frame_name = before_replacing, frame_name
         self._open: TrajectoryWriter | None = None
 
     def write(self, item: EncodedBatch | TrajectoryResult) -> list[TrajectoryResult]:
@@ -2871,7 +3108,7 @@ class StreamWriter:
         if name in self._failed:
             return []
         if not encoded.finite.all():
-            frame = plan.reader.name(int(plan.frame_index[rows[int(np.argmin(encoded.finite))]]))
+            frame = self._frame_name(plan, int(rows[int(np.argmin(encoded.finite))]))
             return self._give_up(plan, InvalidDataError(f"{frame}: its features are not finite"))
         if self._open is None:
             self._open = TrajectoryWriter(self._store.new_staging_folder(), plan, self._label)
@@ -2928,12 +3165,14 @@ class NoWriter:
 
 def _runs_of_one_trajectory(batch: EncodedBatch) -> Iterator[tuple[TrajectoryPlan, np.ndarray, EncodedRows]]:
     """Cut a batch where the trajectory changes: (plan, kept frames (n,), their rows)."""
-    frames = batch.frames
-    borders = [i for i in range(1, len(frames)) if frames[i][0] is not frames[i - 1][0]]
-    for start, stop in zip([0, *borders], [*borders, len(frames)]):
+    start = 0
+    for _, parts in itertools.groupby(batch.parts, lambda part: id(part.plan)):
+        run = list(parts)
+        rows = np.concatenate([part.rows for part in run])
+        stop = start + len(rows)
         tokens = {name: values[start:stop] for name, values in batch.rows.tokens.items()}
-        rows = np.array([row for _, row in frames[start:stop]])
-        yield frames[start][0], rows, EncodedRows(tokens, batch.rows.finite[start:stop])
+        yield run[0].plan, rows, EncodedRows(tokens, batch.rows.finite[start:stop])
+        start = stop
 
 
 def resolve_batch_size(options: RunOptions, encoder: Encoder) -> int:
@@ -2961,32 +3200,24 @@ def cache_trajectories(
     spec, failed = label.spec, FailedTrajectories()
     workers = available_cores() if options.decode_workers == "auto" else options.decode_workers
     batch_size = resolve_batch_size(options, encoder)
-    frames_ahead = max(4 * workers, 2 * batch_size * encoder.batches_in_flight)
-    groups_ahead = max(FILE_THREADS, 2 * batch_size // READ_TOGETHER)
-    plan = functools.partial(plan_or_fail, spec=spec, checksum_kind=options.checksum, store=store)
-    decoder = FrameDecoder(spec)
-    read = functools.partial(read_group, decoder=decoder, failed=failed)
-    decode = functools.partial(decode_or_fail, decoder=decoder, failed=failed)
-    writer = NoWriter() if store is None else StreamWriter(store, label, failed, hooks.before_replacing)
-
-    def weigh(trajectory: Trajectory) -> int:
-        return 1 + hooks.num_frames_of(trajectory.name) * PLANS_AHEAD // FRAMES_PLANNED_AHEAD
-
-    with (
-        contextlib.closing(writer),  # first in, last out: no thread writes any more when it drops what is half-made
-        thread_pool(max(FILE_THREADS, workers, groups_ahead), "read", one_torch_thread) as readers,
-        thread_pool(workers, "decode", one_torch_thread) as decoders,
-        thread_pool(1, "write") as writers,
-    ):
-        plans = prefetch(plan, trajectories, readers, PLANS_AHEAD, weigh=weigh)
-        groups = in_groups(frame_stream(plans, failed, hooks.should_stop), READ_TOGETHER)
-        groups = prefetch(read, groups, readers, groups_ahead)
-        frames = prefetch(decode, itertools.chain.from_iterable(groups), decoders, frames_ahead)
-        batches = full_batches(frames, encoder.new_pixels, batch_size, failed, hooks.should_stop)
-        batches = PROFILE.pulling("wait for frames", batches)
-        with contextlib.closing(encode_batches(encoder, batches, hooks.on_encoded, hooks.should_stop)) as encoded:
-            for results in prefetch(writer.write, encoded, writers, WRITE_BACKLOG, early=True):
-                yield from results
+    group = max(1, min(GROUP_FRAMES, GROUP_BYTES // (3 * math.prod(spec.image_size)), batch_size // 2))
+    groups_ahead = max(2 * workers, 2 * batch_size * encoder.batches_in_flight // group)
+    job = ReadingJob(spec, options.checksum, store)
+    with contextlib.closing(ReaderThreads(job, workers)) as readers:
+        stream = FrameStream(readers, group, groups_ahead, hooks)
+        writer = NoWriter()
+        if store is not None:
+            writer = StreamWriter(store, label, failed, hooks.before_replacing, stream.frame_name)
+        with (
+            contextlib.closing(writer),  # first in, last out: no thread writes any more when it drops what is half-made
+            thread_pool(1, "write") as writers,
+        ):
+            groups = stream.groups(trajectories, options.checksum, failed)
+            batches = full_batches(groups, encoder.new_pixels, batch_size, failed, hooks.should_stop)
+            batches = PROFILE.pulling("wait for frames", batches)
+            with contextlib.closing(encode_batches(encoder, batches, hooks.on_encoded, hooks.should_stop)) as encoded:
+                for results in prefetch(writer.write, encoded, writers, WRITE_BACKLOG, early=True):
+                    yield from results
 
 
 # ======================================================================================================================

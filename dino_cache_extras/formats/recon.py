@@ -277,4 +277,5 @@ FORMAT = Format(
     settings=KEY_SETTINGS,
     trajectory=f"a *{RECON_SUFFIX} file in the folder itself",
     signs=_signs,
+    frames="rows",
 )
