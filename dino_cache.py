@@ -52,12 +52,16 @@ import itertools
 import json
 import logging
 import math
+import mmap
+import multiprocessing
+import multiprocessing.reduction
 import os
 import pickle
 import pickletools
 import re
 import reprlib
 import resource
+import selectors
 import shutil
 import signal
 import stat
@@ -66,12 +70,14 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import unicodedata
 import zipfile
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
@@ -221,6 +227,94 @@ class StoppedError(DinoCacheError):
         self.exit_code = exit_code
 
 
+# ======================================================================================================================
+# Fence: the limits of a process that parses others' bytes; and whose fault an error is
+# ======================================================================================================================
+
+READER_MEMORY_BYTES = 3 << 29  # that a reader may take beyond what it has after its imports
+READER_CPU_S = 30  # processor time that it may take without getting on
+CONTENT_CPU_S = 3600  # ... while it digests whole files, which may be large, and parses nothing
+PR_SET_PDEATHSIG = 1  # prctl's: a signal when the parent dies
+
+
+class FenceLimits(NamedTuple):
+    """What a reader process may take."""
+
+    memory_bytes: int
+    cpu_s: int
+
+
+class Fence:
+    """This process's limits, where it is a reader. An overrun of memory comes as MemoryError; at one of processor time
+    the kernel ends the process with SIGXCPU, whatever code it is in."""
+
+    def __init__(self) -> None:
+        self.limits: FenceLimits | None = None  # None: this process is no reader
+        self._renewed_s = 0.0
+
+    def set_up(self, limits: FenceLimits) -> None:
+        """Make this process a reader: it keeps the limits, writes nowhere and ends with its parent."""
+        if (prctl := getattr(ctypes.CDLL(None), "prctl", None)) is not None:
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for descriptor in range(3):
+            os.dup2(nowhere, descriptor)
+        _limit(resource.RLIMIT_CORE, 0)
+        with contextlib.suppress(OSError), open("/proc/self/status", "rb") as status:
+            used_kb = next(int(line.split()[1]) for line in status if line.startswith(b"VmData:"))
+            _limit(resource.RLIMIT_DATA, used_kb * 1024 + limits.memory_bytes)
+        self.limits = limits
+        self.allow()
+
+    def allow(self, cpu_s: int | None = None) -> None:
+        """Give so much processor time from here on; what the limits say where nothing is said."""
+        if self.limits is not None:
+            self._renewed_s = time.process_time()
+            _limit(resource.RLIMIT_CPU, math.ceil(self._renewed_s) + (cpu_s or self.limits.cpu_s))
+
+    def getting_on(self) -> None:
+        """Something was achieved: the time for the next thing begins. Cheap, and without effect elsewhere."""
+        if self.limits is not None and time.process_time() > self._renewed_s + 1:
+            self.allow()
+
+    def memory_fault(self, name: str, error: Exception) -> Exception:
+        """Whose fault it is that no memory was left to read a trajectory."""
+        if self.limits is not None:
+            return InputError(
+                f"{name}: needs more than {self.limits.memory_bytes / 2**30:.1f} GiB of memory to be read"
+            )
+        ways = "free memory, or raise the limit (ulimit), and run the same command again"
+        return MachineError(f"{name}: cannot be read: {error or type(error).__name__}; {ways}")
+
+    def portable(self, error: Exception) -> Exception:
+        """An error as it can go to another process, with its traceback as a note for the log."""
+        if self.limits is None:
+            return error
+        text = "".join(traceback.format_exception(error))
+        if isinstance(error, OSError):  # libraries' own kinds cannot be made anew without them
+            error = OSError(error.errno, error.strerror or str(error), error.filename)
+        elif not isinstance(error, (InputError, DinoCacheError)):
+            error = InputError(f"{type(error).__name__}: {error}")
+        error.add_note(f"in a reader process:\n{text}")
+        return error
+
+
+def _limit(what: int, most: int) -> None:
+    """Set a soft limit, as far as the hard one lets."""
+    _, hard = resource.getrlimit(what)
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(what, (most, hard))
+
+
+FENCE = Fence()
+
+
+class FatalDataError(InputError):
+    """The data crash the process that reads them, or keep it busy beyond its limits."""
+
+
 MACHINE_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
@@ -238,12 +332,12 @@ def input_errors(name: str) -> Iterator[None]:
     except (InputError, DinoCacheError):
         raise
     except MemoryError as error:
-        raise MachineError(
-            f"{name}: no memory was left to read it; free some and run the same command again"
-        ) from error
+        raise FENCE.memory_fault(name, error) from error
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise FENCE.memory_fault(name, error) from error
         if error.errno in MACHINE_ERRNOS:
-            ways = "free memory, or raise the limit (ulimit -n), and run the same command again"
+            ways = "raise the limit (ulimit -n), and run the same command again"
             raise MachineError(f"{name}: cannot be read: {error}; {ways}") from error
         if error.errno is not None:
             raise
@@ -277,10 +371,15 @@ class Profile:
             self.add(stage, elapsed_s - self._here.inside_s)
             self._here.inside_s = inside_outer_s + elapsed_s
 
-    def add(self, stage: str, seconds: float) -> None:
-        """Count what was measured elsewhere."""
-        key = (stage, threading.get_ident())
+    def add(self, stage: str, seconds: float, worker: int | None = None) -> None:
+        """Count what was measured elsewhere, perhaps in another process."""
+        key = (stage, worker or threading.get_ident())
         self._seconds[key] = self._seconds.get(key, 0.0) + seconds
+
+    def take(self) -> dict[str, float]:
+        """The seconds by stage so far, which are forgotten here: another process counts them."""
+        taken, self._seconds = self._seconds, {}
+        return {stage: sum(s for (name, _), s in taken.items() if name == stage) for stage in {key[0] for key in taken}}
 
     def pulling(self, stage: str, items: Iterable[Item]) -> Iterator[Item]:
         """The items; the time that each takes to come is the stage's."""
@@ -435,6 +534,7 @@ class RunOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     batch_size: PositiveInt | Literal["auto"] = "auto"
+    readers: Literal["auto", "threads", "processes"] = "auto"
     decode_workers: PositiveInt | Literal["auto"] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+)$")] = "auto"
     enable_progress_tracking: StrictBool = True
@@ -2614,7 +2714,7 @@ def map_files(
 GROUP_FRAMES = (
     32  # frames that are read, decoded and handed over together, at most; one by one costs more than decoding
 )
-GROUP_BYTES = 4 << 20  # bytes of their pixels, at most
+GROUP_BYTES = 2 << 20  # bytes of their pixels, at most
 OPEN_TRAJECTORIES = 24  # that a reader keeps open; more than are planned ahead
 
 
@@ -2665,6 +2765,15 @@ class OpenTrajectory(NamedTuple):
     frames: FrameReader | None  # None of a format whose frames need not come in one pass
 
 
+def checksum_of(source: Source, kind: ChecksumKind) -> str:
+    """Its checksum; a reader may take longer for the content of large files than it takes to parse anything."""
+    if kind == "content":
+        FENCE.allow(CONTENT_CPU_S)
+    checksum = source.checksum(kind)
+    FENCE.allow()
+    return checksum
+
+
 def open_plan(trajectory: Trajectory, job: ReadingJob) -> tuple[TrajectoryPlan, Source, FrameReader] | TrajectoryResult:
     """Open, check and cut a trajectory, for whose chunks there must be a place in the store; a failure is a value."""
     checksum, spec = None, job.spec
@@ -2673,11 +2782,11 @@ def open_plan(trajectory: Trajectory, job: ReadingJob) -> tuple[TrajectoryPlan, 
             if job.store is not None:
                 job.store.refuse_taken_place(trajectory.name)
             source = open_source(trajectory, data_keys(spec))
-            checksum = source.checksum(job.checksum_kind)
+            checksum = checksum_of(source, job.checksum_kind)
             plan = plan_trajectory(trajectory, source, checksum, job.checksum_kind, spec)
             return plan, source, source.open_frames(plan.stored_numbers)
     except (InputError, OSError) as error:
-        return TrajectoryResult(trajectory.name, checksum, job.checksum_kind, error=error)
+        return TrajectoryResult(trajectory.name, checksum, job.checksum_kind, error=FENCE.portable(error))
 
 
 def plan_or_fail(
@@ -2692,11 +2801,57 @@ def plan_or_fail(
     return plan
 
 
+class FrameSlots:
+    """Memory that this process and its readers share, in slots of a group of frames each. It has no name that could
+    be left behind, and no limit but the machine's memory.
+
+    Raises:
+        OSError: there is not so much.
+    """
+
+    def __init__(self, count: int, shape: tuple[int, ...], descriptor: int | None = None):
+        self._count, self._shape = count, shape
+        size = count * math.prod(shape)
+        if descriptor is None:
+            descriptor = self._new_file()
+            os.posix_fallocate(descriptor, 0, size)
+        self._descriptor = descriptor
+        self.pixels = np.frombuffer(mmap.mmap(descriptor, size), np.uint8).reshape(count, *shape)
+        self._free = list(range(count))
+
+    @staticmethod
+    def _new_file() -> int:
+        if hasattr(os, "memfd_create"):
+            return os.memfd_create("dino_cache frames", os.MFD_CLOEXEC)
+        with tempfile.TemporaryFile() as file:
+            return os.dup(file.fileno())
+
+    def take(self) -> int | None:
+        """A slot; None where all are taken."""
+        return self._free.pop() if self._free else None
+
+    def give_back(self, slot: int | None) -> None:
+        """It may be overwritten."""
+        if slot is not None:
+            self._free.append(slot)
+
+    def __reduce__(self) -> tuple:  # for a process that is being started
+        return _open_slots, (multiprocessing.reduction.DupFd(self._descriptor), self._count, self._shape)
+
+    def close(self) -> None:
+        """Give the memory back when nobody looks at it any more."""
+        os.close(self._descriptor)
+
+
+def _open_slots(descriptor: Any, count: int, shape: tuple[int, ...]) -> FrameSlots:
+    return FrameSlots(count, shape, descriptor.detach())
+
+
 class TrajectoryReader:
     """Plans trajectories and reads their frames: for one dataset, in a process of its own or in threads of this one.
     What it opened stays open for a while."""
 
-    def __init__(self, job: ReadingJob, slots: np.ndarray | None = None):
+    def __init__(self, job: ReadingJob, slots: FrameSlots | None = None):
         self._job, self._slots = job, slots
         self._open: OrderedDict[str, OpenTrajectory] = OrderedDict()
         self._lock = threading.RLock()
@@ -2724,7 +2879,7 @@ class TrajectoryReader:
         if wanted.slot is None:
             pixels = np.empty((len(numbers), 3, *self._job.spec.image_size), np.uint8)
         else:
-            pixels = self._slots[wanted.slot]
+            pixels = self._slots.pixels[wanted.slot]
         try:
             with input_errors(name):
                 frames = self._frame_reader(wanted)
@@ -2733,9 +2888,10 @@ class TrajectoryReader:
                         take = self._decoder if content.ndim == 1 else self._decoder.fit
                         pixels[count] = take(content, frames.name(number)).numpy()
                     count += 1
+                    FENCE.getting_on()
         except (InputError, OSError) as error:
             self._drop(name)
-            return Content(count, error, None if count == 0 or wanted.slot is not None else pixels)
+            return Content(count, FENCE.portable(error), None if wanted.slot is not None else pixels)
         return Content(count, None, None if wanted.slot is not None else pixels)
 
     def name(self, wanted: Wanted) -> str:
@@ -2787,18 +2943,372 @@ class TrajectoryReader:
 class ReaderThreads:
     """A reader in threads of this process, for data that may be read here."""
 
-    def __init__(self, job: ReadingJob, count: int):
-        self._reader = TrajectoryReader(job)
+    def __init__(self, job: ReadingJob | None, count: int, slots: FrameSlots | None = None, method: str = ""):
+        self._reader = TrajectoryReader(job, slots)
         self._threads = ThreadPoolExecutor(count, "read", one_torch_thread)
 
-    def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
+    def submit(
+        self, function: Callable[..., Result], *arguments: Any, about: str, home: str | None = None
+    ) -> Future[Result]:
         """Begin function(reader, *arguments)."""
         return self._threads.submit(function, self._reader, *arguments)
+
+    def leave(self, home: str) -> None:
+        """All are at home here."""
 
     def close(self) -> None:
         """Finish what is begun, and nothing more."""
         self._threads.shutdown(cancel_futures=True)
         self._reader.close()
+
+
+# ======================================================================================================================
+# Reader processes: others' bytes are parsed where they can do no harm
+# ======================================================================================================================
+# concurrent.futures.ProcessPoolExecutor does not fit: there, one death breaks the whole pool, nothing has a time limit,
+# and a request cannot be sent to the process that has the trajectory open.
+
+READER_SILENCE_S = 60.0  # without an answer, and without processor time or bytes read, after which a read hangs
+READER_LOOK_S = 1.0  # time between two looks at that
+READ_AT_ONCE = 32  # trajectories that a reader looks at in one go, before the work
+READER_REQUESTS = 2  # that a process has at once: the next one is there when it is done with one
+MOST_KILLS = 3  # of the process that works on one request, from outside, after which the machine is at fault
+CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGXCPU}
+HELD_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}  # of a whole group
+READING_LIBRARIES = ("torch", "torchvision.io", "torchvision.transforms.v2.functional", "PIL.Image", "PIL.ImageOps")
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+_STARTING = threading.Lock()
+
+
+@contextlib.contextmanager
+def _starting_process() -> Iterator[None]:
+    """While a process is started: it shall not run the user's script again, which holds nothing that it needs; and
+    signals to the whole group are held back from it, since the run itself ends it."""
+    with _STARTING:
+        main, held = sys.modules["__main__"], signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def start_fork_server(libraries: Sequence[str] = READING_LIBRARIES) -> None:
+    """Start the process from which readers are forked, unless it is there. It imports the libraries, once for all and
+    beside this process's own imports, has no threads, and never touches a GPU. It ends when this process does."""
+    variables = {**ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # Python's own way is broken
+    before = {key: os.environ.get(key) for key in variables}
+    forkserver.set_forkserver_preload([__name__, *libraries])
+    with _starting_process():
+        os.environ.update(variables)
+        try:
+            forkserver.ensure_running()
+        finally:
+            for key, value in before.items():
+                if value is None:
+                    del os.environ[key]
+                else:
+                    os.environ[key] = value
+
+
+@dataclass(eq=False)
+class _Request:
+    """What a reader is asked."""
+
+    call: bytes  # (function, arguments)
+    about: str  # the trajectory, for messages
+    home: str | None  # that too, where one process has to read it from begin to end
+    future: Future = field(default_factory=Future)
+    crashes: int = 0
+    kills: int = 0
+
+
+class _ReaderProcess:
+    """One process, as those see it who ask it."""
+
+    def __init__(self, context: Any, job: ReadingJob | None, slots: FrameSlots | None, limits: FenceLimits):
+        self.connection, theirs = context.Pipe()
+        arguments = (theirs, job, slots, limits)
+        self.process = context.Process(target=serve_reader, args=arguments, name="reader", daemon=True)
+        with _starting_process():
+            self.process.start()
+        theirs.close()
+        self.asked: deque[_Request] = deque()  # in order; it is at the first
+        self.own: deque[_Request] = deque()  # that no other one can answer, and it has no room for yet
+        self.heard_at, self._signs = time.monotonic(), None
+
+    def ask(self, request: _Request) -> None:
+        """Send it a request. One that is dead already is buried by who waits for its answers."""
+        if not self.asked:
+            self.heard_at = time.monotonic()
+        self.asked.append(request)
+        with contextlib.suppress(OSError):
+            self.connection.send_bytes(request.call)
+
+    def is_silent(self) -> bool:
+        """Whether it has been at something for too long without an answer and any sign of life."""
+        now, signs = time.monotonic(), _signs_of_life(self.process.pid)
+        if not self.asked or signs != self._signs:
+            self._signs, self.heard_at = signs, now
+        return now - self.heard_at > READER_SILENCE_S
+
+    def end(self, *, is_dead: bool, wait_s: float = 5.0) -> int:
+        """See that it is gone; returns its exit status, negative where a signal ended it."""
+        if is_dead:  # its status is on its way
+            self.process.join(wait_s)
+        self.process.kill()
+        self.process.join(wait_s)
+        self.connection.close()
+        if (status := self.process.exitcode) is None:  # in a read that cannot be interrupted: it dies after it
+            multiprocessing.process._children.discard(self.process)  # nobody shall wait for it at the end
+            return 255
+        return status
+
+
+class ReaderProcesses:
+    """Processes that read trajectories, each started when there is work for it and replaced when it dies.
+
+    A request that crashes its process twice, or overruns it, is at fault itself: FatalDataError. One whose process is
+    killed from outside is tried again, and at the third time the machine is at fault: MachineError.
+    """
+
+    def __init__(
+        self,
+        job: ReadingJob | None,
+        count: int,
+        slots: FrameSlots | None = None,
+        method: Literal["forkserver", "spawn"] = "forkserver",
+    ):
+        self._job, self._count, self._slots = job, count, slots
+        self._context = multiprocessing.get_context(method)
+        self._limits = FenceLimits(READER_MEMORY_BYTES, READER_CPU_S)
+        self._processes: list[_ReaderProcess] = []
+        self._waiting: deque[_Request] = deque()
+        self._homes: dict[str, _ReaderProcess] = {}
+        self._lock = threading.Lock()
+        self._selector = selectors.DefaultSelector()
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._receive, name="readers", daemon=True)
+        if method == "forkserver":
+            start_fork_server()
+        self._thread.start()
+
+    def submit(
+        self, function: Callable[..., Result], *arguments: Any, about: str, home: str | None = None
+    ) -> Future[Result]:
+        """Have function(reader, *arguments) called in a process; all calls with one home in the same."""
+        request = _Request(bytes(multiprocessing.reduction.ForkingPickler.dumps((function, arguments))), about, home)
+        with self._lock:
+            process = self._homes.get(home) if home is not None else None
+            (self._waiting if process is None else process.own).append(request)
+            self._hand_out()
+        return request.future
+
+    def leave(self, home: str) -> None:
+        """Nothing more is asked with this home."""
+        with self._lock:
+            self._homes.pop(home, None)
+
+    def close(self) -> None:
+        """End all processes, whatever they are at."""
+        with self._lock:
+            self._is_closing = True
+            unanswered = [*self._waiting]
+            for process in self._processes:
+                unanswered += [*process.asked, *process.own]
+                process.process.kill()
+        self._thread.join()
+        for process in self._processes:
+            process.end(is_dead=False, wait_s=2.0)
+        self._selector.close()
+        for request in unanswered:
+            if not request.future.cancel() and not request.future.done():
+                request.future.set_exception(CancelledError())
+
+    def _hand_out(self) -> None:
+        """Give what waits to processes that have room for it. With the lock."""
+        while True:
+            by_load = sorted(self._processes, key=lambda process: len(process.asked))
+            room = [process for process in by_load if len(process.asked) < READER_REQUESTS]
+            process = next((process for process in room if process.own or self._waiting), None)
+            if self._waiting and (process is None or process.asked) and len(self._processes) < self._count:
+                process = self._start()
+            if process is None:
+                return
+            request = (process.own or self._waiting).popleft()
+            if not request.future.running() and not request.future.set_running_or_notify_cancel():
+                continue
+            if request.home is not None and self._homes.setdefault(request.home, process) is not process:
+                self._homes[request.home].own.append(request)
+                continue
+            process.ask(request)
+
+    def _start(self) -> _ReaderProcess:
+        process = _ReaderProcess(self._context, self._job, self._slots, self._limits)
+        self._processes.append(process)
+        self._selector.register(process.connection, selectors.EVENT_READ, process)
+        return process
+
+    def _receive(self) -> None:
+        """Take the answers, in a thread of its own."""
+        looked_at = time.monotonic()
+        try:
+            while not self._is_closing:
+                for key, _ in self._selector.select(READER_LOOK_S):
+                    self._take_answer(key.data)
+                if (now := time.monotonic()) - looked_at > READER_LOOK_S:
+                    looked_at = now
+                    for process in [process for process in self._processes if process.is_silent()]:
+                        self._bury(process, is_silent=True)
+        except BaseException as error:  # else all would wait for ever
+            for process in self._processes:
+                for request in process.asked:
+                    if not request.future.done():
+                        request.future.set_exception(error)
+            raise
+
+    def _take_answer(self, process: _ReaderProcess) -> None:
+        try:
+            value, error, seconds = process.connection.recv()
+        except (EOFError, OSError):
+            if not self._is_closing:
+                self._bury(process)
+            return
+        for stage, elapsed_s in seconds.items():
+            PROFILE.add(stage, elapsed_s, worker=process.process.pid)
+        with self._lock:
+            request = process.asked.popleft()
+            process.heard_at = time.monotonic()
+            self._hand_out()
+        if error is None:
+            request.future.set_result(value)
+        else:
+            request.future.set_exception(error)
+
+    def _bury(self, process: _ReaderProcess, *, is_silent: bool = False) -> None:
+        """Remove a process that died, or gives no sign of life; what it was asked is tried again, or fails."""
+        self._selector.unregister(process.connection)
+        status = process.end(is_dead=not is_silent)
+        fault = None
+        with self._lock:
+            self._processes.remove(process)
+            for home in [home for home, host in self._homes.items() if host is process]:
+                del self._homes[home]
+            if process.asked:
+                fault = _fault(process.asked[0], status, is_silent=is_silent)
+            failed = process.asked.popleft() if fault else None
+            self._waiting.extendleft(reversed([*process.asked, *process.own]))
+            if not self._is_closing:
+                self._hand_out()
+        if failed is not None:
+            failed.future.set_exception(fault)
+
+
+def _signs_of_life(pid: int) -> list[Any]:
+    """A process's processor time and the number of bytes that it has read."""
+    signs = []
+    with contextlib.suppress(OSError):
+        signs.append(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[11:13])
+    with contextlib.suppress(OSError):
+        signs.append(Path(f"/proc/{pid}/io").read_bytes().split()[1])
+    return signs
+
+
+def _fault(request: _Request, status: int, *, is_silent: bool) -> Exception | None:
+    """What the death of the process that was at it means for a request; None: it is tried again."""
+    where = request.about
+    if is_silent:
+        return OSError(errno.EIO, f"no answer and no sign of life from who reads it in {READER_SILENCE_S:.0f} s", where)
+    if -status == signal.SIGXCPU:  # the task's own, however busy the machine is: once is enough
+        return FatalDataError(f"{where}: takes more than {READER_CPU_S} s of processor time to be read")
+    if -status in CRASHES:
+        request.crashes += 1
+        name = signal.Signals(-status).name
+        fault = FatalDataError(f"{where}: crashes the process that reads it ({name}), tried {request.crashes} times")
+        return fault if request.crashes > 1 else None
+    request.kills += 1
+    if request.kills < MOST_KILLS:
+        return None
+    how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
+    return MachineError(
+        f"{where}: the process that read it ended {request.kills} times {how}, from outside: for lack of memory? Free "
+        "some, or lower decode_workers, and run the same command again"
+    )
+
+
+def read_checksum(_: TrajectoryReader, trajectory: Trajectory, keys: DataKeys, kind: ChecksumKind) -> str:
+    """A trajectory's checksum. Runs in a reader."""
+    with input_errors(trajectory.name):
+        return checksum_of(open_source(trajectory, keys), kind)
+
+
+def died(
+    readers: ReaderThreads | ReaderProcesses,
+    trajectory: Trajectory,
+    error: Exception,
+    job: ReadingJob,
+    should_stop: Callable[[], bool],
+) -> TrajectoryResult:
+    """The result of one whose reader died at it, with the checksum by which a change of its data will be seen."""
+    keys, kind, checksum = data_keys(job.spec), job.checksum_kind, None
+    future = readers.submit(read_checksum, trajectory, keys, kind, about=trajectory.name)
+    with contextlib.suppress(InputError, OSError):
+        checksum = future.result() if _wait(future, should_stop) else None
+    return TrajectoryResult(trajectory.name, checksum, kind, error=error)
+
+
+def in_readers(
+    readers: ReaderThreads | ReaderProcesses,
+    function: Callable[..., list[Result]],
+    items: Iterable[Item],
+    *arguments: Any,
+    failure: Callable[[Item, Exception], Result],
+    should_stop: Callable[[], bool],
+) -> Iterator[Result]:
+    """function(reader, items, *arguments) of all, in order, many together; those at which a reader dies are found one
+    by one, and have `failure` in its place. Ends early where the run shall stop."""
+    about = "one of many trajectories"
+    groups = in_groups(items, READ_AT_ONCE)
+    depth = 2 * available_cores() + 1
+    begun = under_way(
+        lambda group: readers.submit(function, group, *arguments, about=about), groups, depth, should_stop=should_stop
+    )
+    for group, future in begun:
+        if future.exception() is None:
+            yield from future.result()
+            continue
+        for item in group:
+            name = item.name if isinstance(item, Trajectory) else item[0].name
+            single = readers.submit(function, [item], *arguments, about=name)
+            if not _wait(single, should_stop):
+                return
+            try:
+                yield from single.result()
+            except (InputError, OSError) as error:
+                yield failure(item, error)
+
+
+def serve_reader(connection: Any, job: ReadingJob | None, slots: FrameSlots | None, limits: FenceLimits) -> None:
+    """Answer requests until the process at the other end goes away. Runs in a reader process."""
+    if (alive := getattr(forkserver._forkserver, "_forkserver_alive_fd", None)) is not None:
+        os.close(alive)  # with it the fork server, and so this process, would outlive a run that is killed
+    FENCE.set_up(limits)
+    if "torch" in sys.modules:
+        one_torch_thread()
+    reader = TrajectoryReader(job, slots)
+    while True:
+        try:
+            function, arguments = connection.recv()
+        except EOFError:
+            return
+        FENCE.allow()
+        value = error = None
+        try:
+            value = function(reader, *arguments)
+        except Exception as fault:
+            error = FENCE.portable(fault)
+        connection.send((value, error, PROFILE.take()))
 
 
 # ======================================================================================================================
@@ -2868,81 +3378,136 @@ class Hooks:
 
 
 class FrameGroup(NamedTuple):
-    """Consecutive stored frames of one trajectory, as they were read."""
+    """Consecutive stored frames of one trajectory, to be read or read; the pixels of those that are good."""
 
     plan: TrajectoryPlan
     rows: np.ndarray  # (n,) kept frames
-    content: Content
-    pixels: np.ndarray | None  # (n, 3, H, W) uint8
+    slot: int | None  # where their pixels lie; None: they come with the content
+    content: Content | None = None
+    pixels: np.ndarray | None = None  # (n, 3, H, W) uint8
 
 
 class FrameStream:
     """All trajectories' stored frames, in groups, read ahead and in order; failures are values."""
 
-    def __init__(self, readers: ReaderThreads, group_frames: int, groups_ahead: int, hooks: Hooks):
-        self._readers, self._hooks = readers, hooks
-        self._group_frames, self._groups_ahead = group_frames, groups_ahead
+    def __init__(self, job: ReadingJob, options: RunOptions, batch_size: int, batches_ahead: int, hooks: Hooks):
+        workers = available_cores() if options.decode_workers == "auto" else options.decode_workers
+        shape = (3, *job.spec.image_size)
+        self._job, self._hooks = job, hooks
+        self._group_frames = max(1, min(GROUP_FRAMES, GROUP_BYTES // math.prod(shape), batch_size // 2))
+        self._groups_ahead = max(2 * workers, 2 * batch_size * batches_ahead // self._group_frames)
+        self._plans_ahead = max(PLANS_AHEAD, 2 * workers)
+        self._slots = self._threads = None
+        if options.readers == "threads":
+            self._threads = ReaderThreads(job, workers)
+        try:
+            self._slots = FrameSlots(self._plans_ahead + self._groups_ahead + 2, (self._group_frames, *shape))
+        except OSError as error:
+            LOG.warning("No shared memory (%s): frames come from their readers through pipes, more slowly", error)
+        self._processes = ReaderProcesses(job, workers, self._slots)
+
+    def close(self) -> None:
+        """End the readers."""
+        self._processes.close()
+        if self._threads is not None:
+            self._threads.close()
+        if self._slots is not None:
+            self._slots.close()
 
     def groups(
-        self, trajectories: Iterable[Trajectory], kind: ChecksumKind, failed: FailedTrajectories
+        self, trajectories: Iterable[Trajectory], failed: FailedTrajectories
     ) -> Iterator[FrameGroup | TrajectoryResult]:
-        """Every stored frame of every trajectory. The rest of one that failed is left out."""
+        """Every stored frame of every trajectory. The rest of one that failed is left out. A group's pixels are there
+        until the next group is asked for."""
         stop = self._hooks.should_stop
-        plans = under_way(self._begin_plan, trajectories, PLANS_AHEAD, weigh=self._weigh, should_stop=stop)
-        wanted = self._wanted(plans, kind, failed)
+        taken = ((trajectory, self._take_slot(trajectory)) for trajectory in trajectories)
+        plans = under_way(self._begin_plan, taken, self._plans_ahead, weigh=self._weigh, should_stop=stop)
+        wanted = self._wanted(plans, failed)
         for item, future in under_way(self._begin_read, wanted, self._groups_ahead, should_stop=stop):
-            if future is None:
-                yield item
-                continue
-            plan, rows = item
-            try:
-                content = future.result()
-            except (InputError, OSError) as error:
-                content = Content(0, error)
-            yield FrameGroup(plan, rows, content, content.pixels)
+            group = item
+            if isinstance(group, FrameGroup):
+                if future is not None:
+                    group = group._replace(content=self._content(group.plan, future))
+                inside = group.content.pixels
+                if inside is None and group.slot is not None:
+                    inside = self._slots.pixels[group.slot]
+                group = group._replace(pixels=inside)
+            yield group
+            if isinstance(group, FrameGroup) and group.slot is not None:
+                self._slots.give_back(group.slot)
 
     def _wanted(
-        self, plans: Iterator[tuple[Trajectory, Future]], kind: ChecksumKind, failed: FailedTrajectories
-    ) -> Iterator[Rows | FrameGroup | TrajectoryResult]:
+        self, plans: Iterator[tuple[tuple[Trajectory, int | None], Future]], failed: FailedTrajectories
+    ) -> Iterator[FrameGroup | TrajectoryResult]:
         """What is to be read, and what is known already."""
-        for trajectory, future in plans:
+        for (trajectory, slot), future in plans:
             try:
                 plan, first = future.result()
             except (InputError, OSError) as error:
-                plan, first = TrajectoryResult(trajectory.name, None, kind, error=error), None
+                plan, first = died(self._processes, trajectory, error, self._job, self._hooks.should_stop), None
+            if first is None and slot is not None:
+                self._slots.give_back(slot)
             if isinstance(plan, TrajectoryResult):
                 yield plan
                 continue
             begin = 0
             if first is not None:
                 begin = self._group_frames
-                yield FrameGroup(plan, plan.stored_rows[:begin], first, first.pixels)
+                yield FrameGroup(plan, plan.stored_rows[:begin], slot, first)
             for start in range(begin, len(plan.stored_rows), self._group_frames):
                 if self._hooks.should_stop():
                     return
                 if trajectory.name in failed:
                     break
-                yield Rows(plan, plan.stored_rows[start : start + self._group_frames])
+                rows = plan.stored_rows[start : start + self._group_frames]
+                yield FrameGroup(plan, rows, self._take_slot(trajectory))
+            self._processes.leave(trajectory.name)
 
-    def _weigh(self, trajectory: Trajectory) -> int:
-        return 1 + self._hooks.num_frames_of(trajectory.name) * PLANS_AHEAD // FRAMES_PLANNED_AHEAD
+    def _is_read_in_threads(self, trajectory: Trajectory) -> bool:
+        return self._threads is not None and format_named(trajectory.format).frames == "files"
 
-    def _begin_plan(self, trajectory: Trajectory) -> Future:
-        return self._readers.submit(TrajectoryReader.plan, trajectory, None, self._group_frames)
-
-    def _begin_read(self, item: Rows | FrameGroup | TrajectoryResult) -> Future | None:
-        if not isinstance(item, Rows):
+    def _take_slot(self, trajectory: Trajectory) -> int | None:
+        if self._slots is None or self._is_read_in_threads(trajectory):
             return None
-        plan, rows = item
-        numbers = plan.frame_index[rows].tolist()
-        return self._readers.submit(TrajectoryReader.read, Wanted(plan.trajectory, plan.stat_checksum, numbers))
+        return self._slots.take()
+
+    def _weigh(self, item: tuple[Trajectory, int | None]) -> int:
+        return 1 + self._hooks.num_frames_of(item[0].name) * self._plans_ahead // FRAMES_PLANNED_AHEAD
+
+    def _begin_plan(self, item: tuple[Trajectory, int | None]) -> Future:
+        trajectory, slot = item
+        most = 0 if self._is_read_in_threads(trajectory) else self._group_frames
+        return self._submit(self._processes, TrajectoryReader.plan, trajectory, slot, most)
+
+    def _begin_read(self, item: FrameGroup | TrajectoryResult) -> Future | None:
+        if isinstance(item, TrajectoryResult) or item.content is not None:
+            return None
+        plan = item.plan
+        readers = self._threads if self._is_read_in_threads(plan.trajectory) else self._processes
+        numbers = plan.frame_index[item.rows].tolist()
+        wanted = Wanted(plan.trajectory, plan.stat_checksum, numbers, item.slot)
+        return self._submit(readers, TrajectoryReader.read, wanted)
+
+    @staticmethod
+    def _submit(readers: ReaderThreads | ReaderProcesses, function: Callable, first: Any, *others: Any) -> Future:
+        trajectory = first.trajectory if isinstance(first, Wanted) else first
+        home = trajectory.name if format_named(trajectory.format).frames == "stream" else None
+        return readers.submit(function, first, *others, about=trajectory.name, home=home)
+
+    @staticmethod
+    def _content(plan: TrajectoryPlan, future: Future) -> Content:
+        try:
+            return future.result()
+        except (InputError, OSError) as error:
+            return Content(0, error)
 
     def frame_name(self, plan: TrajectoryPlan, row: int) -> str:
         """A kept frame, for messages."""
         number = int(plan.frame_index[row])
+        readers = self._threads if self._is_read_in_threads(plan.trajectory) else self._processes
         wanted = Wanted(plan.trajectory, plan.stat_checksum, [number])
         try:
-            return self._readers.submit(TrajectoryReader.name, wanted).result()
+            return self._submit(readers, TrajectoryReader.name, wanted).result()
         except (InputError, OSError, CancelledError):
             return f"{plan.trajectory.name}: frame {number}"
 
@@ -3197,14 +3762,9 @@ def cache_trajectories(
     Raises:
         StorageError, DeviceError: the fault is not a trajectory's; nothing further is yielded.
     """
-    spec, failed = label.spec, FailedTrajectories()
-    workers = available_cores() if options.decode_workers == "auto" else options.decode_workers
-    batch_size = resolve_batch_size(options, encoder)
-    group = max(1, min(GROUP_FRAMES, GROUP_BYTES // (3 * math.prod(spec.image_size)), batch_size // 2))
-    groups_ahead = max(2 * workers, 2 * batch_size * encoder.batches_in_flight // group)
-    job = ReadingJob(spec, options.checksum, store)
-    with contextlib.closing(ReaderThreads(job, workers)) as readers:
-        stream = FrameStream(readers, group, groups_ahead, hooks)
+    failed, batch_size = FailedTrajectories(), resolve_batch_size(options, encoder)
+    job = ReadingJob(label.spec, options.checksum, store)
+    with contextlib.closing(FrameStream(job, options, batch_size, encoder.batches_in_flight, hooks)) as stream:
         writer = NoWriter()
         if store is not None:
             writer = StreamWriter(store, label, failed, hooks.before_replacing, stream.frame_name)
@@ -3212,7 +3772,7 @@ def cache_trajectories(
             contextlib.closing(writer),  # first in, last out: no thread writes any more when it drops what is half-made
             thread_pool(1, "write") as writers,
         ):
-            groups = stream.groups(trajectories, options.checksum, failed)
+            groups = stream.groups(trajectories, failed)
             batches = full_batches(groups, encoder.new_pixels, batch_size, failed, hooks.should_stop)
             batches = PROFILE.pulling("wait for frames", batches)
             with contextlib.closing(encode_batches(encoder, batches, hooks.on_encoded, hooks.should_stop)) as encoded:
@@ -3381,6 +3941,7 @@ class PreparedDataset:
     pending: list[Trajectory] = field(default_factory=list)  # to do in this run, failed ones last
     left_out: int = 0  # pending too, beyond --limit
     work: dict[str, Work] = field(default_factory=dict)  # trajectory name -> its cost, of the pending ones
+    fatal: list[TrajectoryResult] = field(default_factory=list)  # pending ones that readers died at; once is enough
     workers: Workers | None = None  # None where nothing is pending, or a dry run does not ask who would do it
     shape: ModelShape | None = None
     encoder: Encoder | None = None
@@ -3427,13 +3988,7 @@ def prepare_dataset(config: DatasetConfig, stop_request: StopRequest) -> Prepare
     store, has_forgotten = ChunkStore(config.cache_dir), False
     if config.options.force_rebuild:
         has_forgotten = forget_selected(config, progress, selection, store)
-    compare = functools.partial(
-        compare_with_record, progress=progress, store=store, spec=spec, checksum_kind=config.options.checksum
-    )
-    states = []
-    for state in map_files(compare, selection.trajectories):
-        stop_request.check()
-        states.append(state)
+    states = compare_with_record(config, spec, progress, store, selection.trajectories, stop_request)
     return PreparedDataset(
         config=config,
         spec=spec,
@@ -3601,24 +4156,87 @@ def refuse_case_collisions(cache_dir: Path, trajectories: list[Trajectory]) -> N
             )
 
 
+class Checked(NamedTuple):
+    """A trajectory's checksums as they are now, by kind, or why there are none."""
+
+    checksums: dict[ChecksumKind, str]
+    error: Exception | None = None
+
+
 def compare_with_record(
-    trajectory: Trajectory, progress: Progress, store: ChunkStore, spec: CacheSpec, checksum_kind: ChecksumKind
+    config: DatasetConfig,
+    spec: CacheSpec,
+    progress: Progress,
+    store: ChunkStore,
+    trajectories: list[Trajectory],
+    stop_request: StopRequest,
+) -> list[TrajectoryState]:
+    """Compare trajectories with their records: data by checksum, chunk files by name and size."""
+    kind_now, states = config.options.checksum, []
+    keys_of = functools.cache(lambda fingerprint: DataKeys.of(progress.specs[fingerprint]))
+
+    def kinds_and_keys(trajectory: Trajectory) -> tuple[tuple[ChecksumKind, ...], DataKeys]:
+        """The checksums that tell what became of it, and the keys that it was made with."""
+        if (record := progress.records.get(trajectory.name)) is not None:
+            kinds = (kind_now,) if record["checksum_kind"] == kind_now else (record["checksum_kind"], kind_now)
+            return kinds, keys_of(record["fingerprint"])
+        failure = progress.failures.get(trajectory.name)
+        if failure is None or failure["error_type"] == PlaceTakenError.__name__:
+            return (), data_keys(spec)
+        return (failure["checksum_kind"],), data_keys(spec)
+
+    def state(trajectory: Trajectory, checked: Checked) -> TrajectoryState:
+        stop_request.check()
+        return _compare(trajectory, checked, progress, store, kind_now)
+
+    if format_named(config.format).frames == "files":  # their bytes are digested and not parsed: no reader is needed
+        check = lambda trajectory: state(trajectory, checksums_now(trajectory, *kinds_and_keys(trajectory)))  # noqa: E731
+        return list(map_files(check, trajectories))
+    checks = ((trajectory, *kinds_and_keys(trajectory)) for trajectory in trajectories)
+    with contextlib.closing(ReaderProcesses(None, available_cores(), method="spawn")) as readers:  # without torch
+        found = in_readers(
+            readers,
+            check_trajectories,
+            (check for check in checks if check[1]),
+            failure=lambda check, error: Checked({}, error),
+            should_stop=stop_request,
+        )
+        for trajectory in trajectories:
+            checked = next(found, Checked({})) if kinds_and_keys(trajectory)[0] else Checked({})
+            states.append(state(trajectory, checked))
+    return states
+
+
+def checksums_now(trajectory: Trajectory, kinds: tuple[ChecksumKind, ...], keys: DataKeys) -> Checked:
+    """Those of these kinds."""
+    checksums: dict[ChecksumKind, str] = {}
+    try:
+        with input_errors(trajectory.name):
+            source = open_source(trajectory, keys) if kinds else None
+            for kind in kinds:
+                checksums[kind] = checksum_of(source, kind)
+    except (InputError, OSError) as error:
+        return Checked(checksums, FENCE.portable(error))
+    return Checked(checksums)
+
+
+def check_trajectories(_: TrajectoryReader, checks: list[tuple]) -> list[Checked]:
+    """checksums_now of many trajectories. Runs in a reader."""
+    return [checksums_now(*check) for check in checks]
+
+
+def _compare(
+    trajectory: Trajectory, checked: Checked, progress: Progress, store: ChunkStore, checksum_kind: ChecksumKind
 ) -> TrajectoryState:
-    """Compare a trajectory with its record: data by checksum, chunk files by name and size."""
     record = progress.records.get(trajectory.name)
     if record is not None:
-        return _compare_completed(trajectory, record, progress, store, checksum_kind)
+        return _compare_completed(trajectory, record, checked, progress, store, checksum_kind)
     failure = progress.failures.get(trajectory.name)
     if failure is None:
         return TrajectoryState(trajectory, "pending")
     if failure["error_type"] == PlaceTakenError.__name__:
         return _compare_place(trajectory, store)
-    try:
-        with input_errors(trajectory.name):
-            checksum = open_source(trajectory, data_keys(spec)).checksum(failure["checksum_kind"])
-    except (InputError, OSError):
-        checksum = None
-    if checksum != failure["checksum"]:
+    if checked.checksums.get(failure["checksum_kind"]) != failure["checksum"]:
         return TrajectoryState(trajectory, "pending", "failed before; its data changed")
     return TrajectoryState(trajectory, "failed")
 
@@ -3635,22 +4253,19 @@ def _compare_place(trajectory: Trajectory, store: ChunkStore) -> TrajectoryState
 def _compare_completed(
     trajectory: Trajectory,
     record: TrajectoryRecord,
+    checked: Checked,
     progress: Progress,
     store: ChunkStore,
     checksum_kind: ChecksumKind,
 ) -> TrajectoryState:
     """The state of a recorded one. It stays completed unless a checksum says that its data changed, or its chunk files
     are not those recorded: what cannot be read or parsed now proves nothing."""
-    keys = DataKeys.of(progress.specs[record["fingerprint"]])  # those that it was made with
-    has_changed, new_checksum, remark = False, None, None
-    try:
-        with input_errors(trajectory.name):
-            source = open_source(trajectory, keys)
-            has_changed = source.checksum(record["checksum_kind"]) != progress.checksums[trajectory.name]
-            if record["checksum_kind"] != checksum_kind:
-                new_checksum = source.checksum(checksum_kind)
-    except (InputError, OSError) as error:
-        remark = f"cannot be checked, stays as it is: {error}"
+    kind, new_checksum, remark = record["checksum_kind"], None, None
+    has_changed = kind in checked.checksums and checked.checksums[kind] != progress.checksums[trajectory.name]
+    if kind != checksum_kind:
+        new_checksum = checked.checksums.get(checksum_kind)
+    if checked.error is not None:
+        remark = f"cannot be checked, stays as it is: {checked.error}"
     try:
         found = chunk_files(trajectory.name, store)
     except OSError as error:
@@ -3764,25 +4379,46 @@ def settle_encoding(dataset: PreparedDataset) -> None:
     weights_source(dataset.spec)
 
 
-def estimate_work(dataset: PreparedDataset, stop_request: StopRequest) -> list[str]:
+def plan_costs(_: TrajectoryReader, trajectories: list[Trajectory], job: ReadingJob) -> list[Work | TrajectoryResult]:
+    """What trajectories will cost, their bytes apart, or why they fail. Runs in a reader."""
+    costs: list[Work | TrajectoryResult] = []
+    for trajectory in trajectories:
+        plan = plan_or_fail(trajectory, *job)
+        FENCE.allow()
+        if isinstance(plan, TrajectoryPlan):
+            pose_bytes = plan.num_rows * sum(values[:1].nbytes for values in plan.poses.values())
+            plan = Work(plan.num_stored_frames, len(plan.spans), plan.num_rows, pose_bytes)
+        costs.append(plan)
+    return costs
+
+
+def estimate_work(
+    dataset: PreparedDataset, readers: ReaderThreads | ReaderProcesses, stop_request: StopRequest
+) -> list[str]:
     """Plan every pending trajectory, keeping only what it will cost; returns the reasons of those that will fail."""
-    plan = functools.partial(plan_or_fail, spec=dataset.spec, checksum_kind="stat", store=dataset.store)
+    job = ReadingJob(dataset.spec, dataset.config.options.checksum, dataset.store)
+    stat_job = job._replace(checksum_kind="stat")  # quick; what is planned again has the kind asked for
+    failure = functools.partial(died, readers, job=job, should_stop=stop_request)
+    costs = in_readers(readers, plan_costs, dataset.pending, stat_job, failure=failure, should_stop=stop_request)
     reasons = []
-    for outcome in map_files(plan, dataset.pending):
-        stop_request.check()
-        if isinstance(outcome, TrajectoryResult):
-            dataset.work[outcome.name] = Work()
-            reasons.append(str(outcome.error))
-        else:
-            work = Work(
-                num_frames=outcome.num_stored_frames,
-                num_chunks=len(outcome.spans),
-                num_rows=outcome.num_rows,
-                pose_bytes=outcome.num_rows * sum(values[:1].nbytes for values in outcome.poses.values()),
-            )
-            size = cache_bytes(dataset, dataset.spec, [work])
-            dataset.work[outcome.trajectory.name] = work._replace(num_bytes=size)
+    for trajectory, cost in zip(dataset.pending, costs):
+        if isinstance(cost, Work):
+            dataset.work[trajectory.name] = cost._replace(num_bytes=cache_bytes(dataset, dataset.spec, [cost]))
+            continue
+        dataset.work[trajectory.name] = Work()
+        reasons.append(str(cost.error))
+        if isinstance(cost.error, FatalDataError):
+            dataset.fatal.append(cost)
+    stop_request.check()
     return reasons
+
+
+def estimate_all(datasets: list[PreparedDataset], stop_request: StopRequest) -> list[list[str]]:
+    """As estimate_work, of each dataset."""
+    if not any(dataset.pending for dataset in datasets):
+        return [[] for _ in datasets]
+    with contextlib.closing(ReaderProcesses(None, available_cores())) as readers:
+        return [estimate_work(dataset, readers, stop_request) for dataset in datasets]
 
 
 def cache_bytes(dataset: PreparedDataset, spec: CacheSpec, works: Iterable[Work]) -> int:
@@ -4200,8 +4836,9 @@ class DatasetRun:
             weights_digest=digest,
             token_shapes=token_shapes(dataset.spec, dataset.shape),
         )
+        fatal = {result.name for result in dataset.fatal}
         job = CacheJob(
-            trajectories=dataset.pending,
+            trajectories=[trajectory for trajectory in dataset.pending if trajectory.name not in fatal],
             num_frames={name: work.num_frames for name, work in dataset.work.items()},
             retried=frozenset(self._progress.failures),
             label=label,
@@ -4211,7 +4848,7 @@ class DatasetRun:
             data_folder=dataset.config.data_folder,
         )
         hooks = Hooks(should_stop=self._stop_request, on_encoded=self._on_encoded, before_replacing=self._withdraw)
-        for result in dataset.workers.stream(job, hooks):
+        for result in itertools.chain(dataset.fatal, dataset.workers.stream(job, hooks)):
             self._record_result(result, fingerprint)
             self._display.show(at_once=self._counts.is_finished)
 
@@ -4569,6 +5206,7 @@ def run(arguments: RunArguments, stop_request: StopRequest) -> NightOutcome:
             return NightOutcome([], EXIT_COMPLETED)
         # 6) find libraries and workers, settle device, precision and shapes
         if any(dataset.pending for dataset in datasets):
+            start_fork_server()
             for library in WORK_LIBRARIES:
                 open_library(library)
         workers = open_workers(datasets, resources)
@@ -4578,8 +5216,7 @@ def run(arguments: RunArguments, stop_request: StopRequest) -> NightOutcome:
                 settle_encoding(dataset)
         # 7) see that the disks can hold it
         with PROFILE("list"):
-            for dataset in datasets:
-                estimate_work(dataset, stop_request)
+            estimate_all(datasets, stop_request)
         check_disk(datasets)
         # 8) load the weights, and have other ones than the recorded confirmed
         with PROFILE("load"):
@@ -4603,7 +5240,7 @@ def forecast(datasets: list[PreparedDataset], stop_request: StopRequest, *, with
             if with_rates or dataset.config.options.executor == "local":
                 dataset.workers = LocalWorkers(resolve_device(dataset.config.options.device))
             settle_encoding(dataset)
-    reasons = [estimate_work(dataset, stop_request) for dataset in datasets]
+    reasons = estimate_all(datasets, stop_request)
     rates = open_door("dino_cache_extras.measure").measure(datasets, stop_request) if with_rates else {}
     for dataset, why in zip(datasets, reasons):
         print_forecast(dataset, why, rates)
