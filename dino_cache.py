@@ -232,7 +232,7 @@ class StoppedError(DinoCacheError):
 # ======================================================================================================================
 
 READER_MEMORY_BYTES = 3 << 29  # that a reader may take beyond what it has after its imports
-READER_CPU_S = 30  # processor time that it may take without getting on
+READER_CPU_S = 20  # processor time that it may take without getting on
 CONTENT_CPU_S = 3600  # ... while it digests whole files, which may be large, and parses nothing
 PR_SET_PDEATHSIG = 1  # prctl's: a signal when the parent dies
 
@@ -1586,6 +1586,8 @@ def plan_trajectory(
 # Decoding: a file to an RGB frame of the input size
 # ======================================================================================================================
 
+MAX_SCANNED_PIXELS = 2_000_000_000  # of all scans of a progressive JPEG, which take some 2 ns each; more are refused
+MIN_SCAN_BYTES = 8  # that a scan takes in a file, at least
 MAX_SCALED_PIXELS = 64  # a frame scaled to cover the input may have so many times the input's pixels; 1x9000 px fails
 
 
@@ -1624,7 +1626,7 @@ class FrameDecoder:
         """
         try:
             picture = self._open_picture(io.BytesIO(data))  # reads just the header, in some 20 us
-            self._check_header(picture)
+            self._check_header(picture, data)
             if picture.format in ("JPEG", "MPO"):  # MPO: JPEG with a second picture behind it, as some cameras write
                 image = self._decode_jpeg(self._torch.from_numpy(data))
             else:
@@ -1650,8 +1652,13 @@ class FrameDecoder:
         return self._fit(self._torch.from_numpy(image).permute(2, 0, 1), name)
 
     @staticmethod
-    def _check_header(picture: PIL.Image.Image) -> None:
+    def _check_header(picture: PIL.Image.Image, data: np.ndarray) -> None:
         width, height = picture.size
+        most_scans = MAX_SCANNED_PIXELS // max(1, width * height)
+        if len(data) > most_scans * MIN_SCAN_BYTES and (scans := data.tobytes().count(b"\xff\xda")) > most_scans:
+            raise ValueError(
+                f"it has {scans} scans of {width}x{height} px; {most_scans} of this size are decoded at most"
+            )
         if width * height > MAX_FRAME_PIXELS:
             raise ValueError(f"it claims {width}x{height} px; more than {MAX_FRAME_PIXELS} pixels are refused")
         if getattr(picture, "is_animated", False) and picture.format != "MPO":
@@ -2994,7 +3001,7 @@ def _starting_process() -> Iterator[None]:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
-def start_fork_server(libraries: Sequence[str] = READING_LIBRARIES) -> None:
+def start_fork_server(libraries: Sequence[str] = ()) -> None:
     """Start the process from which readers are forked, unless it is there. It imports the libraries, once for all and
     beside this process's own imports, has no threads, and never touches a GPU. It ends when this process does."""
     variables = {**ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # Python's own way is broken
@@ -3091,7 +3098,7 @@ class ReaderProcesses:
         self._is_closing = False
         self._thread = threading.Thread(target=self._receive, name="readers", daemon=True)
         if method == "forkserver":
-            start_fork_server()
+            start_fork_server()  # where nobody has
         self._thread.start()
 
     def submit(
@@ -3100,6 +3107,9 @@ class ReaderProcesses:
         """Have function(reader, *arguments) called in a process; all calls with one home in the same."""
         request = _Request(bytes(multiprocessing.reduction.ForkingPickler.dumps((function, arguments))), about, home)
         with self._lock:
+            if self._is_closing:
+                request.future.cancel()
+                return request.future
             process = self._homes.get(home) if home is not None else None
             (self._waiting if process is None else process.own).append(request)
             self._hand_out()
@@ -3114,17 +3124,24 @@ class ReaderProcesses:
         """End all processes, whatever they are at."""
         with self._lock:
             self._is_closing = True
-            unanswered = [*self._waiting]
             for process in self._processes:
-                unanswered += [*process.asked, *process.own]
                 process.process.kill()
         self._thread.join()
+        self._fail_all(CancelledError())
         for process in self._processes:
             process.end(is_dead=False, wait_s=2.0)
         self._selector.close()
+
+    def _fail_all(self, error: BaseException) -> None:
+        """Nobody shall wait for an answer that will not come."""
+        with self._lock:
+            self._is_closing = True
+            unanswered = [*self._waiting]
+            for process in self._processes:
+                unanswered += [*process.asked, *process.own]
         for request in unanswered:
             if not request.future.cancel() and not request.future.done():
-                request.future.set_exception(CancelledError())
+                request.future.set_exception(error)
 
     def _hand_out(self) -> None:
         """Give what waits to processes that have room for it. With the lock."""
@@ -3133,19 +3150,29 @@ class ReaderProcesses:
             room = [process for process in by_load if len(process.asked) < READER_REQUESTS]
             process = next((process for process in room if process.own or self._waiting), None)
             if self._waiting and (process is None or process.asked) and len(self._processes) < self._count:
-                process = self._start()
+                process = self._start() or process
             if process is None:
                 return
+            is_at_home = bool(process.own)
             request = (process.own or self._waiting).popleft()
             if not request.future.running() and not request.future.set_running_or_notify_cancel():
                 continue
-            if request.home is not None and self._homes.setdefault(request.home, process) is not process:
-                self._homes[request.home].own.append(request)
-                continue
+            if request.home is not None and not is_at_home:
+                host = self._homes.setdefault(request.home, process)
+                if host is not process:
+                    host.own.append(request)
+                    continue
             process.ask(request)
 
-    def _start(self) -> _ReaderProcess:
-        process = _ReaderProcess(self._context, self._job, self._slots, self._limits)
+    def _start(self) -> _ReaderProcess | None:
+        """Another process; None where there can be no more than there are."""
+        try:
+            process = _ReaderProcess(self._context, self._job, self._slots, self._limits)
+        except OSError as error:
+            if not self._processes:
+                raise MachineError(f"cannot start a process that reads data: {error}; raise the limit") from error
+            self._count = len(self._processes)
+            return None
         self._processes.append(process)
         self._selector.register(process.connection, selectors.EVENT_READ, process)
         return process
@@ -3161,12 +3188,8 @@ class ReaderProcesses:
                     looked_at = now
                     for process in [process for process in self._processes if process.is_silent()]:
                         self._bury(process, is_silent=True)
-        except BaseException as error:  # else all would wait for ever
-            for process in self._processes:
-                for request in process.asked:
-                    if not request.future.done():
-                        request.future.set_exception(error)
-            raise
+        except Exception as error:
+            self._fail_all(error)
 
     def _take_answer(self, process: _ReaderProcess) -> None:
         try:
@@ -3175,6 +3198,8 @@ class ReaderProcesses:
             if not self._is_closing:
                 self._bury(process)
             return
+        except Exception as fault:  # what libraries put into their errors need not be there
+            value, error, seconds = None, InputError(f"{process.asked[0].about}: an answer cannot be read: {fault}"), {}
         for stage, elapsed_s in seconds.items():
             PROFILE.add(stage, elapsed_s, worker=process.process.pid)
         with self._lock:
@@ -3264,6 +3289,7 @@ def in_readers(
     items: Iterable[Item],
     *arguments: Any,
     failure: Callable[[Item, Exception], Result],
+    name_of: Callable[[Item], str] = lambda item: item.name,
     should_stop: Callable[[], bool],
 ) -> Iterator[Result]:
     """function(reader, items, *arguments) of all, in order, many together; those at which a reader dies are found one
@@ -3279,8 +3305,7 @@ def in_readers(
             yield from future.result()
             continue
         for item in group:
-            name = item.name if isinstance(item, Trajectory) else item[0].name
-            single = readers.submit(function, [item], *arguments, about=name)
+            single = readers.submit(function, [item], *arguments, about=name_of(item))
             if not _wait(single, should_stop):
                 return
             try:
@@ -3404,6 +3429,7 @@ class FrameStream:
             self._slots = FrameSlots(self._plans_ahead + self._groups_ahead + 2, (self._group_frames, *shape))
         except OSError as error:
             LOG.warning("No shared memory (%s): frames come from their readers through pipes, more slowly", error)
+        start_fork_server(() if self._threads else READING_LIBRARIES)  # where nobody has
         self._processes = ReaderProcesses(job, workers, self._slots)
 
     def close(self) -> None:
@@ -3448,6 +3474,7 @@ class FrameStream:
             if first is None and slot is not None:
                 self._slots.give_back(slot)
             if isinstance(plan, TrajectoryResult):
+                self._processes.leave(trajectory.name)
                 yield plan
                 continue
             begin = 0
@@ -4199,6 +4226,7 @@ def compare_with_record(
             check_trajectories,
             (check for check in checks if check[1]),
             failure=lambda check, error: Checked({}, error),
+            name_of=lambda check: check[0].name,
             should_stop=stop_request,
         )
         for trajectory in trajectories:
@@ -4411,6 +4439,16 @@ def estimate_work(
             dataset.fatal.append(cost)
     stop_request.check()
     return reasons
+
+
+def reads_in_processes(dataset: PreparedDataset) -> bool:
+    """Whether frames are decoded in processes that this one starts."""
+    options, kind = dataset.config.options, format_named(dataset.config.format)
+    return (
+        bool(dataset.pending)
+        and options.executor == "local"
+        and not (options.readers == "threads" and kind.frames == "files")
+    )
 
 
 def estimate_all(datasets: list[PreparedDataset], stop_request: StopRequest) -> list[list[str]]:
@@ -5206,7 +5244,7 @@ def run(arguments: RunArguments, stop_request: StopRequest) -> NightOutcome:
             return NightOutcome([], EXIT_COMPLETED)
         # 6) find libraries and workers, settle device, precision and shapes
         if any(dataset.pending for dataset in datasets):
-            start_fork_server()
+            start_fork_server(READING_LIBRARIES if any(map(reads_in_processes, datasets)) else ())
             for library in WORK_LIBRARIES:
                 open_library(library)
         workers = open_workers(datasets, resources)
@@ -5240,6 +5278,7 @@ def forecast(datasets: list[PreparedDataset], stop_request: StopRequest, *, with
             if with_rates or dataset.config.options.executor == "local":
                 dataset.workers = LocalWorkers(resolve_device(dataset.config.options.device))
             settle_encoding(dataset)
+    start_fork_server(READING_LIBRARIES if with_rates else ())
     reasons = estimate_all(datasets, stop_request)
     rates = open_door("dino_cache_extras.measure").measure(datasets, stop_request) if with_rates else {}
     for dataset, why in zip(datasets, reasons):
