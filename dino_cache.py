@@ -74,7 +74,7 @@ import types
 import unicodedata
 import zipfile
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
@@ -416,6 +416,7 @@ MODELS_WITH_REGISTERS = (*(name for name in DINOV2_NAMES if name.endswith("_reg"
 
 
 Metres = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Scale = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
 StrictBool = Annotated[bool, Field(strict=True)]
 ChannelValues = tuple[float, float, float]
@@ -450,10 +451,14 @@ class CacheSpec(BaseModel):
     image_key: DataKey | None = None
     position_key: DataKey | None = None
     yaw_key: DataKey | None = None
-    position_scale: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] = 1.0  # metres per unit
+    position_scale: Scale = 1.0  # metres per unit
+    yaw_unit: Literal["radians", "degrees", "compass_degrees"] = "radians"
+    pose_axes: Literal["z_up", "y_up", "camera", "ned"] = "z_up"  # see AXES
+    time_scale: Scale = 1.0  # seconds per unit of the poses' times
     chunk_by: Literal["distance", "frames"] = "distance"
     max_chunk_frames: PositiveInt = 256  # kept frames
     overlap_frames: Annotated[int, Field(strict=True, ge=0)] = 8
+    time_zero: Literal["first_frame", "container"] = "first_frame"  # of a video's poses
 
     @field_validator("tokens")
     @classmethod
@@ -513,12 +518,37 @@ class CacheSpec(BaseModel):
 
     def fingerprint(self, weights_digest: str) -> str:
         """16 hex digits that name what is computed: all settings, with the weights by content, not by place."""
-        identity = json.dumps({**self.to_json(), "weights": weights_digest}, sort_keys=True)
+        identity = json.dumps({**self._identity(), "weights": weights_digest}, sort_keys=True)
         return hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+    def _identity(self) -> dict[str, Any]:
+        return self.to_json()
+
+
+class GuessedSpec(CacheSpec):
+    """A spec with keys of the data that nobody set. What was guessed for them is settled once per cache, recorded, and
+    in no fingerprint: caches from before it was recorded keep theirs."""
+
+    guessed_keys: tuple[str, ...]  # also those for which the data have nothing
+
+    def _identity(self) -> dict[str, Any]:
+        return {key: value for key, value in self.to_json().items() if key not in (*self.guessed_keys, "guessed_keys")}
+
+
+def recorded_spec(settings: dict[str, Any]) -> CacheSpec:
+    """The spec that was recorded as these settings. Raises ValueError where one of them is not known."""
+    return (GuessedSpec if "guessed_keys" in settings else CacheSpec).model_validate(settings)
+
+
+def without_guesses(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a recorded spec as they were set: keys that were guessed are None, as nobody set them."""
+    guessed = settings.get("guessed_keys", ())
+    return {key: None if key in guessed else value for key, value in settings.items() if key != "guessed_keys"}
 
 
 _LATER_SETTINGS = (
     "image_key", "position_key", "yaw_key", "position_scale", "chunk_by", "max_chunk_frames", "overlap_frames",
+    "time_zero", "yaw_unit", "pose_axes", "time_scale",
 )  # fmt: skip
 _LATER_DEFAULTS = {key: CacheSpec.model_fields[key].default for key in _LATER_SETTINGS}
 
@@ -716,7 +746,10 @@ def _refuse_shared_folders(path: Path, configs: list[DatasetConfig]) -> None:
 def spec_differences(recorded: dict[str, Any], spec: CacheSpec) -> list[tuple[str, Any, Any]]:
     """(key, recorded value, new value) of every setting that differs. Weights are compared by digest, not here."""
     old, new = with_defaults(recorded), with_defaults(spec.to_json())
-    return [(key, old.get(key), new.get(key)) for key in new | old if key != "weights" and old.get(key) != new.get(key)]
+    same = {"weights", "guessed_keys"}
+    if "guessed_keys" not in old:  # from before guesses were recorded: taken for what is guessed now
+        same.update(key for key in new.get("guessed_keys", ()) if old.get(key) is None)
+    return [(key, old.get(key), new.get(key)) for key in new | old if key not in same and old.get(key) != new.get(key)]
 
 
 # ======================================================================================================================
@@ -726,6 +759,7 @@ def spec_differences(recorded: dict[str, Any], spec: CacheSpec) -> list[tuple[st
 POSE_FILES = ("traj_data.pkl", "traj_data.json", "traj_data.npz")  # the first one found is read
 OWN_NAMES = (PROGRESS_FILE, LOG_FILE, LOCK_FILE, LOCK_OWNER_FILE, STAGING_FOLDER)  # no trajectory may have such a name
 CACHE_SIGNS = (PROGRESS_FILE, LOCK_FILE)  # files that, with the staging folder, show a cache of this tool
+ZIP_SIGN = b"PK\x03\x04"
 MAX_FILE_BYTES = 1 << 29  # a pose or frame file larger than this is refused unread
 MAX_VISITS = (
     200  # visits of one folder by links; a few folders that link to each other have more paths than anyone can walk
@@ -743,12 +777,17 @@ class Trajectory(NamedTuple):
 
 
 class DataKeys(NamedTuple):
-    """The settings of a CacheSpec that say which of the data are read; None where the format knows."""
+    """The settings of a CacheSpec that say which of the data are read, None where the format knows, and how."""
 
     frame_pattern: str = FRAME_PATTERN
     image_key: str | None = None
     position_key: str | None = None
     yaw_key: str | None = None
+    time_zero: str = "first_frame"
+    time_scale: float = 1.0
+    position_scale: float = 1.0
+    yaw_unit: str = "radians"
+    pose_axes: str = "z_up"
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> DataKeys:
@@ -757,17 +796,32 @@ class DataKeys(NamedTuple):
         return cls(**{key: settings[key] for key in cls._fields})
 
 
+DEFAULT_KEYS = DataKeys()
+
+
 def data_keys(spec: CacheSpec) -> DataKeys:
     """Those of a spec."""
     return DataKeys(*(getattr(spec, key) for key in DataKeys._fields))
+
+
+class Note(NamedTuple):
+    """What is worth a line about a dataset: what was found in some trajectories, and how it shows in this one."""
+
+    what: str
+    detail: str
 
 
 class Poses(NamedTuple):
     """A trajectory's T frames that can be cached, and where the robot was; None where the data do not say."""
 
     frame_index: np.ndarray  # (T,) int64, ascending: the numbers by which `FrameReader.read` knows them
-    position: np.ndarray | None  # (T, 2) float64, in the data's unit
+    position: np.ndarray | None  # (T, 2) float64 in the ground plane, in the data's unit
     yaw: np.ndarray | None  # (T,) float64 [rad]
+    height: np.ndarray | None = None  # (T,) float64, the data's other coordinate; may hold NaN
+    times: np.ndarray | None = None  # (T,) float64 [s]
+    table: Poses | None = None  # the poses that these were interpolated from
+    num_without: int = 0  # frames that are left out because they have no pose
+    notes: tuple[Note, ...] = ()
 
 
 class FrameReader(Protocol):
@@ -846,8 +900,11 @@ def find_trajectories(data_folder: Path, frame_pattern: str = FRAME_PATTERN) -> 
             yield Trajectory(recordable_name(name), folder.path, lacks_poses=lacks_poses)
 
 
-def _first_pose_file(names: Container[str]) -> str | None:
-    return next((name for name in POSE_FILES if name in names), None)
+def _first_pose_file(names: Collection[str]) -> str | None:
+    """The one that is read; its name may be in capitals where there is none in small letters."""
+    exact = next((name for name in POSE_FILES if name in names), None)
+    others = [name for name in names if name.lower() in POSE_FILES] if exact is None else []
+    return exact or min(others, key=lambda name: (POSE_FILES.index(name.lower()), name), default=None)
 
 
 class FolderFiles(NamedTuple):
@@ -1036,7 +1093,7 @@ class _PoseUnpickler(pickle.Unpickler):
     looked up, and what numpy's own rebuilding calls are given is checked before they allocate."""
 
     def __init__(self, data: bytes):
-        super().__init__(io.BytesIO(data))
+        super().__init__(io.BytesIO(data), encoding="latin1")  # of Python 2's texts, which its arrays' bytes are too
         self._text_left = len(data)
 
     def find_class(self, module: str, name: str) -> _Rebuild:
@@ -1044,8 +1101,15 @@ class _PoseUnpickler(pickle.Unpickler):
         if (module, name) == ("_codecs", "encode"):
             return _Rebuild(self._encode_latin1)
         if (module, name) not in _PICKLE_GLOBALS:
-            raise InputError(f"it asks for {module}.{name}; only numpy arrays, numbers and plain containers are read")
-        return _Rebuild(_PICKLE_GLOBALS[module, name])
+            raise InputError(
+                f"it asks for {module}.{name}; only numpy arrays, numbers and plain containers (dict, list, tuple) are "
+                "read: convert it before it is pickled, or write traj_data.npz"
+            )
+        return _Rebuild(functools.partial(_PICKLE_GLOBALS[module, name], self._bytes_of))
+
+    def _bytes_of(self, data: Any) -> Any:
+        """The bytes of an array, which Python 2 wrote as a text."""
+        return self._encode_latin1(data, "latin1") if isinstance(data, str) else data
 
     def _encode_latin1(self, text: str, encoding: str) -> bytes:
         """_codecs.encode as protocols 0 to 2 use it for bytes. Other codecs could inflate or execute; so could one text
@@ -1061,10 +1125,28 @@ class _PoseUnpickler(pickle.Unpickler):
 
 def _unpickle_poses(data: bytes) -> Any:
     """Load a pose pickle, after a look at its opcodes: a memo index far beyond the file would be allocated."""
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
+    if data.startswith(ZIP_SIGN):
+        raise InputError("it is a zip archive, as torch.save writes them; expected numpy arrays, by pickle.dump")
+    for opcode, argument in _opcodes(data):
+        if opcode in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
             raise InputError(f"memo index {argument} in {len(data)} bytes")
     return _PoseUnpickler(data).load()
+
+
+def _opcodes(data: bytes) -> Iterator[tuple[str, Any]]:
+    """Names and arguments of a pickle's opcodes. As pickletools.genops, which takes texts of Python 2 for ASCII."""
+    stream = io.BytesIO(data)
+    while code := stream.read(1):
+        opcode = pickletools.code2op.get(code.decode("latin1"))
+        if opcode is None:
+            raise InputError(f"it is no pickle: byte {stream.tell() - 1} is no opcode")
+        if opcode.name == "STRING":  # a line in quotes
+            yield opcode.name, stream.readline()
+        else:
+            yield opcode.name, opcode.arg.reader(stream) if opcode.arg else None
+        if opcode.name == "STOP":
+            return
+    raise InputError("it is no whole pickle")
 
 
 class _Rebuild:
@@ -1102,17 +1184,25 @@ class _PickledArray:
 
     values: np.ndarray | None = None
 
+    def __init__(self, bytes_of: Callable[[Any], Any]):
+        self._bytes_of = bytes_of
+
     def __setstate__(self, state: Any) -> None:
         _, shape, number_type, is_fortran, data = state
-        self.values = _array_from_buffer(data, number_type, shape, "F" if is_fortran else "C")
+        self.values = _array_from_buffer(self._bytes_of, data, number_type, shape, "F" if is_fortran else "C")
 
 
-def _empty_array(array_type: Any, shape: Any, typecode: Any) -> _PickledArray:
+# What numpy's own calls do, each after the unpickler's way to bytes.
+
+
+def _empty_array(bytes_of: Callable[[Any], Any], array_type: Any, shape: Any, typecode: Any) -> _PickledArray:
     """numpy's _reconstruct: the array that __setstate__ fills. A shape given here would be allocated; none is."""
-    return _PickledArray()
+    return _PickledArray(bytes_of)
 
 
-def _array_from_buffer(buffer: Any, number_type: Any, shape: Any, order: str, *_: Any) -> np.ndarray:
+def _array_from_buffer(
+    bytes_of: Callable[[Any], Any], buffer: Any, number_type: Any, shape: Any, order: str, *_: Any
+) -> np.ndarray:
     """numpy's _frombuffer (protocol 5)."""
     if not isinstance(number_type, _NumberType) or not isinstance(shape, tuple):
         raise InputError("it holds an array without a number type and a shape")
@@ -1120,12 +1210,17 @@ def _array_from_buffer(buffer: Any, number_type: Any, shape: Any, order: str, *_
         return np.empty(0, number_type.dtype)  # refused by its type, once it is known what it is for
     if not all(type(size) is int and size >= 0 for size in shape):
         raise InputError(f"it holds an array of shape {reprlib.repr(shape)}")
-    return np.frombuffer(buffer, number_type.dtype).reshape(shape, order="F" if order == "F" else "C")
+    return np.frombuffer(bytes_of(buffer), number_type.dtype).reshape(shape, order="F" if order == "F" else "C")
 
 
-def _scalar(number_type: Any, data: Any) -> Any:
+def _number_type(bytes_of: Callable[[Any], Any], *arguments: Any) -> _NumberType:
+    """numpy's dtype."""
+    return _NumberType(*arguments)
+
+
+def _scalar(bytes_of: Callable[[Any], Any], number_type: Any, data: Any) -> Any:
     """numpy's scalar."""
-    return _array_from_buffer(data, number_type, (1,), "C")[0]
+    return _array_from_buffer(bytes_of, data, number_type, (1,), "C")[0]
 
 
 def _array_type(*_: Any) -> Any:
@@ -1135,7 +1230,7 @@ def _array_type(*_: Any) -> Any:
 
 _PICKLE_GLOBALS: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy", "ndarray"): _array_type,
-    ("numpy", "dtype"): _NumberType,
+    ("numpy", "dtype"): _number_type,
     ("numpy._core.multiarray", "_reconstruct"): _empty_array,
     ("numpy._core.multiarray", "scalar"): _scalar,
     ("numpy._core.numeric", "_frombuffer"): _array_from_buffer,
@@ -1143,9 +1238,10 @@ _PICKLE_GLOBALS: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 def _parse_pose_file(file_name: str, data: bytes) -> Any:
-    if file_name.endswith(".pkl"):
+    suffix = os.path.splitext(file_name)[1].lower()
+    if suffix == ".pkl":
         return _unpickle_poses(data)
-    if file_name.endswith(".json"):
+    if suffix == ".json":
         return json.loads(data)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = archive.infolist()
@@ -1171,15 +1267,12 @@ def _check_claim(file: IO[bytes], size: int) -> None:
         raise InputError(f"it claims an array of shape {reprlib.repr(shape)} in {size} bytes")
 
 
-def read_poses(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+def read_poses(path: Path, name: str, keys: DataKeys = DEFAULT_KEYS) -> Poses:
     """Poses of a trajectory, from traj_data.pkl, .json or .npz.
 
     Args:
-        path: the pose file, a mapping with `position` (T, 2 or more) [m] and `yaw` (T,) or (T, 1) [rad].
+        path: the pose file, a mapping with `position` (T, 2 or more) and `yaw` (T,) or (T, 1).
         name: the trajectory's, for messages.
-
-    Returns:
-        position (T, 2) float64 [m], the first two columns, and yaw (T,) float64 [rad].
 
     Raises:
         InputError: the file cannot be parsed, a key is missing, a shape is wrong or a value is not finite.
@@ -1196,18 +1289,97 @@ def read_poses(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
         poses = {key: _rebuilt(value) for key, value in poses.items() if isinstance(key, str)}
     else:
         raise InputError(f"{where}: holds a {type(poses).__name__}, expected a mapping with position and yaw")
-    position = checked_position(where, poses, "position")
-    return position, checked_numbers(where, poses, "yaw", len(position))
+    return checked_poses(where, poses, keys, "position", "yaw")
 
 
-def checked_position(where: str, poses: dict[str, Any], key: str) -> np.ndarray:
-    """(T, 2) float64: the first two columns of what a source has under `key`. Raises InvalidDataError."""
-    position = _pose_array(where, poses, key)
-    if position.ndim != 2 or position.shape[1] < 2:
-        raise InvalidDataError(f"{where}: {key} is {position.shape}, expected (T, 2)")
-    position = np.ascontiguousarray(position[:, :2])
-    check_values(where, key, position, MAX_POSITION_M)
-    return position
+class Axes(NamedTuple):
+    """How a source's coordinates lie. Seen from above, the plane's second axis is 90 degrees to the left of its first;
+    yaw 0 is along the first and rises to the left."""
+
+    columns: tuple[int, int]  # those of the ground plane
+    signs: tuple[float, float]
+    height: int  # the third
+    yaw_sign: float  # yaw is the right-hand turn about the vertical coordinate: to the right where that points down
+    forward: int  # of the body's axes, by which quaternions tell the yaw
+    compass: float  # yaw of the compass heading 0 [rad]: where north is
+
+
+AXES = {
+    "z_up": Axes((0, 1), (1.0, 1.0), 2, 1.0, 0, math.pi / 2),  # x forward or east, y left or north: ROS, ENU
+    "ned": Axes((0, 1), (1.0, -1.0), 2, -1.0, 0, 0.0),  # x north, y east, z down: drones
+    "y_up": Axes((2, 0), (-1.0, -1.0), 1, 1.0, 2, 0.0),  # x right, y up, z backward: ARKit, OpenGL
+    "camera": Axes((2, 0), (1.0, -1.0), 1, -1.0, 2, 0.0),  # x right, y down, z forward: SLAM, OpenCV
+}
+
+
+def checked_poses(
+    where: str, poses: dict[str, Any], keys: DataKeys, position_key: str | None, yaw_key: str | None
+) -> Poses:
+    """What a source has under these keys, in the ground plane and radians, as the settings among `keys` say.
+
+    Raises:
+        InputError: a key is missing, a shape is wrong, a value is not finite, or a name tells of another unit.
+    """
+    position = height = yaw = None
+    count = 0
+    if position_key is not None:
+        refuse_other_unit(where, position_key, "position_scale", keys)
+        points = _pose_array(where, poses, position_key)
+        count = len(points)
+        position, height = ground_plane(where, position_key, points, keys.pose_axes)
+    if yaw_key is not None:
+        refuse_other_unit(where, yaw_key, "yaw_unit", keys)
+        count = count if position_key is not None else len(_pose_array(where, poses, yaw_key))
+        yaw = yaw_in_radians(checked_numbers(where, poses, yaw_key, count), keys)
+    return Poses(np.arange(count, dtype=np.int64), position, yaw, height)
+
+
+def ground_plane(where: str, key: str, points: np.ndarray, pose_axes: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """(T, 2) float64: of points (T, 2 or more) the ground plane's two coordinates; and (T,) the other, where there is
+    one. Raises InvalidDataError."""
+    axes = AXES[pose_axes]
+    needed = max(axes.columns) + 1
+    if points.ndim != 2 or points.shape[1] < needed:
+        which = "" if needed == 2 else f", as pose_axes: {pose_axes} has it"
+        raise InvalidDataError(f"{where}: {key} is {points.shape}, expected (T, {needed}){which}")
+    check_values(where, key, points[:, :needed], MAX_POSITION_M)
+    position = np.ascontiguousarray(points[:, axes.columns]) * axes.signs
+    return position, points[:, axes.height] if points.shape[1] > axes.height else None
+
+
+def yaw_in_radians(yaw: np.ndarray, keys: DataKeys) -> np.ndarray:
+    """(T,) [rad], counter-clockwise seen from above, 0 along the ground plane's first axis."""
+    axes = AXES[keys.pose_axes]
+    if keys.yaw_unit == "compass_degrees":  # clockwise from north
+        return axes.compass - np.deg2rad(yaw)
+    return axes.yaw_sign * (np.deg2rad(yaw) if keys.yaw_unit == "degrees" else yaw)
+
+
+NAMED_UNITS = {  # a unit at the end of a name -> the setting that it asks for, and the values that fit it
+    **dict.fromkeys(("deg", "degs", "degree", "degrees", "\u00b0"), ("yaw_unit", ("degrees", "compass_degrees"))),
+    **dict.fromkeys(("rad", "rads", "radian", "radians"), ("yaw_unit", ("radians",))),
+    **dict.fromkeys(("m", "meter", "meters", "metre", "metres"), ("position_scale", (1.0,))),
+    "cm": ("position_scale", (0.01,)), "mm": ("position_scale", (0.001,)), "km": ("position_scale", (1000.0,)),
+    **dict.fromkeys(("s", "sec", "secs", "seconds"), ("time_scale", (1.0,))),
+    "ms": ("time_scale", (0.001,)), "us": ("time_scale", (1e-6,)), "ns": ("time_scale", (1e-9,)),
+}  # fmt: skip
+_UNIT_OF_NAME = re.compile(rf"(.+?)(?:[\s_.-]*[\[(]|[\s_.-]+|(?=\u00b0))({'|'.join(NAMED_UNITS)})[\])]?", re.IGNORECASE)
+
+
+def unit_of_name(name: str) -> tuple[str, str | None]:
+    """A name without the unit at its end, and that unit: yaw_deg, `x [cm]`, `heading (degrees)`."""
+    match = _UNIT_OF_NAME.fullmatch(name.strip())
+    return (match[1], match[2].lower()) if match else (name.strip(), None)
+
+
+def refuse_other_unit(where: str, key: str, setting: str, keys: DataKeys) -> None:
+    """Raise InputError where a name tells of another unit than `setting` does. A scale that somebody set is meant."""
+    _, unit = unit_of_name(key)
+    of_setting, fitting = NAMED_UNITS.get(unit, (None, ()))
+    value = getattr(keys, setting)
+    if of_setting == setting and value not in fitting and (isinstance(value, str) or value == 1.0):
+        ways = " or ".join(map(str, fitting))
+        raise InputError(f"{where}: {key} is in {unit} by its name, and {setting} is {value}; set {setting}: {ways}")
 
 
 def checked_numbers(where: str, poses: dict[str, Any], key: str, count: int) -> np.ndarray:
@@ -1248,7 +1420,7 @@ def _pose_array(where: str, poses: dict[str, Any], key: str) -> np.ndarray:
     if values.dtype.kind not in "iuf":
         raise InvalidDataError(f"{where}: {key} holds {values.dtype} values, expected numbers")
     if not 0 < values.size <= MAX_POSE_NUMBERS:
-        raise InvalidDataError(f"{where}: {key} is {values.shape}: holds no poses, or too many")
+        raise InvalidDataError(f"{where}: {key} is {values.shape}: holds {'too many' if values.size else 'no'} poses")
     return values.astype(np.float64)
 
 
@@ -1275,7 +1447,7 @@ class FolderSource:
 
     def __init__(self, trajectory: Trajectory, keys: DataKeys):
         self._name, self._folder = trajectory.name, trajectory.path
-        self._listing = list_trajectory(trajectory, keys.frame_pattern)
+        self._listing, self._keys = list_trajectory(trajectory, keys.frame_pattern), keys
 
     def checksum(self, kind: ChecksumKind) -> str:
         return trajectory_checksum(self._listing, kind)
@@ -1294,13 +1466,13 @@ class FolderSource:
         numbers = np.arange(len(frames), dtype=np.int64)
         if pose_file is None:
             return Poses(numbers, None, None)
-        position, yaw = read_poses(self._folder / pose_file, self._name)
-        if len(position) != len(frames):
+        poses = read_poses(self._folder / pose_file, self._name, self._keys)
+        if len(poses.position) != len(frames):
             raise InvalidDataError(
                 f"{self._name}: {len(frames)} frames ({frames[0].file_name} ... {frames[-1].file_name}) "
-                f"but {len(position)} poses in {pose_file}"
+                f"but {len(poses.position)} poses in {pose_file}"
             )
-        return Poses(numbers, position, yaw)
+        return poses
 
     def open_frames(self, numbers: Sequence[int]) -> FrameReader:
         return self
@@ -1325,6 +1497,7 @@ class FolderSource:
 
 FOLDERS_LOOKED_INTO = 8  # folders that are looked at even where the first one shows a format: there may be another one
 KEY_SETTINGS = ("image_key", "position_key", "yaw_key")
+POSE_SETTINGS = ("position_scale", "yaw_unit", "pose_axes")  # those of DataKeys that apply to every format
 
 
 class Format(NamedTuple):
@@ -1337,12 +1510,16 @@ class Format(NamedTuple):
     trajectory: str  # what is one, for messages
     signs: Callable[[FolderFiles, bool], Iterable[str]]  # files that show this format; is it data_folder itself?
     hints: Callable[[FolderFiles, DataKeys], Iterable[str]] = lambda folder, keys: ()  # where nothing else shows one
+    pairing: int = 1  # the rule by which frames are read and poses found for them; recorded, except the first
+    # Why a trajectory of that spec, made by the rule before, is to be redone; None where both come to the same.
+    mispaired: Callable[[Source, CacheSpec], str | None] = lambda source, spec: None
+    guess: Callable[[Path, CacheSpec], dict[str, str | None]] = lambda data_folder, spec: {}  # KEY_SETTINGS as read now
     # How frames can be read: each from a file of its own; in any order from one; or in one pass, by who began it.
     frames: Literal["files", "rows", "stream"] = "stream"
 
 
 def _gnm_signs(folder: FolderFiles, is_top: bool) -> list[str]:
-    return [file for file in POSE_FILES if file in folder.files][:1]
+    return [file for file in [_first_pose_file(folder.files)] if file]
 
 
 def _gnm_hints(folder: FolderFiles, keys: DataKeys) -> Iterator[str]:
@@ -1505,6 +1682,8 @@ class TrajectoryPlan:
     yaw: np.ndarray | None  # (T,) float64 [rad]
     travelled: np.ndarray | None  # (T,) float64 [m]; None where chunks are cut by number of frames
     spans: list[Span]
+    notes: tuple[Note, ...] = ()
+    read: Poses | None = None  # as the source gave them, every frame
 
     @property
     def poses(self) -> dict[str, np.ndarray]:
@@ -1565,10 +1744,7 @@ def plan_trajectory(
     else:
         travelled, spans = None, plan_frame_chunks(len(frame_index), spec.max_chunk_frames, spec.overlap_frames)
     if not spans:
-        raise InvalidDataError(
-            f"{trajectory.name}: insufficient movement: {travelled[-1]:.3g} m in all, no piece between pose jumps "
-            f"reaches min_chunk_distance_m {spec.min_chunk_distance_m}"
-        )
+        raise InvalidDataError(f"{trajectory.name}: insufficient movement: {_why_nothing_is_stored(travelled, spec)}")
     return TrajectoryPlan(
         trajectory=trajectory,
         checksum=checksum,
@@ -1579,6 +1755,22 @@ def plan_trajectory(
         yaw=None if poses.yaw is None else poses.yaw[kept],
         travelled=travelled,
         spans=spans,
+        notes=poses.notes,
+        read=poses,
+    )
+
+
+def _why_nothing_is_stored(travelled: np.ndarray, spec: CacheSpec) -> str:
+    steps, least = np.diff(travelled), f"less than min_chunk_distance_m {spec.min_chunk_distance_m}"
+    jumps = steps[steps > spec.max_chunk_distance_m]
+    if not len(jumps):
+        return f"{travelled[-1]:.3g} m in all, {least}"
+    starts = np.flatnonzero(np.concatenate([[True], steps > spec.max_chunk_distance_m, [True]]))
+    longest = (travelled[starts[1:] - 1] - travelled[starts[:-1]]).max()
+    return (
+        f"{len(jumps)} steps are longer than max_chunk_distance_m {spec.max_chunk_distance_m} and count as pose jumps "
+        f"({np.median(jumps):.3g} m at the median); the longest piece between them travels {longest:.3g} m, {least}. "
+        "Where positions are not in metres, set position_scale"
     )
 
 
@@ -1767,7 +1959,7 @@ def device_errors(what: str) -> Iterator[None]:
 
 
 def resolve_device(device: str) -> str:
-    """`auto` is CUDA where there is one.
+    """`auto` is CUDA where torch can use one; a warning says why not, where one is plugged in.
 
     Raises:
         RefusedError: CUDA is asked for and there is none.
@@ -1775,6 +1967,8 @@ def resolve_device(device: str) -> str:
     import torch
 
     if device == "auto":
+        for line in unused_gpu():
+            LOG.warning("%s. The CPU is used instead", line)
         return "cuda" if torch.cuda.is_available() else "cpu"
     index = int(device.partition(":")[2] or 0)
     if device != "cpu" and (count := torch.cuda.device_count()) <= index:
@@ -2210,7 +2404,8 @@ def load_encoder(spec: CacheSpec, device: str) -> tuple[Encoder, str]:
 # others are its own, so that a setting forgotten here costs a second encoder in memory and never mixes features.
 NOT_OF_ENCODER = {
     *("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m", "frame_stride", "frame_pattern", "resize"),
-    *("image_key", "position_key", "yaw_key", "position_scale", "chunk_by", "max_chunk_frames", "overlap_frames"),
+    *("image_key", "position_key", "yaw_key", "guessed_keys", "position_scale", "yaw_unit", "pose_axes", "time_scale"),
+    *("chunk_by", "max_chunk_frames", "overlap_frames"),
 }
 
 
@@ -2371,6 +2566,7 @@ class ChunkWriter:
 
     def _attributes(self) -> dict[str, Any]:
         plan, label = self._plan, self._label
+        pairing = format_named(plan.trajectory.format).pairing
         return {
             "format": CHUNK_FORMAT,
             "format_version": CHUNK_FORMAT_VERSION,
@@ -2385,6 +2581,7 @@ class ChunkWriter:
             "weights_digest": label.weights_digest,
             "trajectory_checksum": plan.checksum,
             "checksum_kind": plan.checksum_kind,
+            **({"pairing": pairing} if pairing > 1 else {}),
             "versions": library_versions(),
             "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
@@ -2875,6 +3072,7 @@ class TrajectoryReader:
         if isinstance(opened, TrajectoryResult):
             return opened, None
         plan, source, frames = opened
+        plan = dataclasses.replace(plan, read=None)  # much to send, and only an estimate asks for it
         self._keep(trajectory, source, frames if format_named(trajectory.format).frames == "stream" else None)
         if not most:
             return plan, None
@@ -3170,7 +3368,9 @@ class ReaderProcesses:
             process = _ReaderProcess(self._context, self._job, self._slots, self._limits)
         except OSError as error:
             if not self._processes:
-                raise MachineError(f"cannot start a process that reads data: {error}; raise the limit") from error
+                raise MachineError(
+                    f"cannot start a process that reads data: {error}; may this user start {sys.executable}?"
+                ) from error
             self._count = len(self._processes)
             return None
         self._processes.append(process)
@@ -3869,6 +4069,8 @@ SHOWN_NAMES = 10  # names of a list that a message shows
 DISTANCE_SETTINGS = ("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m")
 FRAME_SETTINGS = ("max_chunk_frames", "overlap_frames")
 
+POSE_FACTS_MODULE = "dino_cache_extras.pose_facts"  # tells what poses add up to, and what looks like another unit
+
 WORK_LIBRARIES = ("torch", "torchvision", "timm", "PIL.Image", "h5py")  # imported where there is work, and only there
 
 INSISTING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -3929,8 +4131,9 @@ class TrajectoryState(NamedTuple):
     status: Literal["completed", "pending", "failed"]
     remark: str | None = None  # why a recorded one is redone, or what is odd
     new_checksum: str | None = None  # of the kind now asked for, where the recorded one is of the other
-    has_changed: bool = False  # its data could be read, and their checksum is not the recorded one
+    has_changed: bool = False  # its data could be read, and are not those that its chunks were made from
     is_whole: bool = True  # its chunk files are those recorded
+    new_pairing: int | None = None  # of its format, where it was made by an earlier one and comes to the same
 
 
 class Work(NamedTuple):
@@ -3941,6 +4144,7 @@ class Work(NamedTuple):
     num_rows: int = 0  # of all chunks together; frames in an overlap count once a chunk
     pose_bytes: int = 0  # of all rows
     num_bytes: int = 0
+    pose_facts: Any = None  # what dino_cache_extras.pose_facts says of its poses, where it is there
 
 
 class Selection(NamedTuple):
@@ -3969,6 +4173,7 @@ class PreparedDataset:
     left_out: int = 0  # pending too, beyond --limit
     work: dict[str, Work] = field(default_factory=dict)  # trajectory name -> its cost, of the pending ones
     fatal: list[TrajectoryResult] = field(default_factory=list)  # pending ones that readers died at; once is enough
+    notes: dict[str, list[str]] = field(default_factory=dict)  # what was found -> pending trajectories, with details
     workers: Workers | None = None  # None where nothing is pending, or a dry run does not ask who would do it
     shape: ModelShape | None = None
     encoder: Encoder | None = None
@@ -4008,7 +4213,7 @@ def prepare_dataset(config: DatasetConfig, stop_request: StopRequest) -> Prepare
         RefusedError: the record is unusable or of another dataset, or there are no trajectories.
     """
     progress = open_progress(config)
-    config = settle_format(config)
+    config = settle_keys(settle_format(config), progress)
     spec = settle_spec(config, progress.processing_config.get("precision"))
     selection = select_trajectories(config, spec, stop_request)
     refuse_case_collisions(config.cache_dir, selection.trajectories)
@@ -4107,9 +4312,55 @@ def settle_format(config: DatasetConfig) -> DatasetConfig:
 
 def idle_settings(config: DatasetConfig) -> dict[str, str]:
     """Settings that have no effect -> what makes them so."""
-    idle = dict.fromkeys(set(DataKeys._fields) - set(format_named(config.format).settings), f"format: {config.format}")
+    applying = (*format_named(config.format).settings, *POSE_SETTINGS)
+    idle = dict.fromkeys(set(DataKeys._fields).difference(applying), f"format: {config.format}")
     other = FRAME_SETTINGS if config.spec.chunk_by == "distance" else DISTANCE_SETTINGS
     return idle | dict.fromkeys(other, f"chunk_by: {config.spec.chunk_by}")
+
+
+def settle_keys(config: DatasetConfig, progress: Progress) -> DatasetConfig:
+    """The config with its keys of the data settled: those that are set, else guesses. What is guessed for a cache with
+    trajectories stays a guess while it is what was recorded, or none was; another one is a changed configuration.
+
+    Raises:
+        RefusedError: nothing can be guessed, or a key is not among the data.
+    """
+    kind = format_named(config.format)
+    recorded = with_defaults(progress.processing_config) if progress.records else {}
+    known = recorded.get("guessed_keys")  # None: no record, or from before guesses were recorded
+    try:
+        found = kind.guess(config.data_folder, config.spec)
+    except RefusedError as error:
+        made_with = ", ".join(f"{key}: {recorded[key]}" for key in KEY_SETTINGS if recorded.get(key) is not None)
+        raise RefusedError(f"{error}{made_with and f'. This cache was made with {made_with}'}") from error
+    guessed = []
+    for key, value in found.items():
+        is_set, before = getattr(config.spec, key) is not None, recorded.get(key)
+        is_first = before is None and known is None and not is_set
+        if is_first or (key in (known or ()) and before == value):
+            guessed.append(key)
+    if not found:
+        return config
+    settings = {**config.spec.model_dump(), **found}
+    spec = GuessedSpec(**settings, guessed_keys=guessed) if guessed else CacheSpec(**settings)
+    return dataclasses.replace(config, spec=spec)
+
+
+def configuration_changes(dataset: PreparedDataset) -> list[tuple[str, Any, Any]]:
+    """(key, recorded value, new value) of the format and every setting in which a dataset differs from its record."""
+    progress, new_format = dataset.progress, dataset.config.format
+    changes = spec_differences(progress.processing_config, dataset.spec)
+    if progress.records and progress.data_format not in (None, new_format):
+        changes.insert(0, ("format", progress.data_format, new_format))
+    return changes
+
+
+def settle_recorded_keys(specs: dict[str, dict[str, Any]], spec: CacheSpec) -> None:
+    """Put what is guessed now into specs from before guesses were recorded: a later guess does not alter them."""
+    for recorded in specs.values():
+        if "guessed_keys" not in recorded and isinstance(spec, GuessedSpec):
+            recorded["guessed_keys"] = [key for key in spec.guessed_keys if recorded.get(key) is None]
+            recorded |= {key: value for key in recorded["guessed_keys"] if (value := getattr(spec, key)) is not None}
 
 
 def settle_spec(config: DatasetConfig, recorded_precision: str | None, device: str | None = None) -> CacheSpec:
@@ -4184,10 +4435,13 @@ def refuse_case_collisions(cache_dir: Path, trajectories: list[Trajectory]) -> N
 
 
 class Checked(NamedTuple):
-    """A trajectory's checksums as they are now, by kind, or why there are none."""
+    """A trajectory's checksums as they are now, by kind, or why there are none. Of one that its format made by an
+    earlier rule, why it is to be redone, or why that is not known."""
 
     checksums: dict[ChecksumKind, str]
     error: Exception | None = None
+    mispaired: str | None = None
+    pairing_error: Exception | None = None
 
 
 def compare_with_record(
@@ -4201,42 +4455,48 @@ def compare_with_record(
     """Compare trajectories with their records: data by checksum, chunk files by name and size."""
     kind_now, states = config.options.checksum, []
     keys_of = functools.cache(lambda fingerprint: DataKeys.of(progress.specs[fingerprint]))
+    pairing = format_named(config.format).pairing
 
-    def kinds_and_keys(trajectory: Trajectory) -> tuple[tuple[ChecksumKind, ...], DataKeys]:
-        """The checksums that tell what became of it, and the keys that it was made with."""
+    def wanted(trajectory: Trajectory) -> tuple[tuple[ChecksumKind, ...], DataKeys | None, dict[str, Any] | None]:
+        """The checksums that tell what became of it, the keys that it was made with, and the spec's settings where an
+        earlier rule made it."""
         if (record := progress.records.get(trajectory.name)) is not None:
             kinds = (kind_now,) if record["checksum_kind"] == kind_now else (record["checksum_kind"], kind_now)
-            return kinds, keys_of(record["fingerprint"])
+            fingerprint, is_old = record["fingerprint"], record.get("pairing", 1) < pairing
+            return kinds, keys_of(fingerprint), progress.specs[fingerprint] if is_old else None
         failure = progress.failures.get(trajectory.name)
         if failure is None or failure["error_type"] == PlaceTakenError.__name__:
-            return (), data_keys(spec)
-        return (failure["checksum_kind"],), data_keys(spec)
+            return (), None, None
+        return (failure["checksum_kind"],), data_keys(spec), None
 
     def state(trajectory: Trajectory, checked: Checked) -> TrajectoryState:
         stop_request.check()
         return _compare(trajectory, checked, progress, store, kind_now)
 
     if format_named(config.format).frames == "files":  # their bytes are digested and not parsed: no reader is needed
-        check = lambda trajectory: state(trajectory, checksums_now(trajectory, *kinds_and_keys(trajectory)))  # noqa: E731
-        return list(map_files(check, trajectories))
-    checks = ((trajectory, *kinds_and_keys(trajectory)) for trajectory in trajectories)
+        return list(
+            map_files(lambda trajectory: state(trajectory, look_at(trajectory, *wanted(trajectory))), trajectories)
+        )
+    checks = ((trajectory, *wanted(trajectory)) for trajectory in trajectories)
     with contextlib.closing(ReaderProcesses(None, available_cores(), method="spawn")) as readers:  # without torch
         found = in_readers(
             readers,
-            check_trajectories,
+            look_at_many,
             (check for check in checks if check[1]),
             failure=lambda check, error: Checked({}, error),
             name_of=lambda check: check[0].name,
             should_stop=stop_request,
         )
         for trajectory in trajectories:
-            checked = next(found, Checked({})) if kinds_and_keys(trajectory)[0] else Checked({})
+            checked = next(found, Checked({})) if wanted(trajectory)[0] else Checked({})
             states.append(state(trajectory, checked))
     return states
 
 
-def checksums_now(trajectory: Trajectory, kinds: tuple[ChecksumKind, ...], keys: DataKeys) -> Checked:
-    """Those of these kinds."""
+def look_at(
+    trajectory: Trajectory, kinds: tuple[ChecksumKind, ...], keys: DataKeys | None, settings: dict[str, Any] | None
+) -> Checked:
+    """What these checksums are now; with the settings of a spec, whether its frames were paired with other poses."""
     checksums: dict[ChecksumKind, str] = {}
     try:
         with input_errors(trajectory.name):
@@ -4245,12 +4505,23 @@ def checksums_now(trajectory: Trajectory, kinds: tuple[ChecksumKind, ...], keys:
                 checksums[kind] = checksum_of(source, kind)
     except (InputError, OSError) as error:
         return Checked(checksums, FENCE.portable(error))
-    return Checked(checksums)
+    if settings is None:
+        return Checked(checksums)
+    try:
+        with input_errors(trajectory.name):
+            reason = format_named(trajectory.format).mispaired(source, recorded_spec(settings))
+            return Checked(checksums, mispaired=reason)
+    except (InputError, OSError) as error:
+        return Checked(checksums, pairing_error=FENCE.portable(error))
 
 
-def check_trajectories(_: TrajectoryReader, checks: list[tuple]) -> list[Checked]:
-    """checksums_now of many trajectories. Runs in a reader."""
-    return [checksums_now(*check) for check in checks]
+def look_at_many(_: TrajectoryReader, wanted: list[tuple]) -> list[Checked]:
+    """The same of many trajectories. Runs in a reader."""
+    found = []
+    for one in wanted:
+        found.append(look_at(*one))
+        FENCE.allow()
+    return found
 
 
 def _compare(
@@ -4302,7 +4573,20 @@ def _compare_completed(
     if has_changed or lost or extra:
         why = "its data changed" if has_changed else lost or f"its {min(extra)} is not in the record"
         return TrajectoryState(trajectory, "pending", why, has_changed=has_changed, is_whole=lost is None)
-    return TrajectoryState(trajectory, "completed", remark, new_checksum)
+    state = TrajectoryState(trajectory, "completed", remark, new_checksum)
+    return state if remark else _compare_pairing(state, record, checked)
+
+
+def _compare_pairing(state: TrajectoryState, record: TrajectoryRecord, checked: Checked) -> TrajectoryState:
+    """The state, looked at once more where an earlier version of its format made the chunks."""
+    pairing = format_named(state.trajectory.format).pairing
+    if record.get("pairing", 1) >= pairing:
+        return state
+    if checked.pairing_error is not None:
+        return state._replace(remark=f"cannot be looked at, stays as it is: {checked.pairing_error}")
+    if checked.mispaired is not None:
+        return TrajectoryState(state.trajectory, "pending", checked.mispaired, has_changed=True)
+    return state._replace(new_pairing=pairing)
 
 
 def chunk_files(name: str, store: ChunkStore) -> dict[str, int]:
@@ -4407,16 +4691,30 @@ def settle_encoding(dataset: PreparedDataset) -> None:
     weights_source(dataset.spec)
 
 
-def plan_costs(_: TrajectoryReader, trajectories: list[Trajectory], job: ReadingJob) -> list[Work | TrajectoryResult]:
-    """What trajectories will cost, their bytes apart, or why they fail. Runs in a reader."""
-    costs: list[Work | TrajectoryResult] = []
+class Cost(NamedTuple):
+    """What a trajectory will cost, its bytes apart, and what is odd about it."""
+
+    work: Work
+    notes: tuple[Note, ...]
+
+
+def plan_costs(_: TrajectoryReader, trajectories: list[Trajectory], job: ReadingJob) -> list[Cost | TrajectoryResult]:
+    """What trajectories will cost, or why they fail. Runs in a reader."""
+    look_at = open_door(POSE_FACTS_MODULE).look_at if is_there(POSE_FACTS_MODULE) else None
+    costs: list[Cost | TrajectoryResult] = []
     for trajectory in trajectories:
-        plan = plan_or_fail(trajectory, *job)
+        outcome = plan_or_fail(trajectory, *job)
         FENCE.allow()
-        if isinstance(plan, TrajectoryPlan):
-            pose_bytes = plan.num_rows * sum(values[:1].nbytes for values in plan.poses.values())
-            plan = Work(plan.num_stored_frames, len(plan.spans), plan.num_rows, pose_bytes)
-        costs.append(plan)
+        if isinstance(outcome, TrajectoryPlan):
+            work = Work(
+                num_frames=outcome.num_stored_frames,
+                num_chunks=len(outcome.spans),
+                num_rows=outcome.num_rows,
+                pose_bytes=outcome.num_rows * sum(values[:1].nbytes for values in outcome.poses.values()),
+                pose_facts=look_at and look_at(outcome.read, job.spec),
+            )
+            outcome = Cost(work, outcome.notes)
+        costs.append(outcome)
     return costs
 
 
@@ -4430,13 +4728,16 @@ def estimate_work(
     costs = in_readers(readers, plan_costs, dataset.pending, stat_job, failure=failure, should_stop=stop_request)
     reasons = []
     for trajectory, cost in zip(dataset.pending, costs):
-        if isinstance(cost, Work):
-            dataset.work[trajectory.name] = cost._replace(num_bytes=cache_bytes(dataset, dataset.spec, [cost]))
+        if isinstance(cost, TrajectoryResult):
+            dataset.work[trajectory.name] = Work()
+            reasons.append(str(cost.error))
+            if isinstance(cost.error, FatalDataError):
+                dataset.fatal.append(cost)
             continue
-        dataset.work[trajectory.name] = Work()
-        reasons.append(str(cost.error))
-        if isinstance(cost.error, FatalDataError):
-            dataset.fatal.append(cost)
+        for note in cost.notes:
+            dataset.notes.setdefault(note.what, []).append(f"{trajectory.name} ({note.detail})")
+        size = cache_bytes(dataset, dataset.spec, [cost.work])
+        dataset.work[trajectory.name] = cost.work._replace(num_bytes=size)
     stop_request.check()
     return reasons
 
@@ -4457,6 +4758,12 @@ def estimate_all(datasets: list[PreparedDataset], stop_request: StopRequest) -> 
         return [[] for _ in datasets]
     with contextlib.closing(ReaderProcesses(None, available_cores())) as readers:
         return [estimate_work(dataset, readers, stop_request) for dataset in datasets]
+
+
+def pose_lines(dataset: PreparedDataset) -> tuple[list[str], list[str]]:
+    """What the poses of the trajectories to do add up to, in a line; and what looks wrong about them, a line each."""
+    facts = {name: work.pose_facts for name, work in dataset.work.items() if work.pose_facts is not None}
+    return open_door(POSE_FACTS_MODULE).describe(facts) if facts else ([], [])
 
 
 def cache_bytes(dataset: PreparedDataset, spec: CacheSpec, works: Iterable[Work]) -> int:
@@ -4563,7 +4870,7 @@ def remarks(dataset: PreparedDataset) -> list[str]:
     ):
         if names:
             lines.append(f"{len(names)} {what}: {human_list(names)}")
-    return lines
+    return lines + [f"{len(found)} {what}: {human_list(found)}" for what, found in dataset.notes.items()]
 
 
 # ======================================================================================================================
@@ -4839,15 +5146,20 @@ class DatasetRun:
         if dataset.pending or progress.records:
             progress.processing_config = dataset.spec.to_json()
             progress.weights = dataset.weights
+            settle_recorded_keys(progress.specs, dataset.spec)
         progress.checksum_kind = self._options.checksum
-        new_checksums = [state for state in dataset.states if state.new_checksum is not None]
-        for state in new_checksums:
+        renewed = [state for state in dataset.states if state.new_checksum or state.new_pairing]
+        for state in renewed:
             name = state.trajectory.name
-            record: TrajectoryRecord = {**progress.records[name], "checksum_kind": self._options.checksum}
-            progress.complete(name, state.new_checksum, record)
+            record: TrajectoryRecord = {**progress.records[name]}
+            if state.new_checksum:
+                record["checksum_kind"] = self._options.checksum
+            if state.new_pairing:
+                record["pairing"] = state.new_pairing
+            progress.complete(name, state.new_checksum or progress.checksums[name], record)
         for name in dataset.lost:
             progress.forget(name)
-        has_changed = bool(new_checksums or dataset.lost) or before != self._settings()
+        has_changed = bool(renewed or dataset.lost) or before != self._settings()
         self._must_save = bool(dataset.pending or progress.rebuild_started) or has_changed
         with storage_errors(self._store.cache_dir):
             self._store.empty_staging()
@@ -4913,6 +5225,8 @@ class DatasetRun:
             "bytes": result.chunk_bytes,
             "checksum_kind": result.checksum_kind,
         }
+        if (pairing := format_named(self._dataset.config.format).pairing) > 1:
+            record["pairing"] = pairing
         self._progress.complete(result.name, result.checksum, record)
         self._counts.num_completed += 1
         for start, stop in result.left_out:
@@ -4985,7 +5299,10 @@ def announce(dataset: PreparedDataset) -> None:
         LOG.info("Remaining trajectories: %d", total - completed)
     else:
         LOG.info("Processing %d trajectories", total)
-    for remark in remarks(dataset):
+    facts, doubts = pose_lines(dataset)
+    for fact in facts:
+        LOG.info("%s", fact)
+    for remark in [*remarks(dataset), *doubts]:
         LOG.warning("%s", remark)
 
 
@@ -4999,9 +5316,6 @@ def announce_encoding(dataset: PreparedDataset) -> None:
     LOG.info("Encoding with %s (%s) in %s on %s", spec.dino_model_type, source, spec.precision, where)
     if workers.encodes_here and workers.device.startswith("cuda"):
         hint_at_other_gpus()
-    if workers.encodes_here and dataset.config.options.device == "auto":
-        for line in unused_gpu():
-            LOG.warning("%s. The CPU is used instead", line)
     if spec.weights == "random":
         LOG.warning("WEIGHTS ARE RANDOM (seeded): the features are for trying things out and mean nothing")
 
@@ -5172,7 +5486,7 @@ def print_forecast(dataset: PreparedDataset, reasons: list[str], rates: dict[str
     print_cost(dataset, rates)
     print_lines(f"  free space: {human_bytes(free_bytes(dataset.config.cache_dir))}")
     if dataset.progress.records:
-        changes = spec_differences(dataset.progress.processing_config, dataset.spec)
+        changes = configuration_changes(dataset)
         recorded, source = dataset.progress.weights, weights_source(dataset.spec)["source"]
         if recorded and recorded["source"] != source:
             changes.append(("weights", recorded["source"], source))
@@ -5180,7 +5494,8 @@ def print_forecast(dataset: PreparedDataset, reasons: list[str], rates: dict[str
             print_lines(f"  changed configuration: {key}: {old} -> {new}")
         if changes:
             print_lines("  a run would ask about it, and without a terminal refuse to start unless --yes is given")
-    for remark in remarks(dataset):
+    facts, doubts = pose_lines(dataset)
+    for remark in [*facts, *remarks(dataset), *doubts]:
         print_lines(f"  {remark}")
     if reasons:
         print_lines(f"  will fail: {len(reasons)}")
@@ -5234,8 +5549,7 @@ def run(arguments: RunArguments, stop_request: StopRequest) -> NightOutcome:
         # 4) have changed settings confirmed
         if not arguments.dry_run:
             for dataset in datasets:
-                changes = spec_differences(dataset.progress.processing_config, dataset.spec)
-                confirm_changes(dataset, changes, stop_request, yes=arguments.yes)
+                confirm_changes(dataset, configuration_changes(dataset), stop_request, yes=arguments.yes)
         # 5) choose what is to do
         for dataset in datasets:
             dataset.choose_pending(arguments.limit)

@@ -569,7 +569,11 @@ SAVE_SHARE = 0.02  # saves may take this share of a run's time before they are s
 READABLE_ENTRIES = 1000  # up to here progress.json is indented; json's indenting encoder is 10 times slower
 
 
-class TrajectoryRecord(TypedDict):
+class _LaterFields(TypedDict, total=False):
+    pairing: int  # of the format, where it is not the first: the rule by which poses were found for frames
+
+
+class TrajectoryRecord(_LaterFields):
     """A completed trajectory: enough to index its chunks, or to see that a file is missing, without opening one."""
 
     fingerprint: str  # of the spec it was made with, a key of `specs`
@@ -765,11 +769,15 @@ def _check_failures(failures: dict[str, Any]) -> None:
 
 _NUMBER = (int, float)
 _NULL = type(None)
-_FIELD_TYPES = {"spans": list, "bytes": list, "attempts": int, "time": _NUMBER, "checksum": (str, _NULL)}
+_FIELD_TYPES = {
+    "spans": list, "bytes": list, "pairing": int, "attempts": int, "time": _NUMBER, "checksum": (str, _NULL),
+}  # fmt: skip
 
 
 def _check_fields(name: str, entry: Any, shape: type) -> None:
     for field in shape.__annotations__:
+        if field in shape.__optional_keys__ and isinstance(entry, dict) and field not in entry:
+            continue
         if not isinstance(entry, dict) or not isinstance(entry.get(field, ...), _FIELD_TYPES.get(field, str)):
             raise ValueError(f"{name!r}: {field} is missing or has the wrong type")
 
@@ -1147,7 +1155,9 @@ def ask(question: str, *, otherwise: str) -> bool:
             f"{question} There is no terminal to ask on: give {otherwise} to go ahead. Nothing was changed."
         )
     print(f"{printable(question)} [y/N] ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    with contextlib.suppress(OSError):  # a terminal that is gone says no
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+    return False
 
 
 # ======================================================================================================================

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dino_cache import StorageError, bytes_digest, with_defaults
+from dino_cache import StorageError, bytes_digest, with_defaults, without_guesses
 from dino_cache_extras.chunk_files import ChunkHeader, RecordedChunk, check_recorded
 from progress_utils import (
     PROGRESS_FILE,
@@ -198,7 +198,8 @@ def open_table(cache_dirs: str | os.PathLike[str] | Sequence[str | os.PathLike[s
 # were found; what they are, weights_digest tells.
 NOT_OF_FEATURES = {
     *("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m", "frame_stride", "frame_pattern"),
-    *("tokens", "weights", "position_key", "yaw_key", "position_scale"),
+    *("tokens", "weights", "position_key", "yaw_key", "position_scale", "yaw_unit", "pose_axes"),
+    *("time_zero", "time_scale"),
     *("chunk_by", "max_chunk_frames", "overlap_frames"),
 }
 
@@ -211,7 +212,7 @@ def refuse_mixed(chunks: list[RecordedChunk], headers: list[ChunkHeader]) -> Non
     """
     first_in: dict[Path, dict[str, Any]] = {}
     for chunk, header in zip(chunks, headers):
-        settings = with_defaults(json.loads(header.attributes["spec"]))
+        settings = without_guesses(with_defaults(json.loads(header.attributes["spec"])))
         settings["weights_digest"] = header.attributes["weights_digest"]
         others = first_in.setdefault(chunk.cache_dir, settings)
         if others is not settings:

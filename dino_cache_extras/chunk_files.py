@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import os
 import stat
 from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,12 +28,14 @@ from dino_cache import (
 )
 from progress_utils import (
     CANNOT_LOOK,
+    PROGRESS_FILE,
     DamagedChunkError,
     Progress,
     RefusedError,
     TrajectoryRecord,
     chunk_file_name,
     progress_command,
+    read_or_refuse,
 )
 
 
@@ -194,14 +198,18 @@ class RecordedChunk(NamedTuple):
     def path(self) -> str:
         return f"{self.cache_dir}/{self.trajectory}/{chunk_file_name(self.chunk_index)}"  # Path takes 10 us
 
+    def is_of_another_kind(self, attributes: Mapping[str, Any]) -> bool:
+        """Whether the file has a checksum of another kind than the record, so that `check` cannot compare them."""
+        return not self.checksum.startswith(f"{attributes['checksum_kind']}:")
+
     def check(self, attributes: Mapping[str, Any]) -> None:
         """Raise DamagedChunkError unless these are the root attributes of the file that was recorded."""
         check_chunk_format(attributes)
         for key in RECORDED_ATTRIBUTES if self.num_chunks is None else (*RECORDED_ATTRIBUTES, "num_chunks"):
             if attributes[key] != getattr(self, key):
                 raise DamagedChunkError(f"its {key} is {attributes[key]!r}, recorded is {getattr(self, key)!r}")
-        kind, _, digits = self.checksum.partition(":")
-        if kind == attributes["checksum_kind"] and digits != attributes["trajectory_checksum"]:
+        digits = self.checksum.partition(":")[2]
+        if not self.is_of_another_kind(attributes) and digits != attributes["trajectory_checksum"]:
             found = attributes["trajectory_checksum"]
             raise DamagedChunkError(
                 f"it was made from other data than recorded: its trajectory_checksum is {found!r}, recorded is "
@@ -236,9 +244,36 @@ def check_recorded(chunk: RecordedChunk, *, deep: bool) -> ChunkHeader:
     """
     header = read_chunk_header(Path(chunk.path), deep=deep)
     chunk.check(header.attributes)
+    refuse_outdated(chunk, header.attributes)
     if header.num_bytes != chunk.num_bytes:
         raise DamagedChunkError(f"it has {header.num_bytes} bytes, recorded are {chunk.num_bytes}")
     return header
+
+
+def refuse_outdated(chunk: RecordedChunk, attributes: Mapping[str, Any]) -> None:
+    """Look into the record once more where a file's checksum is of another kind than the recorded one.
+
+    Raises:
+        DamagedChunkError: the trajectory was recorded anew since the record was read, so the file may be another. Where
+            it was not, the kind was changed after the file was made.
+        OSError: the record cannot be read.
+    """
+    if not chunk.is_of_another_kind(attributes):
+        return
+    try:
+        status = os.stat(chunk.cache_dir / PROGRESS_FILE)
+        now = _checksums_now(chunk.cache_dir, status.st_ino, status.st_mtime_ns).get(chunk.trajectory, "none")
+    except (FileNotFoundError, RefusedError) as error:
+        raise DamagedChunkError(f"the record can no longer be read: {error}") from error
+    if now != chunk.checksum:
+        raise DamagedChunkError(f"it was recorded anew: the checksum was {chunk.checksum}, now it is {now}")
+
+
+@functools.lru_cache(4)
+def _checksums_now(cache_dir: Path, *identity: int) -> dict[str, str]:
+    """Trajectory -> <kind>:<digits>, by the record that lies there now, a file of this identity."""
+    progress = Progress.parse(cache_dir, read_or_refuse(cache_dir))
+    return {name: f"{record['checksum_kind']}:{progress.checksums[name]}" for name, record in progress.records.items()}
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from dino_cache_extras.chunk_files import (
     check_metadata,
     hdf5_errors,
     plain_attributes,
+    refuse_outdated,
 )
 from progress_utils import DamagedChunkError, RefusedError
 
@@ -137,7 +138,9 @@ class OpenChunk:
         with open(self._descriptor, "rb", closefd=False) as file:
             check_metadata(file)
             with hdf5_errors(), h5py.File(file) as content:
-                chunk.check(plain_attributes(content.attrs, CHECKED_ATTRIBUTES))
+                attributes = plain_attributes(content.attrs, CHECKED_ATTRIBUTES)
+                chunk.check(attributes)
+                refuse_outdated(chunk, attributes)
                 return [
                     -1  # that it was never there, the seal has vouched for
                     if name in POSE_SHAPES and name not in content

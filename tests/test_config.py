@@ -109,6 +109,7 @@ def test_a_cache_from_before_the_formats_keeps_its_configuration_and_fingerprint
     [
         ("image_key", "a", None), ("position_key", "p", None), ("yaw_key", "y", None), ("position_scale", 0.01, 1.0),
         ("chunk_by", "frames", "distance"), ("max_chunk_frames", 100, 256), ("overlap_frames", 0, 8),
+        ("time_zero", "container", "first_frame"),
     ],
 )  # fmt: skip
 def test_a_setting_that_came_with_the_formats_is_a_change_where_it_is_not_the_default(

@@ -185,9 +185,11 @@ def test_no_file_of_a_run_gets_the_number_of_a_closed_stdout(robot, tmp_path):
 
 
 # Makes its stdin the terminal of its session, as a terminal emulator does, and becomes the command given.
-TAKE_TERMINAL = (
-    "import fcntl, os, sys, termios\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\nos.execv(sys.argv[1], sys.argv[1:])"
-)
+TAKE_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 @contextlib.contextmanager

@@ -117,7 +117,7 @@ def test_every_exit_code_has_a_row() -> None:
     assert {int(row[0]) for row in table_rows(of_commands)} == {0, 1, 2, 4, 128 + signal.SIGINT}
     assert error_exit_codes() <= run_codes
     assert {value for name, value in vars(dino_cache).items() if name.startswith("EXIT_")} <= run_codes
-    assert str(128 + signal.SIGHUP) in text  # not handled, but what a shell shows of it
+    assert all(str(128 + number) in text for number in dino_cache.STOP_SIGNALS)
 
 
 # ======================================================================================================================

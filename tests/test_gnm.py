@@ -365,7 +365,7 @@ def test_poses_are_read_in_every_form(data: Path, run_data: Callable, form: str)
 def test_poses_of_other_number_types_become_float64_of_the_same_value(tmp_path: Path, dtype: str) -> None:
     values = np.array([[0, 1], [0, 2], [0.1, 3]]).astype(dtype)
     write_poses(tmp_path, values, values[:, 1])
-    position, yaw = read_poses(tmp_path / "traj_data.pkl", "t")
+    _, position, yaw, *_ = read_poses(tmp_path / "traj_data.pkl", "t")
     assert position.dtype == yaw.dtype == np.float64
     assert position.tolist() == [[float(x), float(y)] for x, y in values]
     assert yaw.tolist() == [1.0, 2.0, 3.0]
@@ -393,7 +393,7 @@ def test_pickles_of_every_protocol_and_of_both_numpys_are_read(tmp_path: Path, n
         data = as_numpy_1_wrote_it(data)
     assert (b"numpy._core." in data, b"numpy.core." in data) == (numpy_major == 2, numpy_major == 1)
     (tmp_path / "traj_data.pkl").write_bytes(data)
-    position, yaw = read_poses(tmp_path / "traj_data.pkl", "t")
+    _, position, yaw, *_ = read_poses(tmp_path / "traj_data.pkl", "t")
     np.testing.assert_array_equal(position, POSITION.astype(np.float32))
     np.testing.assert_array_equal(yaw, YAW)
 

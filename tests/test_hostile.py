@@ -302,7 +302,7 @@ for number, title in enumerate(titles):
     kind, message = read(path)
     watched = None
     readings[title] = dict(kind=kind, message=message[:2000], events=events, cost_mb=memory("VmHWM") - before)
-position, yaw = dino_cache.read_poses(folder / "good" / "traj_data.pkl", "good")
+_, position, yaw, *_ = dino_cache.read_poses(folder / "good" / "traj_data.pkl", "good")
 readings["held"] = held()
 readings["good"] = [position.tolist(), yaw.tolist()]
 print(json.dumps(readings))
@@ -462,7 +462,7 @@ def test_a_mutated_pose_file_gives_poses_or_an_input_error_and_nothing_else(
     path.write_bytes(mutate(base[1], edits))
     WATCHED = []
     try:
-        position, yaw = dino_cache.read_poses(path, "t")
+        _, position, yaw, *_ = dino_cache.read_poses(path, "t")
     except dino_cache.InputError:
         pass
     else:

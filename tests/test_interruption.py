@@ -169,7 +169,9 @@ def test_five_kills_at_random_moments_leave_what_an_undisturbed_run_makes(tmp_pa
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGXCPU, 152)]
+)
 def test_a_signal_ends_the_command_with_its_code_and_the_next_run_resumes(tmp_path, run_here, number, code):
     config, cache = make_dataset(tmp_path, names=10)
     expected = undisturbed_content(run_here, config, cache)
@@ -197,7 +199,7 @@ def test_a_signal_ends_the_command_with_its_code_and_the_next_run_resumes(tmp_pa
 
 
 @pytest.mark.parametrize("batch", [0, 1, 4, 9])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_a_signal_in_any_batch_drops_or_finishes_what_is_in_flight(
     tmp_path, run_here, monkeypatch, batch, number, code
 ):
@@ -244,6 +246,89 @@ def test_a_second_signal_stops_at_once(tmp_path):
         os.kill(process.pid, signal.SIGTERM)
         process.join(60)
         assert process.exitcode == 143
+
+
+COMPANY = [  # signals that come together; a second one that insists ends the run with its own code
+    ([signal.SIGHUP, signal.SIGHUP], None),  # a terminal that is closed, and its shell
+    ([signal.SIGUSR1, signal.SIGTERM], None),  # a scheduler: a warning, then the end of the time
+    ([signal.SIGXCPU, signal.SIGXCPU, signal.SIGUSR2, signal.SIGINT], None),
+    ([signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM], 143),
+    ([signal.SIGINT, signal.SIGTERM], 143),
+    ([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], 130),
+]
+
+
+@pytest.mark.parametrize(("numbers", "code"), COMPANY, ids=str)
+def test_only_a_second_sigint_or_sigterm_stops_at_once(numbers, code, monkeypatch):
+    before = {number: signal.getsignal(number) for number in dino_cache.STOP_SIGNALS}
+
+    class ProcessEnded(Exception):
+        pass
+
+    def end(status: int) -> None:
+        raise ProcessEnded(status)
+
+    monkeypatch.setattr(os, "_exit", end)
+    stop_request = dino_cache.StopRequest(None)
+    stop_request.install()
+    try:
+        for number in numbers[:-1]:
+            os.kill(os.getpid(), number)
+        if code is None:
+            os.kill(os.getpid(), numbers[-1])
+            assert stop_request.exit_code == 128 + numbers[0]
+        else:
+            with pytest.raises(ProcessEnded, match=f"^{code}$"):
+                os.kill(os.getpid(), numbers[-1])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# A shell's nohup, or its background job: the signal is ignored in what is begun.
+WITH_IGNORED = (
+    "import os, signal, sys; signal.signal(int(sys.argv[1]), signal.SIG_IGN); os.execv(sys.argv[2], sys.argv[2:])"
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_came_ignored_stays_ignored(tmp_path, run_here, number):
+    config, cache = make_dataset(tmp_path, names=2)
+    expected = undisturbed_content(run_here, config, cache)
+    with subprocess.Popen(
+        [sys.executable, "-c", WITH_IGNORED, str(int(number)), *cache_command(config)],
+        env={**os.environ, "STAMP_BATCH_SECONDS": "0.3"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        wait_until(lambda: "Processing" in process.stdout.readline())
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+    check_finished(cache, expected)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_a_run_whose_console_is_dead_and_the_next_one_resumes(tmp_path, run_here, number, code):
+    config, cache = make_dataset(tmp_path, names=6)
+    expected = undisturbed_content(run_here, config, cache)
+    with subprocess.Popen(
+        cache_command(config),
+        env={**os.environ, "STAMP_BATCH_SECONDS": "0.3"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        wait_until(lambda: chunk_files(cache))
+        process.stdout.close()  # as `2>&1 | tee` that is killed
+        process.send_signal(number)
+        assert process.wait(60) == code
+    assert "Stopped by a signal" in (cache / "dino_cache.log").read_text()
+    assert 1 <= len(recorded(cache)) < 6
+    assert run_here(config).code == 0
+    check_finished(cache, expected)
 
 
 def test_a_second_run_is_refused_at_once_and_told_who_works(tmp_path, run_here, encoders):

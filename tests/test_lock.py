@@ -1,9 +1,11 @@
 """The lock of a cache: who holds it, who is refused meanwhile, and what its holder tells."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,3 +100,69 @@ def test_the_owner_is_written_beside_the_lock_and_removed_with_it(tmp_path):
         assert sorted(owner) == ["host", "pid", "started"]
         assert owner["pid"] == os.getpid()
     assert not (tmp_path / ".lock.owner").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whether somebody holds it
+# ---------------------------------------------------------------------------------------------------------------------
+
+OWNERS = {  # what a killed process left: its pid is another's by now, or its host a container that is no more
+    "a pid that lives": {"pid": os.getpid(), "host": os.uname().nodename, "started": "2022-01-10 15:30:45"},
+    "pid 1": {"pid": 1, "host": os.uname().nodename, "started": "2022-01-10 15:30:45"},
+    "another host": {"pid": 7, "host": "elsewhere", "started": "2022-01-10 15:30:45"},
+}
+
+
+@pytest.mark.parametrize("owner", OWNERS.values(), ids=OWNERS)
+def test_a_dead_owners_name_hides_nothing_from_verify(tmp_path, owner):
+    pytest.importorskip("dino_cache_extras")
+    write_record(tmp_path, trajectory_records={}, trajectory_checksums={}, completed_trajectories=[], total_chunks=0)
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".lock.owner").write_text(json.dumps(owner))
+    (tmp_path / ".staging" / "half").mkdir(parents=True)
+    (tmp_path / "stray").mkdir()
+    (tmp_path / "stray" / "chunk_00000.h5").touch()
+    before = tree(tmp_path)
+    done = run_utils("verify", "--json", "--cache-dir", tmp_path)
+    assert done.returncode == 1
+    findings = json.loads(done.stdout)["findings"]
+    assert [(it["kind"], it["path"]) for it in findings] == [("unrecorded", "stray"), ("leftover", ".staging/half")]
+    assert not progress_utils.is_locked(tmp_path)
+    assert "Stale: a run (" in run_utils("show", "--cache-dir", tmp_path).stdout
+    assert tree(tmp_path) == before
+
+
+def test_a_holder_without_a_name_is_a_holder(held_cache):
+    """One whose disk was full when it wrote its name."""
+    cache_dir, holder = held_cache
+    (cache_dir / ".lock.owner").unlink()
+    assert progress_utils.is_locked(cache_dir)
+    (row,) = json.loads(run_utils("list", "--json", "--root", cache_dir).stdout)
+    assert row["state"] == "running"
+    assert "Run at work: its holder left no name" in run_utils("show", "--cache-dir", cache_dir).stdout
+    holder.kill()
+    holder.wait()
+    assert not progress_utils.is_locked(cache_dir)
+
+
+@pytest.mark.parametrize("lock", ["absent", "a folder", "a FIFO"])
+def test_what_is_no_lock_is_held_by_nobody(tmp_path, lock):
+    if lock == "a folder":
+        (tmp_path / ".lock").mkdir()
+    elif lock == "a FIFO":
+        os.mkfifo(tmp_path / ".lock")
+    before = sorted(tmp_path.iterdir())
+    assert not progress_utils.is_locked(tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_those_who_look_keep_no_run_from_starting(tmp_path, monkeypatch):
+    """A look holds the lock, shared, for an instant; who wants to hold it meanwhile waits for so long."""
+    monkeypatch.setattr(progress_utils, "LOOK_S", 5.0)
+    with open(tmp_path / ".lock", "w") as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        timer = threading.Timer(0.1, fcntl.flock, (look, fcntl.LOCK_UN))
+        timer.start()
+        with cache_lock(tmp_path):
+            assert progress_utils.is_locked(tmp_path)
+        timer.join()

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reader_tricks as tricks
 
 import dino_cache
+import reader_tricks as tricks
 from dino_cache import FatalDataError, InputError, MachineError, ReaderProcesses
 from support import (
     ROOT,

@@ -8,7 +8,7 @@ import io
 import json
 import math
 import os
-import shutil
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from dino_cache import POSE_SHAPES, POSE_TYPES, TOKEN_DATASETS, ChunkFile, free_bytes
+from dino_cache import POSE_SHAPES, POSE_TYPES, TOKEN_DATASETS, ChunkFile, InputError, free_bytes, read_file
 from dino_cache_extras.chunk_files import NewRows, is_cut_by_frames, pieces, recorded_chunk
 from dino_cache_extras.commands.workers import with_bar
 from progress_utils import (
@@ -42,6 +42,10 @@ VINT_DESCRIPTION = (
     "Refused where a trajectory has no poses."
 )
 VINT_METADATA = "cache_metadata.json"
+VINT_SETTINGS = ("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m")
+MADE_BY = "dino_cache export"  # what tells our metadata; those of 0.2.0 and before have these keys and no others:
+OLD_VINT_KEYS = {"name", *VINT_SETTINGS, "feature_dim", "cache_path", "chunks"}
+FLAT_ATTRIBUTES = {"ep_trajectory", "dataset_name", "specs", "weights"}
 EXPORT_BLOCK_BYTES = 1 << 24  # read and written at a time
 LONGEST_CHUNK_ID = 200  # bytes, so that a file can have it as its name
 
@@ -96,12 +100,13 @@ def _exported_datasets(progress: Progress, tokens: list[str] | None) -> list[str
 
 def _export_flat(progress: Progress, output: Path, token_datasets: list[str], *, force: bool) -> str:
     """Write the flat file; returns what it holds, in words."""
-    if output.is_dir() or (output.exists() and not force):
-        raise RefusedError(f"-o {output}: exists; --force replaces a file")
+    _refuse_foreign_file(output, force)
     found = [(name, episode) for name in progress.records for episode in pieces(progress, name)]
     temporary = output.with_name(output.name + ".partial")
+    if os.path.lexists(temporary) and (temporary.is_symlink() or not temporary.is_file()):
+        raise RefusedError(f"{temporary}: is in the way, and no export made it; move it away")
     try:
-        temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)  # of an export that was killed
         with ChunkFile(temporary, "x+") as raw:
             _write_flat(progress, raw, found, token_datasets, output.parent)
             raw.check()
@@ -182,51 +187,106 @@ def _copy_rows(chunk: Any, rows: NewRows, columns: dict[str, Any], position: int
     return set(there)
 
 
+def _refuse_foreign_file(output: Path, force: bool) -> None:
+    """Raise RefusedError unless the place is free, or an earlier flat export's that may be replaced."""
+    if not os.path.lexists(output):
+        return
+    if not force:
+        raise RefusedError(f"-o {output}: exists; --force replaces an earlier export")
+    try:
+        if output.is_symlink() or not output.is_file():
+            raise RefusedError(f"-o {output}: is not a regular file; give another name")
+        with h5py.File(output, locking=False) as file:
+            is_ours = set(file.attrs) >= FLAT_ATTRIBUTES and "ep_offset" in file
+    except (OSError, RuntimeError, ValueError, KeyError):
+        is_ours = False
+    if not is_ours:
+        raise RefusedError(f"-o {output}: no export made it, or it is damaged; remove it, or give another name")
+
+
 def _export_vint(progress: Progress, output: Path, token_dataset: str, *, force: bool) -> str:
     """Write the folder of .pt files; returns what it holds, in words."""
-    _refuse_foreign_folder(output, force)
+    chunks = _vint_chunks(progress)
+    if _own_files(output, chunks) and not force:
+        raise RefusedError(f"-o {output}: exists; --force replaces an earlier export")
     temporary = output.with_name(output.name + ".partial")
-    _refuse_foreign_folder(temporary, True)
-    shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
+    _remove_export(temporary, chunks)  # of an export that was killed
     temporary.mkdir()
     try:
-        chunk_ids, width = _write_vint_chunks(progress, temporary, token_dataset)
         spec = progress.processing_config
-        settings = {key: None if is_cut_by_frames(spec) else spec.get(key) for key in _VINT_SETTINGS}
-        metadata = {"name": progress.dataset_name, **settings, "feature_dim": width, "cache_path": output.name}
-        write_durably(temporary / VINT_METADATA, json.dumps({**metadata, "chunks": chunk_ids}, indent=2).encode())
-        shutil.rmtree(output, ignore_errors=True)
+        settings = {key: None if is_cut_by_frames(spec) else spec.get(key) for key in VINT_SETTINGS}
+        metadata = {"made_by": MADE_BY, "name": progress.dataset_name, **settings, "cache_path": output.name}
+        metadata |= {"chunks": list(chunks)}
+        _write_metadata(temporary, metadata)  # first: by it the files are known as an export's, also after a kill
+        width = _write_vint_chunks(progress, temporary, chunks, token_dataset)
+        _write_metadata(temporary, {**metadata, "feature_dim": width})
+        _remove_export(output, chunks)
         os.rename(temporary, output)
         fsync_path(output.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return f"{len(chunk_ids)} chunks, features of width {width}"
+        _remove_export(temporary, chunks)
+    return f"{len(chunks)} chunks, features of width {width}"
 
 
-_VINT_SETTINGS = ("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m")
+def _write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
+    write_durably(folder / VINT_METADATA, json.dumps(metadata, indent=2).encode())
 
 
-def _refuse_foreign_folder(folder: Path, force: bool) -> None:
-    """Raise RefusedError unless the place is free, or an earlier export that may be replaced."""
+def _own_files(folder: Path, chunks: Iterable[str]) -> list[str]:
+    """The names of what an export left in a folder: its metadata, what that lists, and what this export will write.
+
+    Raises:
+        RefusedError: anything else is there.
+    """
     if not os.path.lexists(folder):
-        return
+        return []
     if not folder.is_dir() or folder.is_symlink():
         raise RefusedError(f"-o {folder}: is not a folder")
-    names = os.listdir(folder)
-    foreign = [name for name in names if not name.startswith(VINT_METADATA) and not name.endswith(".pt")]
-    if foreign:
-        raise RefusedError(f"-o {folder}: holds {min(foreign)}, which no export made; give another folder")
-    if names and not force:
-        raise RefusedError(f"-o {folder}: exists; --force replaces an earlier export")
+    names = sorted(os.listdir(folder))
+    listed = _listed_chunks(folder)
+    own = {f"{chunk_id}.pt" for chunk_id in (*(listed or ()), *chunks)} | {f"{VINT_METADATA}.tmp"}
+    own |= set() if listed is None else {VINT_METADATA}
+    for name in names:
+        if name not in own or not stat.S_ISREG(os.lstat(folder / name).st_mode):
+            raise RefusedError(f"-o {folder}: holds {name}, which no export made; give another folder, or move it away")
+    return names
 
 
-def _write_vint_chunks(progress: Progress, folder: Path, token_dataset: str) -> tuple[list[str], int]:
-    """Write a .pt file for each chunk; returns the chunks' ids and the width of their features."""
+def _listed_chunks(folder: Path) -> list[str] | None:
+    """The chunks that an export's metadata list; None where there are none, or no export made them."""
+    try:
+        metadata = json.loads(read_file(folder / VINT_METADATA).tobytes())
+        is_ours = metadata.get("made_by") == MADE_BY or metadata.keys() == OLD_VINT_KEYS
+        return [chunk_id for chunk_id in metadata["chunks"] if isinstance(chunk_id, str)] if is_ours else None
+    except (OSError, InputError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
+        return None
+
+
+def _remove_export(folder: Path, chunks: Iterable[str]) -> None:
+    """Remove an export's folder, file by file: what came into it meanwhile, and is not an export's, stays."""
+    names = _own_files(folder, chunks)
+    for name in sorted(names, key=VINT_METADATA.__eq__):  # the metadata last: by them the others are known
+        os.unlink(folder / name)
+    if os.path.lexists(folder):
+        os.rmdir(folder)
+
+
+def _vint_chunks(progress: Progress) -> dict[str, tuple[str, int]]:
+    """Chunk id -> trajectory, and the chunk's number in it."""
+    flat_names = _flat_names(progress.records)
+    return {
+        f"{flat_names[name]}_{start:05d}": (name, index)
+        for name, record in progress.records.items()
+        for index, (start, _) in enumerate(record["spans"])
+    }
+
+
+def _write_vint_chunks(progress: Progress, folder: Path, chunks: dict[str, tuple[str, int]], token_dataset: str) -> int:
+    """Write a .pt file for each chunk; returns the width of their features."""
     import torch
 
-    flat_names, chunk_ids, widths = _flat_names(progress.records), [], set()
-    chunks = [(name, index) for name, record in progress.records.items() for index in range(len(record["spans"]))]
-    for name, index in with_bar(chunks, "Exporting"):
+    widths = set()
+    for chunk_id, (name, index) in with_bar(list(chunks.items()), "Exporting"):
         with recorded_chunk(progress, name, index, deep=True) as chunk:
             if not {"position", "yaw"} <= set(chunk):
                 raise RefusedError(
@@ -242,12 +302,11 @@ def _write_vint_chunks(progress: Progress, folder: Path, token_dataset: str) -> 
         widths.add(content["features"].shape[1])
         if len(widths) > 1:
             raise RefusedError(f"{progress.cache_dir}: its features are of widths {sorted(widths)}; redo the cache")
-        chunk_ids.append(f"{flat_names[name]}_{progress.records[name]['spans'][index][0]:05d}")
         data = io.BytesIO()
         torch.save(content, data)  # into memory: for a full disk it has an error of its own
-        (folder / f"{chunk_ids[-1]}.pt").write_bytes(data.getbuffer())
-        fsync_path(folder / f"{chunk_ids[-1]}.pt")
-    return chunk_ids, widths.pop()
+        (folder / f"{chunk_id}.pt").write_bytes(data.getbuffer())
+        fsync_path(folder / f"{chunk_id}.pt")
+    return widths.pop()
 
 
 def _flat_names(names: Iterable[str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dino_cache import CacheSpec, weights_source
+from dino_cache import recorded_spec, weights_source
 from dino_cache_extras.chunk_files import read_chunk_header
 from dino_cache_extras.commands.verify import Finding, damage_of
 from dino_cache_extras.commands.workers import on_all_cores
@@ -132,6 +132,8 @@ def read_trajectory(cache_dir: Path, name: str) -> FoundTrajectory | Finding:
         "bytes": [header.num_bytes for header in headers],
         "checksum_kind": chunks[0]["checksum_kind"],
     }
+    if "pairing" in chunks[0]:
+        record["pairing"] = chunks[0]["pairing"]
     latest = max(chunks, key=lambda attributes: attributes["created_at"])
     return FoundTrajectory(name, record, latest, min(attributes["created_at"] for attributes in chunks))
 
@@ -144,7 +146,7 @@ def _progress_from(cache_dir: Path, found: list[FoundTrajectory]) -> Progress:
     progress.start_time = float(calendar.timegm(time.strptime(first, "%Y-%m-%dT%H:%M:%SZ")))
     progress.processing_config = json.loads(latest["spec"])
     try:
-        spec = CacheSpec.model_validate(progress.processing_config)
+        spec = recorded_spec(progress.processing_config)
     except ValueError as error:
         raise RefusedError(
             f"{cache_dir}: its latest chunk was made with a configuration that this program does not know; update the "

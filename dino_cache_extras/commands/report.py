@@ -27,6 +27,7 @@ from dino_cache import (
     format_named,
     format_names,
     open_source,
+    recorded_spec,
 )
 from dino_cache_extras.chunk_files import is_cut_by_frames, pieces
 from dino_cache_extras.commands.report_facts import (
@@ -317,7 +318,7 @@ def _pictures_section(sample: CacheSample) -> str:
 def _frame_as_url(sample: CacheSample, name: str, frame: int) -> str:
     """A frame, cut and scaled as the encoder saw it. RefusedError where it cannot be had."""
     progress, folder = sample.progress, sample.data_folder
-    spec = CacheSpec.model_validate(progress.specs[progress.records[name]["fingerprint"]])
+    spec = recorded_spec(progress.specs[progress.records[name]["fingerprint"]])
     if folder is None:
         raise RefusedError("Frames are not shown: give --data-folder, the record does not say where they are")
     try:

@@ -33,17 +33,19 @@ from dino_cache import (
     Format,
     FrameReader,
     InputError,
+    InvalidDataError,
     Poses,
     Trajectory,
     checked_numbers,
-    checked_position,
+    checked_poses,
     data_keys,
     open_regular,
     read_file,
     recordable_name,
 )
 from dino_cache_extras.formats.common import FileCache, first_of
-from dino_cache_extras.formats.video_frames import VIDEO_TOLERANCE, VideoFrames, packet_index, packets
+from dino_cache_extras.formats.lerobot_checks import DataFiles, VideoSpan, VideoSpans, video_extent
+from dino_cache_extras.formats.video_frames import VIDEO_TOLERANCE, VideoFrames, changed_picture, packet_index, packets
 from progress_utils import RefusedError, open_library
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ class LeRobotDataset:
     """What a dataset's meta folder says, v2.0 to v3.0.
 
     Raises:
-        RefusedError: it is unreadable, of an unknown version, or contradicts itself.
+        RefusedError: it is unreadable, or of an unknown version.
     """
 
     def __init__(self, root: Path):
@@ -97,10 +99,12 @@ class LeRobotDataset:
         self._templates = {kind: self._get(f"{kind}_path", str) for kind in ("data", "video")}
         for template in self._templates.values():
             self._check_template(template)
-        self._episodes = self._read_parquet_meta() if self.version == "v3.0" else self._read_jsonl()
-        for number, (length, _) in self._episodes.items():
-            if type(number) is not int or type(length) is not int or number < 0:
-                raise self._refusal(f"episode {number!r} of {length!r} frames is among its episodes")
+        self._episodes: dict[int, tuple[int, dict[str, Any]]] = {}
+        self._faults: dict[int, str] = {}  # of episodes whose entries contradict themselves
+        self._read_parquet_meta() if self.version == "v3.0" else self._read_jsonl()
+        self.data_files = DataFiles(root, self._templates["data"], episodes_in)
+        self._spans: dict[str, dict[Path, VideoSpans]] = {}  # camera -> video file -> where its episodes lie in it
+        self._lock = threading.Lock()
 
     @property
     def episode_numbers(self) -> list[int]:
@@ -134,37 +138,50 @@ class LeRobotDataset:
             if name is not None and (name not in fields or conversion or not re.fullmatch(r"\d{0,2}d?", width)):
                 raise self._refusal(f"template {template!r}: {name} is not known")
 
-    def _read_jsonl(self) -> dict[int, tuple]:
+    def _add(self, number: Any, length: Any, place: dict[str, Any], rows: tuple[Any, Any] = (None, None)) -> None:
+        """Take an episode's entry; `rows`: of the whole dataset, those that it says are the episode's."""
+        if type(number) is not int or type(length) is not int or number < 0:
+            raise self._refusal(f"episode {number!r} of {length!r} frames is among its episodes")
+        before = self._episodes.setdefault(number, (length, place))
+        if before != (length, place):
+            self._faults[number] = f"meta/episodes has it twice, as {_differences(before, (length, place))}"
+        if all(type(row) is int for row in rows) and rows[1] - rows[0] != length:
+            self._faults[number] = f"its rows are {rows[0]} to {rows[1]} of the dataset, and its length is {length}"
+        self._episodes[number] = (length, place)
+
+    def _read_jsonl(self) -> None:
         path, chunk_size = self.root / "meta/episodes.jsonl", self._get("chunks_size", int)
-        episodes = {}
         try:
             for line in read_file(path).tobytes().splitlines():
                 if line.strip():
                     entry = json.loads(line)
                     index, length = entry["episode_index"], entry["length"]
-                    episodes[index] = (length, {"episode_chunk": index // chunk_size})
+                    self._add(index, length, {"episode_chunk": index // chunk_size})
         except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError, InputError) as error:
             raise RefusedError(f"{path}: cannot be read: {error!r}") from error
-        return episodes
 
-    def _read_parquet_meta(self) -> dict[int, tuple]:
+    def _read_parquet_meta(self) -> None:
         columns = {"episode_index": "index", "length": "length"}
         columns |= {f"data/{name}": f"data {name}" for name in ("chunk_index", "file_index")}
+        optional = {}
         for key, feature in self.features.items():
             if feature.get("dtype") == "video":
                 names = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
-                columns |= {f"videos/{key}/{name}": f"{key} {name}" for name in names}
-        files = sorted((self.root / "meta/episodes").glob("*/*.parquet"))
+                optional |= {f"videos/{key}/{name}": f"{key} {name}" for name in names}
+        optional |= {f"dataset_{name}": name for name in ("from_index", "to_index")}
+        files = sorted((self.root / "meta/episodes").glob("[!.]*/[!.]*.parquet"))
         if not files:
             raise self._refusal("there are no meta/episodes/*/*.parquet beside it")
-        episodes = {}
         for path in files:
             try:
-                rows = parquet_columns(path, tuple(columns)).rename_columns(list(columns.values())).to_pylist()
-            except (InputError, OSError) as error:
-                raise RefusedError(f"{error}") from error
-            episodes |= {row.pop("index"): (row.pop("length"), row) for row in rows}
-        return episodes
+                present = parquet_names(path)
+                wanted = columns | {name: column for name, column in optional.items() if name in present}
+                rows = parquet_columns(path, tuple(wanted)).rename_columns(list(wanted.values())).to_pylist()
+                for row in rows:
+                    of_dataset = (row.pop("from_index", None), row.pop("to_index", None))
+                    self._add(row.pop("index"), row.pop("length"), row, of_dataset)
+            except (InputError, OSError, ValueError, TypeError, OverflowError) as error:
+                raise RefusedError(f"{path}: cannot be read: {error}") from error
 
     def episode(self, number: int) -> Episode:
         if number not in self._episodes:
@@ -184,10 +201,35 @@ class LeRobotDataset:
         """Where in its video an episode begins and ends [s]."""
         if self.version != "v3.0":
             return 0.0, math.inf
-        span = [episode.place[f"{key} {end}"] for end in ("from_timestamp", "to_timestamp")]
-        if not all(isinstance(end, float) and math.isfinite(end) for end in span):
-            raise InputError(f"{episode_name(episode.index)}: it lies from {span[0]} to {span[1]} s in its video")
-        return span[0], span[1]
+        span = [episode.place.get(f"{key} {end}") for end in ("from_timestamp", "to_timestamp")]
+        if not all(type(end) in (int, float) and math.isfinite(end) for end in span):
+            raise InvalidDataError(f"{episode_name(episode.index)}: it lies from {span[0]} to {span[1]} s in its video")
+        return float(span[0]), float(span[1])
+
+    def spans_beside(self, episode: Episode, key: str) -> VideoSpans:
+        """Where the episodes of its video file lie in that; v3.0."""
+        with self._lock:
+            if key not in self._spans:
+                files: dict[Path, list[VideoSpan]] = {}
+                for number in self.episode_numbers:
+                    with contextlib.suppress(InputError):  # one without a file or a span fails for itself
+                        other = self.episode(number)
+                        span = VideoSpan(episode_name(number), *self.video_span(other, key), other.length / self.fps)
+                        files.setdefault(self.video_file(other, key), []).append(span)
+                self._spans[key] = {path: VideoSpans(path, spans, 1 / self.fps) for path, spans in files.items()}
+            return self._spans[key][self.video_file(episode, key)]
+
+    def refuse_contradiction(self, episode: Episode) -> None:
+        """Raise InputError where an episode's entries contradict each other, or its rows are in several files."""
+        if fault := self._faults.get(episode.index):
+            raise InvalidDataError(f"{episode_name(episode.index)}: {self.root}: {fault}")
+        files = self.data_files.holding(episode.index) if self.version == "v3.0" else []
+        if len(files) > 1:
+            names = [recordable_name(path.relative_to(self.root).as_posix()) for path in files[:2]]
+            raise InvalidDataError(
+                f"{episode_name(episode.index)}: {names[0]} and {names[1]} both have rows of it, and one of them must "
+                "be out of date; move that away"
+            )
 
     def _fill(self, kind: str, episode: Episode, group: str) -> Path:
         values = {name: episode.place.get(f"{group} {name}") for name in ("chunk_index", "file_index")}
@@ -225,6 +267,13 @@ class LeRobotDataset:
         return LeRobotKeys(image, position, yaw)
 
 
+def _differences(before: tuple[int, dict], after: tuple[int, dict]) -> str:
+    """What differs between two entries of one episode, in words."""
+    first, second = ({"length": length, **place} for length, place in (before, after))
+    different = [key for key in first.keys() | second.keys() if first.get(key) != second.get(key)]
+    return ", ".join(f"{key} {first.get(key)} and {second.get(key)}" for key in sorted(different)[:3])
+
+
 def episode_name(number: int) -> str:
     """The name of an episode as a trajectory."""
     return f"episode_{number:06d}"
@@ -240,6 +289,21 @@ def lerobot_dataset(root: Path) -> LeRobotDataset:
     return _LEROBOT_DATASETS[root]
 
 
+def guess_lerobot_keys(data_folder: Path, spec: CacheSpec) -> dict[str, str | None]:
+    """The features that are read now: those set, else those guessed.
+
+    Raises:
+        RefusedError: the meta data are unreadable, or no key fits.
+    """
+    _LEROBOT_DATASETS.pop(data_folder, None)
+    dataset = lerobot_dataset(data_folder)
+    try:
+        keys = dataset.resolve_keys(data_keys(spec), poses_required=spec.chunk_by == "distance")
+    except InputError as error:
+        raise RefusedError(str(error)) from error
+    return dict(zip(KEY_SETTINGS, keys))
+
+
 def find_lerobot(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
     """The episodes of a dataset.
 
@@ -247,14 +311,10 @@ def find_lerobot(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
         RefusedError: its meta data are unreadable, or no key fits.
     """
     open_library("av")
-    _LEROBOT_DATASETS.pop(data_folder, None)
+    image, position, yaw = guess_lerobot_keys(data_folder, spec).values()
     dataset = lerobot_dataset(data_folder)
-    try:
-        keys = dataset.resolve_keys(data_keys(spec), poses_required=spec.chunk_by == "distance")
-    except InputError as error:
-        raise RefusedError(str(error)) from error
-    poses = f"poses from {keys.position} and {keys.yaw}" if keys.position or keys.yaw else "no poses"
-    LOG.info("%s: LeRobot %s, frames from %s, %s", data_folder, dataset.version, keys.image, poses)
+    poses = f"poses from {position} and {yaw}" if position or yaw else "no poses"
+    LOG.info("%s: LeRobot %s, frames from %s, %s", data_folder, dataset.version, image, poses)
     for number in dataset.episode_numbers:
         yield Trajectory(episode_name(number), data_folder, format="lerobot", episode=number)
 
@@ -279,7 +339,7 @@ def _parquet_errors(path: Path) -> Iterator[None]:
         reason = " ".join(str(error).split())[:300]
         if "footer" in reason:
             reason += " (a recording that was never finalised has none)"
-        raise InputError(f"{path}: not a whole parquet file: {reason}") from error
+        raise InputError(f"{path}: cannot be read: not a whole parquet file: {reason}") from error
 
 
 def _read_columns(path: Path, columns: tuple[str, ...]) -> pyarrow.Table:
@@ -294,7 +354,27 @@ def _read_columns(path: Path, columns: tuple[str, ...]) -> pyarrow.Table:
         return file.read(columns=list(columns), use_threads=False).combine_chunks()
 
 
+def _read_names(path: Path) -> frozenset[str]:
+    os.close(open_regular(path))
+    with _parquet_errors(path), open_library("pyarrow.parquet").ParquetFile(path, pre_buffer=False) as file:
+        return frozenset(file.schema_arrow.names)
+
+
 parquet_columns = FileCache(_read_columns, 8)  # (path, columns) -> a table of them; many episodes share a file
+parquet_names = FileCache(_read_names, 8)  # path -> the names of its columns
+
+
+def episodes_in(path: Path) -> list[int]:
+    """The numbers of the episodes that have rows in a parquet file."""
+    return np.unique(_whole_numbers(path, parquet_columns(path, ("episode_index",)), "episode_index")).tolist()
+
+
+def _whole_numbers(path: Path, table: pyarrow.Table, key: str) -> np.ndarray:
+    with _parquet_errors(path):
+        values = table[key].to_numpy()
+    if values.dtype.kind not in "iuf":
+        raise InputError(f"{path}: {key} holds {table[key].type} values, expected whole numbers")
+    return values
 
 
 class LeRobotSource:
@@ -303,7 +383,7 @@ class LeRobotSource:
     def __init__(self, trajectory: Trajectory, keys: DataKeys):
         self._name, self._dataset = trajectory.name, lerobot_dataset(trajectory.path)
         self._episode = self._dataset.episode(trajectory.episode)
-        self._keys = self._dataset.resolve_keys(keys, poses_required=False)
+        self._keys, self._settings = self._dataset.resolve_keys(keys, poses_required=False), keys
         self._is_video = self._dataset.features[self._keys.image]["dtype"] == "video"
         self._data_file = self._dataset.data_file(self._episode)
 
@@ -313,39 +393,82 @@ class LeRobotSource:
         wanted = {"episode_index", "frame_index", *filter(None, self._keys[1:])}
         wanted |= {"timestamp"} if self._is_video else set()
         table = parquet_columns(self._data_file, tuple(sorted(wanted)))
-        rows = np.flatnonzero(table["episode_index"].to_numpy() == self._episode.index)
+        rows = np.flatnonzero(_whole_numbers(self._data_file, table, "episode_index") == self._episode.index)
         count, length = len(rows), self._episode.length
         if count != length or count == 0 or rows[-1] - rows[0] != count - 1:
-            raise InputError(f"{self._name}: {self._data_file} has {count} rows of it in one piece, expected {length}")
+            raise InvalidDataError(
+                f"{self._name}: {self._data_file} has {count} rows of it in one piece, expected {length}"
+            )
         table = table.slice(rows[0], count)
-        if not np.array_equal(table["frame_index"].to_numpy(), np.arange(count)):
-            raise InputError(f"{self._name}: {self._data_file}: its frame_index is not 0 to {count - 1}")
+        if not np.array_equal(_whole_numbers(self._data_file, table, "frame_index"), np.arange(count)):
+            raise InvalidDataError(f"{self._name}: {self._data_file}: its frame_index is not 0 to {count - 1}")
         return int(rows[0]), table
 
     def _column(self, key: str) -> dict[str, Any]:
-        return {key: self._rows[1][key].to_pylist()}
+        return {key: self._values(key)}
+
+    def _values(self, key: str) -> list[Any]:
+        column = self._rows[1][key]
+        try:
+            with _parquet_errors(self._data_file):
+                return column.to_pylist()
+        except (ValueError, OverflowError) as error:  # text that is no UTF-8, times that Python does not have
+            where = f"{self._name} ({self._data_file})"
+            raise InputError(f"{where}: {key}: cannot be read as {column.type}: {str(error)[:200]}") from error
 
     def poses(self, *, required: bool) -> Poses:
-        where, (_, position_key, yaw_key) = f"{self._name} ({self._data_file})", self._keys
-        numbers = np.arange(self._episode.length, dtype=np.int64)
-        position = checked_position(where, self._column(position_key), position_key) if position_key else None
-        yaw = checked_numbers(where, self._column(yaw_key), yaw_key, len(numbers)) if yaw_key else None
-        if required and (position is None or yaw is None):
+        _, *pose_keys = self._keys
+        self._dataset.refuse_contradiction(self._episode)
+        if required and None in pose_keys:
             raise InputError(f"{self._name}: has no position and yaw; set position_key and yaw_key")
-        return Poses(numbers, position, yaw)
+        columns = {key: self._values(key) for key in pose_keys if key is not None}
+        poses = checked_poses(f"{self._name} ({self._data_file})", columns, self._settings, *pose_keys)
+        numbers = np.arange(self._episode.length, dtype=np.int64)
+        return poses._replace(frame_index=numbers, times=numbers / self._dataset.fps)
 
     def _times(self) -> np.ndarray:
-        """(T,) [s] in the video of each row."""
-        start_s, stop_s = self._dataset.video_span(self._episode, self._keys.image)
+        """(T,) [s] on its video's clock of each row. The rows must fill the episode's part of the video."""
+        start_s, stop_s, zero_s = self._part_of_video()
         times = start_s + checked_numbers(self._name, self._column("timestamp"), "timestamp", self._episode.length)
         if (np.diff(times) <= 0).any():
-            raise InputError(f"{self._name}: its timestamps do not rise, at row {int(np.argmin(np.diff(times))) + 1}")
-        if times[-1] > stop_s - 0.5 / self._dataset.fps:
-            raise InputError(
-                f"{self._name}: its last row is at {times[-1]:.3f} s of {self._video_file.name}, in which it ends at "
-                f"{stop_s:.3f} s: fewer frames than poses"
+            raise InvalidDataError(
+                f"{self._name}: its timestamps do not rise, at row {int(np.argmin(np.diff(times))) + 1}"
             )
-        return times
+        last = f"its last row is at {times[-1]:.3f} s of {recordable_name(self._video_file.name)}"
+        frame_s, is_shared = 1 / self._dataset.fps, self._dataset.version == "v3.0"
+        if is_shared and times[-1] > stop_s - frame_s / 2:  # else decoding tells the first one missing
+            raise InvalidDataError(f"{self._name}: {last}, in which it ends at {stop_s:.3f} s: fewer frames than poses")
+        if times[-1] + frame_s < stop_s - frame_s / 2:
+            raise InvalidDataError(f"{self._name}: {last}, in which it ends at {stop_s:.3f} s: more frames than poses")
+        return times + zero_s
+
+    def _part_of_video(self) -> tuple[float, float, float]:
+        """Where the episode begins and ends in its video [s], and what to add for the container's clock: times are
+        counted from the first frame shown."""
+        dataset, key = self._dataset, self._keys.image
+        start_s, stop_s = dataset.video_span(self._episode, key)
+        if dataset.version != "v3.0":
+            extent = video_extent(self._video_file)
+            return 0.0, extent.last_s - extent.first_s + 1 / dataset.fps, extent.first_s
+        spans = dataset.spans_beside(self._episode, key)
+        if fault := spans.fault(self._name):
+            raise InvalidDataError(f"{self._name}: {fault}: its frames may be another episode's")
+        return start_s, stop_s, spans.zero_s
+
+    def mispaired(self, spec: CacheSpec) -> str | None:
+        """Why what 0.2.0 made is not what is made now: it believed meta data that contradict themselves, and counted
+        times on the container's clock alone."""
+        try:
+            self._dataset.refuse_contradiction(self._episode)
+            if not self._is_video:
+                return None
+            self._times()
+        except InvalidDataError as error:
+            return f"its frames may be another's: {error}"
+        *_, zero_s = self._part_of_video()
+        if abs(zero_s) > VIDEO_TOLERANCE / self._dataset.fps:
+            return f"its times were counted on the clock of {self._video_file.name}, which begins at {zero_s:.3f} s"
+        return changed_picture(self._video_file, spec)
 
     @property
     def _video_file(self) -> Path:
@@ -362,8 +485,8 @@ class LeRobotSource:
         appended to a file that episodes share is not theirs."""
         digest = hashlib.sha256(f"{kind} {self._keys} {self._episode}".encode())
         first, table = self._rows
-        for column in table.itercolumns():
-            digest.update(repr(column.to_pylist()).encode())
+        for key in table.column_names:
+            digest.update(repr(self._values(key)).encode("utf-8", "surrogatepass"))
         if not self._is_video:
             _add_images(digest, self._data_file, self._keys.image, first, len(table), kind)
         elif kind == "stat":
@@ -480,4 +603,7 @@ FORMAT = Format(
     settings=KEY_SETTINGS,
     trajectory=f"an episode of a dataset with {LEROBOT_INFO}",
     signs=_signs,
+    guess=guess_lerobot_keys,
+    pairing=2,
+    mispaired=lambda source, spec: source.mispaired(spec),
 )

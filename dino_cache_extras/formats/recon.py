@@ -29,8 +29,7 @@ from dino_cache import (
     InputError,
     Poses,
     Trajectory,
-    checked_numbers,
-    checked_position,
+    checked_poses,
     in_groups,
     open_regular,
     recordable_name,
@@ -52,7 +51,7 @@ def find_recon(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
     except OSError as error:
         raise RefusedError(f"data_folder {data_folder}: cannot list it: {error.strerror}") from error
     for file_name in file_names:
-        if file_name.endswith(RECON_SUFFIX) and not file_name.startswith("."):
+        if file_name.lower().endswith(RECON_SUFFIX) and not file_name.startswith("."):
             yield Trajectory(recordable_name(file_name.partition(".")[0]), data_folder / file_name, format="recon")
 
 
@@ -71,7 +70,7 @@ class ReconSource:
         self._trajectory = trajectory
         self._where = f"{trajectory.name} ({recordable_name(trajectory.path.name)})"
         given = (keys.image_key, keys.position_key, keys.yaw_key)
-        self._keys = [key or default for key, default in zip(given, RECON_KEYS)]
+        self._keys, self._settings = [key or default for key, default in zip(given, RECON_KEYS)], keys
         self._size = os.stat(trajectory.path).st_size
 
     @functools.cached_property
@@ -81,7 +80,7 @@ class ReconSource:
             images, *poses = (_recon_dataset(file, key) for key in self._keys)
             if any(values.size > MAX_POSE_NUMBERS for values in poses):
                 raise InputError(f"{self._keys[1:]} hold more than {MAX_POSE_NUMBERS} numbers")
-            return len(images), {key: values[...] for key, values in zip(self._keys[1:], poses)}
+            return len(images), {key: _comparable(values[...]) for key, values in zip(self._keys[1:], poses)}
 
     def checksum(self, kind: ChecksumKind) -> str:
         """Over the poses and the file's size (`stat`), or over the file's bytes (`content`)."""
@@ -95,13 +94,11 @@ class ReconSource:
         return digest.hexdigest()[:16]
 
     def poses(self, *, required: bool) -> Poses:
-        count, poses = self._content
-        _, position_key, yaw_key = self._keys
-        position = checked_position(self._where, poses, position_key)
-        yaw = checked_numbers(self._where, poses, yaw_key, len(position))
-        if count != len(position):
-            raise InputError(f"{self._where}: {count} images in {self._keys[0]} but {len(position)} poses")
-        return Poses(np.arange(count, dtype=np.int64), position, yaw)
+        count, values = self._content
+        poses = checked_poses(self._where, values, self._settings, *self._keys[1:])
+        if count != len(poses.position):
+            raise InputError(f"{self._where}: {count} images in {self._keys[0]} but {len(poses.position)} poses")
+        return poses
 
     def open_frames(self, numbers: Sequence[int]) -> FrameReader:
         return self
@@ -156,6 +153,15 @@ def _recon_dataset(file: h5py.File, key: str) -> h5py.Dataset:
     return dataset
 
 
+def _comparable(values: np.ndarray) -> np.ndarray:
+    """The values; text in place of objects. Those could not be poses, but the checksum is over what they say: over the
+    objects, it would be over where they lie in memory, and another one every time."""
+    if not values.dtype.hasobject:
+        return values
+    texts = map(repr, values.flat)
+    return np.array([text if len(text) <= 64 else hashlib.sha256(text.encode()).hexdigest() for text in texts])
+
+
 def _image_bytes(value: Any) -> bytes:
     """The bytes of one image, of fixed length, of variable length, or a padded row of numbers."""
     if isinstance(value, bytes):
@@ -167,7 +173,7 @@ def _image_bytes(value: Any) -> bytes:
 
 
 def _signs(folder: FolderFiles, is_top: bool) -> list[str]:
-    return [file for file in folder.files if file.endswith(RECON_SUFFIX)][:1] if is_top else []
+    return [file for file in folder.files if file.lower().endswith(RECON_SUFFIX)][:1] if is_top else []
 
 
 FORMAT = Format(
@@ -177,5 +183,8 @@ FORMAT = Format(
     settings=KEY_SETTINGS,
     trajectory=f"a *{RECON_SUFFIX} file in the folder itself",
     signs=_signs,
+    guess=lambda data_folder, spec: {
+        setting: getattr(spec, setting) or key for setting, key in zip(KEY_SETTINGS, RECON_KEYS)
+    },
     frames="rows",
 )

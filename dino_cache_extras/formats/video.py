@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import math
@@ -13,7 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from dino_cache import (
+    AXES,
+    DEFAULT_KEYS,
     MAX_POSITION_M,
+    NAMED_UNITS,
     CacheSpec,
     ChecksumKind,
     DataKeys,
@@ -21,16 +25,27 @@ from dino_cache import (
     Format,
     FrameReader,
     InputError,
+    Note,
     Poses,
     Trajectory,
     check_values,
+    ground_plane,
     open_regular,
     read_file,
     recordable_name,
+    refuse_other_unit,
+    unit_of_name,
     walk_folders,
+    yaw_in_radians,
 )
-from dino_cache_extras.formats.common import first_of
-from dino_cache_extras.formats.video_frames import VIDEO_TOLERANCE, VideoFrames, frame_times
+from dino_cache_extras.formats.video_frames import (
+    SAME_TIME_S,
+    VIDEO_TOLERANCE,
+    VideoFrames,
+    changed_picture,
+    frame_times,
+    video_times,
+)
 from progress_utils import open_library
 
 MIN_QUATERNION_NORM = 1e-12  # a quaternion shorter than this tells no direction
@@ -42,10 +57,17 @@ POSE_COLUMNS = {  # names in a CSV file's first line
     "timestamp": ("timestamp", "time", "t"),
     "x": ("x", "tx"),
     "y": ("y", "ty"),
+    "z": ("z", "tz"),
     "yaw": ("yaw", "heading"),
     "qx": ("qx",), "qy": ("qy",), "qz": ("qz",), "qw": ("qw",),
 }  # fmt: skip
+TIME_ZEROS = {"first_frame": "the first frame shown", "container": "0 s on the container's clock"}
+CLOCK_STEP_S = 1e-3  # what containers round times to
 TUM_COLUMNS = ("timestamp", "x", "y", "z", "qx", "qy", "qz", "qw")
+QUATERNION = ("qx", "qy", "qz", "qw")
+UNIT_SETTINGS = {"timestamp": "time_scale", "yaw": "yaw_unit"} | dict.fromkeys(("x", "y", "z"), "position_scale")
+MOST_DISAGREEMENT_RAD = 0.2  # between a yaw column and quaternions, at the median
+LIKELY_TIME_SCALES = {"milliseconds": 1e-3, "microseconds": 1e-6, "nanoseconds": 1e-9}
 
 
 def video_files(folder: FolderFiles) -> Iterator[tuple[str, str, str | None]]:
@@ -55,9 +77,18 @@ def video_files(folder: FolderFiles) -> Iterator[tuple[str, str, str | None]]:
         if suffix.lower() in VIDEO_SUFFIXES and not file.startswith("."):
             is_whole_folder = stem == VIDEO_STEM and folder.name != ""
             stems = (POSE_STEM, stem) if is_whole_folder else (stem,)
-            names = (beside + ending for beside in stems for ending in POSE_SUFFIXES)
             name = folder.name.rstrip("/") if is_whole_folder else folder.name + stem
-            yield name, file, first_of(names, folder.files)
+            yield name, file, _pose_file(stems, folder.files)
+
+
+def _pose_file(stems: Sequence[str], files: Sequence[str]) -> str | None:
+    """The first of the files that may hold a video's poses; their endings may be in capitals."""
+    for stem in stems:
+        for suffix in POSE_SUFFIXES:
+            found = [stem + ending for ending in (suffix, suffix.upper()) if stem + ending in files]
+            if found:
+                return found[0]
+    return None
 
 
 def find_videos(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
@@ -86,7 +117,7 @@ class VideoSource:
     """video: one file, its poses in a table beside it, with times of the video's clock."""
 
     def __init__(self, trajectory: Trajectory, keys: DataKeys):
-        self._name, self._path = trajectory.name, trajectory.path
+        self._name, self._path, self._keys = trajectory.name, trajectory.path, keys
         folder = FolderFiles("/", self._path.parent, sorted(os.listdir(self._path.parent)))
         pose_files = {file: pose_file for _, file, pose_file in video_files(folder)}
         pose_file = pose_files.get(self._path.name)
@@ -105,40 +136,119 @@ class VideoSource:
 
     def poses(self, *, required: bool) -> Poses:
         """Of the frames between the first and the last pose, interpolated: position on a line, yaw the shorter way."""
-        times = frame_times(self._path)
-        if len(times) == 0:
-            raise InputError(f"{self._name}: {self._path.name} holds no frames")
+        times = self._times(self._keys.time_zero)
         if self._pose_path is None and required:
             raise InputError(f"{self._name}: no poses beside {self._path.name}; expected a .csv or .txt file")
         if self._pose_path is None:
             return Poses(np.arange(len(times), dtype=np.int64), None, None)
-        table = read_pose_table(self._pose_path, self._name)
-        at, margin = table["timestamp"], 1e-6
-        numbers = np.flatnonzero((times >= at[0] - margin) & (times <= at[-1] + margin))
-        if len(numbers) == 0:
+        table = read_pose_table(self._pose_path, self._name, self._keys)
+        at = table["timestamp"]
+        self._check_some_between(times, at)
+        if (inside := poses_inside(at, times)) < len(at) / 2:
             raise InputError(
-                f"{self._name}: no frame lies between the first pose ({at[0]:.3f} s) and the last ({at[-1]:.3f} s); "
-                f"the video's frames are at {times[0]:.3f} to {times[-1]:.3f} s. Pose times are the video's: its first "
-                "frame is at about 0 s"
+                f"{self._name}: {inside} of {len(at)} poses lie inside the video: they are at {at[0]:.3f} to "
+                f"{at[-1]:.3f} s, its frames at {times[0]:.3f} to {times[-1]:.3f} s. Pose times are seconds, or "
+                f"time_scale says how many their unit is{likely_time_scale(at, times, self._keys.time_scale)}; rows "
+                "that are not of this video are to be taken out"
             )
+        numbers = np.flatnonzero(are_between(times, at))
         position = np.stack([np.interp(times[numbers], at, table[axis]) for axis in ("x", "y")], axis=1)
         yaw = np.interp(times[numbers], at, np.unwrap(table["yaw"]))
-        return Poses(numbers.astype(np.int64), position, np.arctan2(np.sin(yaw), np.cos(yaw)))
+        points = np.stack([table["x"], table["y"]], axis=1)
+        return Poses(
+            numbers.astype(np.int64),
+            position,
+            np.arctan2(np.sin(yaw), np.cos(yaw)),
+            times=times[numbers],
+            num_without=len(times) - len(numbers),
+            table=Poses(np.arange(len(at)), points, table["yaw"], table.get("height"), at),
+            notes=self._notes(),
+        )
+
+    def _times(self, zero: str) -> np.ndarray:
+        """(n,) [s] of the frames shown, counted from the first one or on the container's clock."""
+        times = frame_times(self._path)
+        if len(times) == 0:
+            raise InputError(f"{self._name}: {self._path.name} holds no frames")
+        return times - times[0] if zero == "first_frame" else times
+
+    def _check_some_between(self, times: np.ndarray, at: np.ndarray) -> None:
+        """Raise InputError unless some frame has a pose before and after it."""
+        if are_between(times, at).any():
+            return
+        other = next(zero for zero in TIME_ZEROS if zero != self._keys.time_zero)
+        others = np.count_nonzero(are_between(self._times(other), at))
+        raise InputError(
+            f"{self._name}: no frame lies between the first pose ({at[0]:.3f} s) and the last ({at[-1]:.3f} s); "
+            f"the video's frames are at {times[0]:.3f} to {times[-1]:.3f} s, counted from "
+            f"{TIME_ZEROS[self._keys.time_zero]} (time_zero: {self._keys.time_zero})"
+            + (f"; with time_zero: {other} {others} of them do" if others else "")
+            + likely_time_scale(at, times, self._keys.time_scale)
+        )
+
+    def _notes(self) -> tuple[Note, ...]:
+        """Where the two ways to count would give a frame the pose of another."""
+        times = frame_times(self._path)
+        if abs(times[0]) <= (np.median(np.diff(times)) / 2 if len(times) > 1 else 0.0):
+            return ()
+        what = (
+            "videos have their first frame elsewhere than at 0 s on their own clock; pose times are counted from "
+            f"{TIME_ZEROS[self._keys.time_zero]} (time_zero: {self._keys.time_zero})"
+        )
+        return (Note(what, f"{times[0]:.3f} s"),)
+
+    def mispaired(self, spec: CacheSpec) -> str | None:
+        """Why what 0.2.0 made is not what is made now: it counted pose times on the container's clock alone, and showed
+        pictures neither mirrored nor with square pixels."""
+        first_s = video_times(self._path).first_stamp_s
+        if self._pose_path is not None and self._keys.time_zero == "first_frame" and abs(first_s) > CLOCK_STEP_S:
+            which = "later" if first_s > 0 else "earlier"
+            return (
+                f"its frames were given poses of {abs(first_s):.3f} s {which}: pose times were counted on the clock of "
+                f"{recordable_name(self._path.name)}, on which its first frame is at {first_s:.3f} s"
+            )
+        return changed_picture(self._path, spec)
 
     def open_frames(self, numbers: Sequence[int]) -> FrameReader:
         times = frame_times(self._path)
-        shortest_s = np.diff(times).min(initial=1.0)
-        return VideoFrames(self._path, self._name, numbers, times[list(numbers)].tolist(), shortest_s * VIDEO_TOLERANCE)
+        tolerance_s = max(np.diff(times).min(initial=1.0) * VIDEO_TOLERANCE, SAME_TIME_S)
+        return VideoFrames(self._path, self._name, numbers, times[list(numbers)].tolist(), tolerance_s)
 
 
-def read_pose_table(path: Path, name: str) -> dict[str, np.ndarray]:
+def are_between(times: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """(n,) whether frames at these times lie between the first and the last of poses at `at`, both in seconds."""
+    return (times >= at[0] - SAME_TIME_S) & (times <= at[-1] + SAME_TIME_S)
+
+
+def poses_inside(at: np.ndarray, times: np.ndarray) -> int:
+    """How many of the pose times [s] lie between a video's first and last frame, to the time of a frame."""
+    margin_s = (times[-1] - times[0]) / max(1, len(times) - 1)
+    return int(((at >= times[0] - margin_s) & (at <= times[-1] + margin_s)).sum())
+
+
+def likely_time_scale(at: np.ndarray, times: np.ndarray, time_scale: float) -> str:
+    """A hint at the time_scale by which most poses would lie inside the video and span most of it; '' for none."""
+    scales = dict(LIKELY_TIME_SCALES)
+    if len(times) > 1 and times[-1] > times[0]:
+        scales["frame numbers"] = (times[-1] - times[0]) / (len(times) - 1)
+    for unit, scale in scales.items():
+        scaled = at / time_scale * scale
+        spans_most = scaled[-1] - scaled[0] > (times[-1] - times[0]) / 2
+        if spans_most and poses_inside(scaled, times) >= len(at) / 2:
+            return f". They look like {unit}: set time_scale: {scale:.6g}"
+    return ""
+
+
+def read_pose_table(path: Path, name: str, keys: DataKeys = DEFAULT_KEYS) -> dict[str, np.ndarray]:
     """Poses in a .csv file with names in its first line, or in TUM's form (timestamp tx ty tz qx qy qz qw, no names).
 
     Returns:
-        timestamp, x, y and yaw, (T,) float64 each, times rising.
+        timestamp [s], x, y and yaw [rad] in the ground plane, (T,) float64 each, times rising; and `height`, the third
+        coordinate, where there is one.
 
     Raises:
-        InputError: it is no such table, a column is missing, or a value is not finite.
+        InputError: it is no such table, a column is missing, there twice or in another unit by its name, or a value is
+            not finite.
     """
     is_beside = path.with_suffix("").as_posix().endswith(f"/{name}")  # else in the trajectory's own folder
     where = name + path.suffix if is_beside else f"{name}/{recordable_name(path.name)}"
@@ -147,27 +257,47 @@ def read_pose_table(path: Path, name: str) -> dict[str, np.ndarray]:
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not a text file: {error}") from error
     rows = [line for line in lines if line.strip() and not line.startswith("#")]
-    if path.suffix == ".csv":
-        header, *records = list(csv.reader(rows)) or [[]]
-        names = [
-            next((key for key, known in POSE_COLUMNS.items() if cell.strip().lower() in known), "") for cell in header
-        ]
+    if not rows:
+        raise InputError(f"{where}: is empty, it holds no poses")
+    if path.suffix.lower() == ".csv":
+        try:
+            header, *records = csv.reader(rows)
+        except csv.Error as error:
+            raise InputError(f"{where}: not a table: {error}") from error
+        names = _column_names(where, header, keys)
     else:
         names, records = list(TUM_COLUMNS), [re.split(r"[\s,]+", row.strip()) for row in rows]
-    columns = _pose_columns(where, names, records)
-    if "yaw" not in columns:
-        qx, qy, qz, qw = (columns[key] for key in ("qx", "qy", "qz", "qw"))
-        if (norms := qx**2 + qy**2 + qz**2 + qw**2).min() < MIN_QUATERNION_NORM:
-            raise InputError(f"{where}: pose {int(norms.argmin())} has the quaternion 0")
-        columns["yaw"] = np.arctan2(2 * (qw * qz + qx * qy), qw**2 + qx**2 - qy**2 - qz**2)
-    if (steps := np.diff(columns["timestamp"])).min(initial=1) <= 0:
+    columns = _pose_columns(where, names, records, keys)
+    timestamp = columns["timestamp"] * keys.time_scale
+    check_values(where, "timestamp", timestamp, math.inf)  # finite also when scaled
+    if (steps := np.diff(timestamp)).min(initial=1) <= 0:
         raise InputError(f"{where}: its timestamps do not rise, at pose {int(steps.argmin()) + 1}")
-    return columns
+    points = np.stack([columns[key] for key in ("x", "y", "z") if key in columns], axis=1)
+    position, height = ground_plane(where, "position", points, keys.pose_axes)
+    table = {"timestamp": timestamp, "x": position[:, 0], "y": position[:, 1], "yaw": _yaw(where, columns, keys)}
+    return {**table, "height": height} if height is not None and np.isfinite(height).all() else table
 
 
-def _pose_columns(where: str, names: list[str], records: list[list[str]]) -> dict[str, np.ndarray]:
-    quaternion = {"qx", "qy", "qz", "qw"}
-    needed = {"timestamp", "x", "y"} | ({"yaw"} if "yaw" in names else quaternion)
+def _column_names(where: str, header: list[str], keys: DataKeys) -> list[str]:
+    """Which of POSE_COLUMNS each cell of the first line names, '' for none."""
+    names: list[str] = []
+    for cell in header:
+        plain, unit = unit_of_name(cell)
+        known = next((key for key, forms in POSE_COLUMNS.items() if plain.lower() in forms), "")
+        if unit is not None and NAMED_UNITS[unit][0] != UNIT_SETTINGS.get(known):
+            known = ""
+        if known and known in names:
+            other = header[names.index(known)].strip()
+            raise InputError(f"{where}: two columns for {known}: {other} and {cell.strip()}; take one out")
+        if known in UNIT_SETTINGS:
+            refuse_other_unit(where, cell.strip(), UNIT_SETTINGS[known], keys)
+        names.append(known)
+    return names
+
+
+def _pose_columns(where: str, names: list[str], records: list[list[str]], keys: DataKeys) -> dict[str, np.ndarray]:
+    needs_z = max(AXES[keys.pose_axes].columns) == 2
+    needed = {"timestamp", "x", "y"} | ({"z"} if needs_z else set()) | ({"yaw"} if "yaw" in names else set(QUATERNION))
     if missing := needed - set(names):
         raise InputError(
             f"{where}: has no column {', '.join(sorted(missing))}; expected a first line with timestamp, x, y and yaw "
@@ -178,12 +308,47 @@ def _pose_columns(where: str, names: list[str], records: list[list[str]]) -> dic
     columns = {}
     for key in sorted(needed):
         try:
-            columns[key] = np.array([float(record[names.index(key)]) for record in records])
+            columns[key] = _column(names.index(key), records)
         except (ValueError, IndexError) as error:
             raise InputError(f"{where}: {key}: {error}") from error
-        most = MAX_POSITION_M if key in ("x", "y") else math.inf
-        check_values(where, key, columns[key], most)
+        check_values(where, key, columns[key], MAX_POSITION_M if key in ("x", "y", "z") else math.inf)
+    for key in {"z", *QUATERNION} & set(names) - needed:  # looked at for what they tell of the others, if they can be
+        with contextlib.suppress(ValueError, IndexError):
+            columns[key] = _column(names.index(key), records)
     return columns
+
+
+def _column(place: int, records: list[list[str]]) -> np.ndarray:
+    return np.array([float(record[place]) for record in records])
+
+
+def _yaw(where: str, columns: dict[str, np.ndarray], keys: DataKeys) -> np.ndarray:
+    """(T,) [rad], of the yaw column, else of the quaternions; where both are there they must agree."""
+    has_quaternions = columns.keys() >= {*QUATERNION}
+    norms = sum(columns[key] ** 2 for key in QUATERNION) if has_quaternions else np.zeros(1)
+    tells = norms >= MIN_QUATERNION_NORM
+    if "yaw" not in columns:
+        if not tells.all():
+            raise InputError(f"{where}: pose {int(norms.argmin())} has the quaternion 0")
+        return _yaw_of_quaternions(columns, keys)
+    yaw = yaw_in_radians(columns["yaw"], keys)
+    if has_quaternions and tells.any():
+        apart = np.median(np.abs(np.angle(np.exp(1j * (yaw - _yaw_of_quaternions(columns, keys)))))[tells])
+        if apart > MOST_DISAGREEMENT_RAD:
+            raise InputError(
+                f"{where}: its yaw and its quaternions are {apart:.2f} rad apart, at the median; set yaw_unit or "
+                "pose_axes, or take one of them out"
+            )
+    return yaw
+
+
+def _yaw_of_quaternions(columns: dict[str, np.ndarray], keys: DataKeys) -> np.ndarray:
+    """(T,) [rad]: where the body's forward axis points in the ground plane."""
+    qx, qy, qz, qw = (columns[key] for key in QUATERNION)
+    axes = AXES[keys.pose_axes]
+    if axes.forward == 0:  # x forward, seen in the plane of x and y
+        return axes.yaw_sign * np.arctan2(2 * (qw * qz + qx * qy), qw**2 + qx**2 - qy**2 - qz**2)
+    return axes.yaw_sign * np.arctan2(2 * (qx * qz + qw * qy), qw**2 + qz**2 - qx**2 - qy**2)
 
 
 def _signs(folder: FolderFiles, is_top: bool) -> list[str]:
@@ -198,8 +363,10 @@ FORMAT = Format(
     find=find_videos,
     locate=locate_video,
     open=VideoSource,
-    settings=(),
+    settings=("time_zero", "time_scale"),
     trajectory="<name>.mp4 with <name>.csv or .txt, or a folder with video.mp4 and poses.csv or .txt",
     signs=_signs,
     hints=_hints,
+    pairing=2,
+    mispaired=lambda source, spec: source.mispaired(spec),
 )

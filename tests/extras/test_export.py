@@ -175,6 +175,93 @@ def test_force_never_deletes_what_no_export_made(robot, capsys):
     assert (robot.out / "thesis.tex").read_text() == "all of it"
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("place", ["robot.h5", "robot.h5.partial"])
+@pytest.mark.parametrize("name", ["best.pt", "cache_metadata.json", "cache_metadata.json.bak", "a_00000.pt.txt"])
+def test_a_folder_with_files_that_no_export_made_stays(robot, capsys, place, name):
+    assert robot.export("vint") == 0
+    if place.endswith(".partial"):
+        robot.out.rename(robot.out.with_name(place))
+    folder = robot.out.with_name(place)
+    (folder / name).write_bytes(b'{"name": "robot", "chunks": ["a_00000"]}')  # another program's
+    before = contents(folder)
+    assert robot.export("vint", "--force") == 2
+    assert str(folder) in (message := capsys.readouterr().err)
+    assert name in message
+    assert contents(folder) == before
+
+
+def test_a_folder_of_checkpoints_stays(robot, capsys):
+    robot.out.mkdir()
+    (robot.out / "best.pt").write_bytes(b"weights of a week")
+    (robot.out / "a_00000.pt").mkdir()  # a name of a chunk's
+    assert robot.export("vint", "--force") == 2
+    assert "a_00000.pt" in capsys.readouterr().err
+    (robot.out / "a_00000.pt").rmdir()
+    assert robot.export("vint", "--force") == 2
+    assert "best.pt" in capsys.readouterr().err
+    assert contents(robot.out) == {"best.pt": b"weights of a week"}
+
+
+@pytest.mark.parametrize("what", ["text", "hdf5", "folder"])
+def test_a_file_that_no_export_made_stays(robot, capsys, what):
+    if what == "folder":
+        robot.out.with_name("robot.h5.partial").mkdir()
+    elif what == "text":
+        robot.out.write_bytes(b"all of it")
+    else:
+        with h5py.File(robot.out, "w") as file:
+            file["measurements"] = np.arange(5)
+    before = tree(robot.out.parent)
+    assert robot.export("flat", "--force") == 2
+    assert "robot.h5" in capsys.readouterr().err
+    assert tree(robot.out.parent) == before
+
+
+def test_a_file_that_came_into_the_folder_during_the_export_stays(robot, capsys, monkeypatch):
+    assert robot.export("vint") == 0
+    write_chunks = export_command._write_vint_chunks
+
+    def meanwhile(*arguments: Any) -> int:
+        (robot.out / "notes.txt").write_text("of mine")
+        return write_chunks(*arguments)
+
+    monkeypatch.setattr(export_command, "_write_vint_chunks", meanwhile)
+    before = contents(robot.out)
+    assert robot.export("vint", "--force") == 2
+    assert "notes.txt" in capsys.readouterr().err
+    assert contents(robot.out) == {**before, "notes.txt": b"of mine"}
+    assert [path.name for path in robot.out.parent.iterdir()] == ["robot.h5"]
+
+
+def test_an_export_of_an_earlier_version_or_of_a_larger_cache_is_replaced(robot):
+    assert robot.export("vint") == 0
+    metadata = json.loads((robot.out / "cache_metadata.json").read_text())
+    assert metadata.pop("made_by") == "dino_cache export"
+    metadata["chunks"].append("gone_00000")
+    (robot.out / "cache_metadata.json").write_text(json.dumps(metadata))
+    (robot.out / "gone_00000.pt").write_bytes(b"of a trajectory that is recorded no more")
+    assert robot.export("vint", "--force") == 0
+    assert "gone_00000.pt" not in contents(robot.out)
+    assert len(read_as_visualnav_transformer(robot.out)) == len(metadata["chunks"]) - 1
+
+
+def test_what_an_export_left_that_was_killed_in_a_larger_cache_is_not_in_the_way(robot):
+    assert robot.export("vint") == 0
+    partial = robot.out.rename(robot.out.with_name("robot.h5.partial"))
+    (partial / "lab__c_00000.pt").unlink()  # not written yet
+    record = json.loads((robot.cache / "progress.json").read_text())
+    record["completed_trajectories"].remove("a")
+    del record["trajectory_checksums"]["a"], record["trajectory_records"]["a"]
+    (robot.cache / "progress.json").write_text(json.dumps(record))
+    assert robot.export("vint") == 0
+    assert [path.name for path in robot.out.parent.iterdir()] == ["robot.h5"]
+    assert "a_00000.pt" not in contents(robot.out)
+
+
 @pytest.mark.parametrize("layout", ["flat", "vint"])
 @pytest.mark.parametrize("damage", ["flipped", "missing", "of another trajectory"])
 def test_a_chunk_that_is_not_as_recorded_ends_the_export_and_leaves_what_was_there(robot, capsys, layout, damage):

@@ -505,6 +505,30 @@ def test_a_checksum_recorded_anew_of_another_kind_is_no_difference(make_cache):
     assert len(CacheWindows(make_cache(checksum="content"), 3)) > 0
 
 
+@pytest.mark.parametrize(("kind", "other"), [("stat", "content"), ("content", "stat")])
+def test_a_trajectory_redone_meanwhile_under_another_kind_of_checksum_is_an_error(make_cache, tmp_path, kind, other):
+    cache = make_cache(checksum=kind)
+    windows = CacheWindows(cache, 3)
+    write_poses(tmp_path / "data_robot" / "a", straight_line(40), np.arange(40) / 100 + 1)
+    make_cache(checksum=other)
+    with pytest.raises(DamagedChunkError, match=rf"a/chunk_00001.h5: it was recorded anew: .*{kind}:.*{other}:"):
+        windows[window_in(windows, "a", 1)]
+
+
+def test_chunks_recorded_anew_of_another_kind_are_read_until_they_are_redone(make_cache, tmp_path):
+    make_cache()
+    cache = make_cache(checksum="content")
+    windows = CacheWindows(cache, 3)
+    assert windows[window_in(windows, "a", 1)]["cls_token"][0, 0] == 1
+    write_poses(tmp_path / "data_robot" / "a", straight_line(40), np.arange(40) / 100 + 1)
+    make_cache()
+    with pytest.raises(DamagedChunkError, match=r"a/chunk_00002.h5: it was recorded anew"):
+        windows[window_in(windows, "a", 2)]
+    (cache / "progress.json").unlink()
+    with pytest.raises(DamagedChunkError, match=r"a/chunk_00003.h5: the record can no longer be read"):
+        windows[window_in(windows, "a", 3)]
+
+
 # ---------------------------------------------------------------------------------------------------- the kept index
 
 
