@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import dino_cache
 import reader_tricks as tricks
@@ -258,32 +259,22 @@ def test_data_that_change_while_they_are_read_are_not_paired_with_poses_of_befor
     assert content.count == 0 and "changed while it was read" in str(content.error)
 
 
-def test_readers_that_are_killed_again_and_again_lose_and_mix_nothing(tmp_path):
+def test_readers_that_are_killed_under_way_lose_and_mix_nothing(tmp_path):
     for stamp in range(1, 7):
         make_trajectory(tmp_path / "data" / f"t{stamp}", 60, stamp=stamp)
-    over = threading.Event()
+    killed = []
 
-    def kill_one_now_and_then() -> None:
-        while not over.wait(0.3):
-            for pid in children_named_reader():
-                os.kill(pid, signal.SIGKILL)
-                break
-
-    killer = threading.Thread(target=kill_one_now_and_then)
-    killer.start()
-
-    class Slow(StampEncoder):
+    class Killing(StampEncoder):
         def encode(self, pixels: Any) -> Callable[[], Any]:
-            time.sleep(0.05)
+            if len(self.batch_sizes) in (4, 20, 36):
+                killed.extend(children_named_reader()[:1])
+                os.kill(killed[-1], signal.SIGKILL)
             return super().encode(pixels)
 
-    try:
-        with no_hang(120):
-            results = list(stream_results(tmp_path / "data", tmp_path / "cache", Slow()))
-    finally:
-        over.set()
-        killer.join()
+    with no_hang(240):
+        results = list(stream_results(tmp_path / "data", tmp_path / "cache", Killing()))
     assert [result.error for result in results] == [None] * 6
+    assert len({*killed}) == 3
     for stamp in range(1, 7):
         assert check_stamps(tmp_path / "cache", f"t{stamp}", stamp) > 60
 
@@ -300,6 +291,20 @@ def children_named_reader() -> list[int]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def run_with(changes: str, config: Path, *, timeout: float = 250) -> subprocess.CompletedProcess[str]:
+    """A run with StampEncoder, by a program that changes this first, in its own process: `dino_cache.X = ...`."""
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:3]; del sys.argv[1:3]\n"
+        "import dino_cache, run_with_stamp_encoder as fake\n"
+        "dino_cache.load_encoder = fake.stamp_encoder\n"
+        "dino_cache.model_shape = lambda kind: dino_cache.ModelShape(patch_size=14, width=4, num_registers=0)\n"
+        f"{changes}\n"
+        "sys.exit(dino_cache.main())\n"
+    )
+    command = [sys.executable, "-c", code, str(ROOT), str(ROOT / "tests"), "--config", str(config)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+
 def deep_key() -> bytes:
     """A pickle of 150 kB whose dictionary has a deeply nested tuple as its key: hashing it overruns the C stack."""
     return b"\x80\x04}" + b"N" + b"\x85" * 150_000 + b"Ns."
@@ -314,54 +319,62 @@ def endless() -> bytes:
     return b"".join(parts) + b"u."
 
 
-def nested_lists() -> bytes:
-    """A pickle of numbers that takes gigabytes as Python has it."""
-    return b"\x80\x04}(\x8c\x08position](" + b"]" * 40_000_000 + b"e\x8c\x03yaw](K\x01eu."
+def many_lists() -> bytes:
+    """A pickle of 10 MB that Python has as 600 MB."""
+    return b"\x80\x04}(\x8c\x08position](" + b"]" * 10_000_000 + b"e\x8c\x03yaw](K\x01eu."
 
 
 @pytest.mark.parametrize(
-    ("poses", "reason"),
-    [(deep_key, "SIGSEGV"), (endless, "processor time"), (nested_lists, "memory")],
-    ids=lambda value: getattr(value, "__name__", ""),
+    ("poses", "limit", "reason"),
+    [
+        (deep_key, "", "SIGSEGV"),
+        (endless, "dino_cache.READER_CPU_S = 3", "more than 3 s of processor time"),
+        (many_lists, "dino_cache.READER_MEMORY_BYTES = 1 << 28", "0.2 GiB of memory"),
+    ],
+    ids=["deep_key", "endless", "many_lists"],
 )
-def test_poses_that_would_end_or_fill_a_process_fail_their_trajectory_alone(robot, poses, reason):
+def test_poses_that_would_end_or_fill_a_process_fail_their_trajectory_alone(robot, poses, limit, reason):
     robot.add("t0", "t1", "t2")
     (robot.data / "t1" / "traj_data.pkl").write_bytes(poses())
-    outcome = run_cache(robot.config, env={"READER_CPU_S": "3"}, timeout=280)
+    outcome = run_with(limit, robot.config)
     assert outcome.returncode == 1, outcome.stderr
     robot.check("t0", "t2")
     assert reason in read_progress(robot.cache)["failures"]["t1"]["reason"]
 
 
-def test_a_signal_ends_a_run_whose_reader_is_stuck(robot):
+def forked_from(run: int) -> list[int]:
+    """The readers of a run."""
+    own = Path(f"/proc/{run}/task/{run}/children").read_text().split()
+    found = []
+    for server in own:
+        with contextlib.suppress(OSError):
+            found += [int(pid) for pid in Path(f"/proc/{server}/task/{server}/children").read_text().split()]
+    return found
+
+
+def ticks(pid: int) -> int:
+    """Of processor time that a process has taken; 0 where it is gone."""
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11])
+    return 0
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_whose_reader_is_stuck(robot, signal_number):
     robot.add("t0", "t1")
     (robot.data / "t1" / "traj_data.pkl").write_bytes(endless())
     command = [sys.executable, str(ROOT / "tests/run_with_stamp_encoder.py"), "--config", str(robot.config)]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
-
-    def stuck() -> list[int]:
-        """Readers that have taken more processor time than their imports do."""
-        own = [int(pid) for pid in children.read_text().split()]
-        of_server = [Path(f"/proc/{pid}/task/{pid}/children").read_text().split() for pid in own if not is_gone(pid)]
-        readers = [int(pid) for pids in of_server for pid in pids]
-        ticks = {pid: int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11]) for pid in readers}
-        return [pid for pid, used in ticks.items() if used > 100]
-
-    wait_until(stuck)
-    (reader,) = stuck()
-    run.terminate()
-    run.communicate(timeout=20)
-    assert run.returncode == 128 + signal.SIGTERM
-    wait_until(lambda: is_gone(reader), 10)
+    stuck: list[int] = []
+    wait_until(lambda: stuck.extend(pid for pid in forked_from(run.pid) if ticks(pid) > 100) or stuck, 120)
+    run.send_signal(signal_number)
+    run.communicate(timeout=30)
+    assert run.returncode == 128 + signal_number
+    wait_until(lambda: is_gone(stuck[0]), 10)
 
 
 @pytest.mark.parametrize("mode", ["threads", "processes"])
-def test_a_progressive_picture_with_thousands_of_scans_is_refused_undecoded(robot, mode):
-    import io
-
-    from PIL import Image
-
+def test_a_progressive_picture_with_hundreds_of_scans_is_refused_undecoded(robot, mode):
     robot.add("t0", "t1")
     file = io.BytesIO()
     Image.new("RGB", (8000, 8000)).save(file, "JPEG", progressive=True)
@@ -388,19 +401,10 @@ def test_a_failure_by_crash_is_tried_as_often_as_any_and_a_change_of_the_data_is
     robot.check("t0", "t1")
 
 
-def test_a_pickle_of_poses_is_not_parsed_in_the_runs_own_process(robot, tmp_path):
-    """By a config of threads, too."""
+@pytest.mark.parametrize("mode", ["threads", "processes"])
+def test_poses_are_not_parsed_in_the_runs_own_process(robot, mode):
     robot.add("t0")
-    for mode in ("threads", "processes"):
-        robot.configure(readers=mode, cache_dir=str(tmp_path / mode))
-        code = (
-            "import sys; sys.path[:0] = sys.argv[1:3]; del sys.argv[1:3]\n"
-            "import dino_cache, run_with_stamp_encoder as fake\n"
-            "dino_cache.load_encoder = fake.stamp_encoder\n"
-            "dino_cache.model_shape = lambda kind: dino_cache.ModelShape(patch_size=14, width=4, num_registers=0)\n"
-            "dino_cache._unpickle_poses = None\n"
-            "sys.exit(dino_cache.main())\n"
-        )
-        command = [sys.executable, "-c", code, str(ROOT), str(ROOT / "tests"), "--config", str(robot.config)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
+    robot.configure(readers=mode)
+    outcome = run_with("dino_cache._unpickle_poses = None", robot.config)
+    assert outcome.returncode == 0, outcome.stderr
+    robot.check("t0")

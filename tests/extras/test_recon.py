@@ -9,6 +9,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pytest
 from formats_support import chunks, write_recon
 
 from support import FIRST, SECOND, Outcome, read_progress
@@ -22,6 +23,7 @@ def test_two_files_with_one_name_are_refused(run_bits: Callable[..., Outcome], t
     assert all(word in outcome.err for word in ("t1.r01.hdf5", "t1.r02.hdf5", "rename"))
 
 
+@pytest.mark.parametrize("values", [["0.1"] * 40, [b"x" * 100] * 40, [np.ones(2)] * 40])
 def test_poses_that_are_no_numbers_are_the_same_data_in_every_run(
     run_bits: Callable[..., Outcome], tmp_path: Path, values: list[Any]
 ) -> None:
