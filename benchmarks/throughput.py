@@ -6,10 +6,13 @@
     python benchmarks/throughput.py baselines       # over what a user would write instead
     python benchmarks/throughput.py short           # 300 trajectories of 20 frames over one of 6,000
     python benchmarks/throughput.py safety          # with fsync, digests and record over without them
-    python benchmarks/throughput.py memory          # peak resident set: long trajectories and many over short and few
+    python benchmarks/throughput.py ceiling         # whole runs, an encoder that answers at once, over another checkout
+    python benchmarks/throughput.py memory          # peak of all processes: long trajectories and many over short, few
     python benchmarks/throughput.py start           # from launch to the first batch, over a bare torch and timm program
 
-Rates are differences of two runs of different length, so that starting and ending cancel; repetitions are interleaved.
+Rates are differences of two runs of different length, so that starting and ending cancel, or (ceiling) taken from a
+run's middle; repetitions are interleaved. `--baseline DIR` names a checkout of another version, e.g. of
+`git worktree add DIR <commit>`, that is measured in turn with this one.
 Each command prints a table and, last, one JSON line. Weights are random: they do not change the time.
 """
 
@@ -32,16 +35,17 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from ceiling import ceiling, checkouts, memory
+from instant_run import InstantEncoder
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from workload import (
-    ROOT,
     Spread,
     cache_once,
+    data_of,
     dino_cache,
     interleave,
-    make_trajectories,
     rate_of_difference,
     ratios,
     report,
@@ -53,32 +57,6 @@ from progress_utils import Progress
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class InstantEncoder:
-    """Stands for an infinitely fast device: returns tokens of the right shape that are there already."""
-
-    batches_in_flight = 0
-    default_batch_size = most_rows = 32
-
-    def __init__(self, spec: dino_cache.CacheSpec):
-        self._spec = spec
-        shapes = dino_cache.token_shapes(spec, dino_cache.model_shape(spec.dino_model_type))
-        rng = np.random.default_rng(0)
-        rows = self.default_batch_size
-        self._tokens = {name: rng.normal(size=(rows, *shape)).astype(np.float16) for name, shape in shapes.items()}
-        self._finite = np.ones(rows, bool)
-
-    def new_pixels(self, batch_size: int) -> torch.Tensor:
-        return torch.empty((batch_size, 3, *self._spec.image_size), dtype=torch.uint8)
-
-    def encode(self, pixels: torch.Tensor) -> Callable[[], dino_cache.EncodedRows]:
-        count = len(pixels)
-        tokens = {name: rows[:count] for name, rows in self._tokens.items()}
-        return lambda: dino_cache.EncodedRows(tokens, self._finite[:count])
-
-    def drop(self) -> None:
-        """Nothing waits."""
-
-
 def make_spec(arguments: argparse.Namespace, tokens: tuple[str, ...]) -> dino_cache.CacheSpec:
     precision = arguments.precision
     if precision == "auto":
@@ -86,14 +64,6 @@ def make_spec(arguments: argparse.Namespace, tokens: tuple[str, ...]) -> dino_ca
     return dino_cache.CacheSpec(
         dino_model_type=arguments.model, weights="random", tokens=tokens, image_size=(224, 224), precision=precision
     )
-
-
-def data_of(root: Path, *lengths: int) -> Path:
-    """A data folder with trajectories of these lengths, made once."""
-    folder = root / ("data_" + "_".join(map(str, dict.fromkeys(lengths))) + f"_x{len(lengths)}")
-    if not folder.exists():
-        make_trajectories(folder, list(lengths))
-    return folder
 
 
 def resident_rate(encoder: dino_cache.DinoEncoder, pixels: torch.Tensor, frames: int) -> float:
@@ -444,44 +414,6 @@ def safety(arguments: argparse.Namespace, root: Path) -> None:
     report(f"Cost of safety: {spec.dino_model_type}, {spec.precision}, cls + patch, 50 frames a trajectory", rows)
 
 
-def peak_memory(data: Path, root: Path, tokens: tuple[str, ...]) -> float:
-    """Peak resident set [MiB] of a process that runs the whole pipeline over `data` with an instant encoder."""
-    program = f"""
-import resource, sys
-sys.path[:0] = [{str(Path(__file__).parent)!r}]
-from pathlib import Path
-from throughput import InstantEncoder, cache_once, dino_cache
-spec = dino_cache.CacheSpec(dino_model_type="small", weights="random", tokens={tokens!r}, image_size=(112, 112),
-                            precision="fp32", max_chunk_distance_m=1e6)
-cache_once(Path({str(data)!r}), Path({str(root / "cache")!r}), spec, InstantEncoder(spec))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-"""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, capture_output=True, text=True)
-    return float(done.stdout.splitlines()[-1])
-
-
-def memory(arguments: argparse.Namespace, root: Path) -> None:
-    data = {
-        "short": data_of(root, 1000),
-        "long": data_of(root, arguments.frames),
-        "few": data_of(root, *[4] * 250),
-        "many": data_of(root, *[4] * (arguments.frames // 4)),
-    }
-    peaks = interleave(
-        arguments.repetitions,
-        **{name: functools.partial(peak_memory, folder, root, ("cls", "patch")) for name, folder in data.items()},
-    )
-    rows = {
-        "one trajectory of 1,000 frames, one chunk [MiB]": Spread.of(peaks["short"]),
-        f"one of {arguments.frames:,} frames, one chunk [MiB]": Spread.of(peaks["long"]),
-        "long over short": ratios(peaks, "long", "short"),
-        "250 trajectories of 4 frames [MiB]": Spread.of(peaks["few"]),
-        f"{arguments.frames // 4:,} trajectories of 4 frames [MiB]": Spread.of(peaks["many"]),
-        "many over few": ratios(peaks, "many", "few"),
-    }
-    report("Peak memory of the pipeline: cls + patch, 640x480 JPEG, instant encoder", rows)
-
-
 BARE_START = """
 import sys, time, timm, torch
 torch.manual_seed(0)
@@ -508,40 +440,46 @@ def seconds_to_mark(*command: str) -> float:
 
 
 def start(arguments: argparse.Namespace, root: Path) -> None:
-    count = arguments.frames // 20
+    count = 25 if arguments.quick else arguments.frames // 20
     data = data_of(root, *[20] * count)
+    sides = checkouts(arguments)
     settings = {"dino_model_type": arguments.model, "weights": "random", "image_size": [28, 28], "device": "cpu"}
-    for name in ("fresh", "recorded", "complete"):
-        paths = {"data_folder": str(data), "cache_dir": str(root / name)}
-        (root / f"{name}.yaml").write_text(json.dumps({**settings, "datasets": {"start": paths}}))
+    for side, checkout in sides.items():
+        for name in ("fresh", "recorded", "complete"):
+            paths = {"data_folder": str(data), "cache_dir": str(root / side / name)}
+            config = {**settings, **checkout.settings, "datasets": {"start": paths}}
+            (root / f"{side}_{name}.yaml").write_text(json.dumps(config))
 
-    def run(name: str, *options: str) -> float:
+    def run(side: str, name: str, *options: str) -> float:
         begin = time.time()
-        command = [sys.executable, str(ROOT / "dino_cache.py"), "--config", str(root / f"{name}.yaml"), *options]
+        program = str(sides[side].folder / "dino_cache.py")
+        command = [sys.executable, program, "--config", str(root / f"{side}_{name}.yaml"), *options]
         subprocess.run(command, check=not options, capture_output=True)
         return time.time() - begin
 
-    def to_first_batch(name: str) -> float:
-        return seconds_to_mark("-c", FIRST_BATCH, str(ROOT), "--config", str(root / f"{name}.yaml"))
+    def to_first_batch(side: str, name: str) -> float:
+        config = str(root / f"{side}_{name}.yaml")
+        return seconds_to_mark("-c", FIRST_BATCH, str(sides[side].folder), "--config", config)
 
-    run("recorded", "--limit", str(count - 1))
-    run("complete")
-    seconds = interleave(
-        arguments.repetitions,
-        bare=lambda: seconds_to_mark("-c", BARE_START, dino_cache.MODEL_NAMES[arguments.model]),
-        fresh=lambda: to_first_batch("fresh"),
-        recorded=lambda: to_first_batch("recorded"),
-        nothing=lambda: run("complete"),
-    )
-    rows = {
-        "bare program: torch, timm, random model [s]": Spread.of(seconds["bare"]),
-        "no cache yet, to the first batch [s]": Spread.of(seconds["fresh"]),
-        "no cache yet, over the bare program": ratios(seconds, "fresh", "bare"),
-        "one trajectory left, to its batch [s]": Spread.of(seconds["recorded"]),
-        "one left, over the bare program": ratios(seconds, "recorded", "bare"),
-        "nothing to do, the whole command [s]": Spread.of(seconds["nothing"]),
-        "nothing to do, over the bare program": ratios(seconds, "nothing", "bare"),
+    measures = {"bare": lambda: seconds_to_mark("-c", BARE_START, dino_cache.MODEL_NAMES[arguments.model])}
+    for side in sides:
+        run(side, "recorded", "--limit", str(count - 1))
+        run(side, "complete")
+        measures[f"{side} fresh"] = functools.partial(to_first_batch, side, "fresh")
+        measures[f"{side} recorded"] = functools.partial(to_first_batch, side, "recorded")
+        measures[f"{side} complete"] = functools.partial(run, side, "complete")
+    seconds = interleave(1 if arguments.quick else arguments.repetitions, **measures)
+    rows = {"bare program: torch, timm, random model [s]": Spread.of(seconds["bare"])}
+    titles = {
+        "fresh": ("no cache yet, to the first batch", "no cache yet"),
+        "recorded": ("one trajectory left, to its batch", "one left"),
+        "complete": ("nothing to do, the whole command", "nothing to do"),
     }
+    for name, (title, short_title) in titles.items():
+        rows[f"{title} [s]"] = Spread.of(seconds[f"this {name}"])
+        rows[f"{short_title}, over the bare program"] = ratios(seconds, f"this {name}", "bare")
+        if "base" in sides:
+            rows[f"{short_title}, over baseline"] = ratios(seconds, f"this {name}", f"base {name}")
     report(f"Start: {arguments.model}, {count} trajectories of 20 frames", rows)
 
 
@@ -554,10 +492,11 @@ COMMANDS = {
     "safety": safety,
     "memory": memory,
     "start": start,
+    "ceiling": ceiling,
 }
 DEFAULT_FRAMES = {
     "encoder": 128, "efficiency": 768, "host": 4096, "baselines": 384, "short": 600, "safety": 600, "memory": 20_000,
-    "start": 2000,
+    "start": 2000, "ceiling": 8000,
 }  # fmt: skip
 
 
@@ -573,6 +512,10 @@ def main() -> None:
     parser.add_argument("--frames", type=int, help="of the longer run")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--instant", action="store_true", help="short: an encoder that returns at once")
+    parser.add_argument("--baseline", metavar="DIR", help="ceiling, memory, start: another checkout, measured in turn")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="likewise: a setting of both")
+    parser.add_argument("--baseline-set", metavar="KEY=VALUE", action="append", default=[], help="of the baseline")
+    parser.add_argument("--quick", action="store_true", help="likewise: a few frames, once; its figures mean nothing")
     parser.add_argument("--scratch", metavar="FOLDER", help="where frames and caches are written (default: /tmp)")
     arguments = parser.parse_args()
     arguments.frames = arguments.frames or DEFAULT_FRAMES[arguments.benchmark]

@@ -54,6 +54,15 @@ def make_trajectories(data_folder: Path, lengths: list[int], size: tuple[int, in
         (folder / "traj_data.pkl").write_bytes(pickle.dumps({"position": position, "yaw": np.zeros(length)}))
 
 
+def data_of(root: Path, *lengths: int, size: tuple[int, int] = (640, 480)) -> Path:
+    """A data folder with trajectories of these lengths and pictures of this size, made once."""
+    name = "_".join(map(str, dict.fromkeys(lengths))) + f"_x{len(lengths)}_{size[0]}"
+    folder = root / f"data_{name}"
+    if not folder.exists():
+        make_trajectories(folder, list(lengths), size)
+    return folder
+
+
 def cache_once(
     data_folder: Path,
     cache_dir: Path,
@@ -100,7 +109,8 @@ class Spread(NamedTuple):
         return cls(statistics.median(values), min(values), max(values))
 
     def __str__(self) -> str:
-        return f"{self.median:8.3g}   ({self.low:.3g} to {self.high:.3g})"
+        median, low, high = (f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for value in self)
+        return f"{median:>8}   ({low} to {high})"
 
 
 def interleave(repetitions: int, **measures: Callable[[], float]) -> dict[str, list[float]]:
@@ -126,7 +136,7 @@ def report(title: str, rows: dict[str, Spread | float | int | str]) -> None:
     machine = {"cores": dino_cache.available_cores(), "python": platform.python_version()}
     versions = json.loads(dino_cache.library_versions())
     content = {name: value._asdict() if isinstance(value, Spread) else value for name, value in rows.items()}
-    print(json.dumps({"benchmark": title, **content, "machine": {**machine, **versions}}))
+    print(json.dumps({"benchmark": title, **content, "machine": {**machine, **versions}}), flush=True)
 
 
 @contextlib.contextmanager
