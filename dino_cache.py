@@ -53,12 +53,16 @@ import itertools
 import json
 import logging
 import math
+import mmap
+import multiprocessing
+import multiprocessing.reduction
 import os
 import pickle
 import pickletools
 import re
 import reprlib
 import resource
+import selectors
 import shutil
 import signal
 import stat
@@ -67,12 +71,14 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import unicodedata
 import zipfile
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Container, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Executor, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
@@ -157,7 +163,7 @@ MODEL_NAMES = DINOV2_NAMES | DINOV3_NAMES  # dino_model_type -> the model's name
 
 FRAME_PATTERN = r"(\d+)\.(?:jpg|jpeg|png|JPG|JPEG|PNG)"
 FILE_THREADS = 16  # threads that wait for files of a slow disk or a network
-READ_TOGETHER = 8  # frames that one thread reads in one go
+READ_TOGETHER = 8  # frames that are taken from a container in one go
 MAX_POSE_NUMBERS = 50_000_000  # a pose file with more numbers is refused; they would take 400 MB
 MAX_POSITION_M = 1e8  # no place on Earth is farther from any map's origin; one glitch of 1e16 m would swallow all steps
 MAX_FRAME_PIXELS = 80_000_000  # a frame that claims more pixels is refused undecoded
@@ -224,6 +230,94 @@ class StoppedError(DinoCacheError):
         self.exit_code = exit_code
 
 
+# ======================================================================================================================
+# Fence: the limits of a process that parses others' bytes; and whose fault an error is
+# ======================================================================================================================
+
+READER_MEMORY_BYTES = 3 << 29  # that a reader may take beyond what it has after its imports
+READER_CPU_S = 20  # processor time that it may take without getting on
+CONTENT_CPU_S = 3600  # ... while it digests whole files, which may be large, and parses nothing
+PR_SET_PDEATHSIG = 1  # prctl's: a signal when the parent dies
+
+
+class FenceLimits(NamedTuple):
+    """What a reader process may take."""
+
+    memory_bytes: int
+    cpu_s: int
+
+
+class Fence:
+    """This process's limits, where it is a reader. An overrun of memory comes as MemoryError; at one of processor time
+    the kernel ends the process with SIGXCPU, whatever code it is in."""
+
+    def __init__(self) -> None:
+        self.limits: FenceLimits | None = None  # None: this process is no reader
+        self._renewed_s = 0.0
+
+    def set_up(self, limits: FenceLimits) -> None:
+        """Make this process a reader: it keeps the limits, writes nowhere and ends with its parent."""
+        if (prctl := getattr(ctypes.CDLL(None), "prctl", None)) is not None:
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for descriptor in range(3):
+            os.dup2(nowhere, descriptor)
+        _limit(resource.RLIMIT_CORE, 0)
+        with contextlib.suppress(OSError), open("/proc/self/status", "rb") as status:
+            used_kb = next(int(line.split()[1]) for line in status if line.startswith(b"VmData:"))
+            _limit(resource.RLIMIT_DATA, used_kb * 1024 + limits.memory_bytes)
+        self.limits = limits
+        self.allow()
+
+    def allow(self, cpu_s: int | None = None) -> None:
+        """Give so much processor time from here on; what the limits say where nothing is said."""
+        if self.limits is not None:
+            self._renewed_s = time.process_time()
+            _limit(resource.RLIMIT_CPU, math.ceil(self._renewed_s) + (cpu_s or self.limits.cpu_s))
+
+    def getting_on(self) -> None:
+        """Something was achieved: the time for the next thing begins. Cheap, and without effect elsewhere."""
+        if self.limits is not None and time.process_time() > self._renewed_s + 1:
+            self.allow()
+
+    def memory_fault(self, name: str, error: Exception) -> Exception:
+        """Whose fault it is that no memory was left to read a trajectory."""
+        if self.limits is not None:
+            return InputError(
+                f"{name}: needs more than {self.limits.memory_bytes / 2**30:.1f} GiB of memory to be read"
+            )
+        ways = "free memory, or raise the limit (ulimit), and run the same command again"
+        return MachineError(f"{name}: cannot be read: {error or type(error).__name__}; {ways}")
+
+    def portable(self, error: Exception) -> Exception:
+        """An error as it can go to another process, with its traceback as a note for the log."""
+        if self.limits is None:
+            return error
+        text = "".join(traceback.format_exception(error))
+        if isinstance(error, OSError):  # libraries' own kinds cannot be made anew without them
+            error = OSError(error.errno, error.strerror or str(error), error.filename)
+        elif not isinstance(error, (InputError, DinoCacheError)):
+            error = InputError(f"{type(error).__name__}: {error}")
+        error.add_note(f"in a reader process:\n{text}")
+        return error
+
+
+def _limit(what: int, most: int) -> None:
+    """Set a soft limit, as far as the hard one lets."""
+    _, hard = resource.getrlimit(what)
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(what, (most, hard))
+
+
+FENCE = Fence()
+
+
+class FatalDataError(InputError):
+    """The data crash the process that reads them, or keep it busy beyond its limits."""
+
+
 MACHINE_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
@@ -241,12 +335,12 @@ def input_errors(name: str) -> Iterator[None]:
     except (InputError, DinoCacheError):
         raise
     except MemoryError as error:
-        raise MachineError(
-            f"{name}: no memory was left to read it; free some and run the same command again"
-        ) from error
+        raise FENCE.memory_fault(name, error) from error
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise FENCE.memory_fault(name, error) from error
         if error.errno in MACHINE_ERRNOS:
-            ways = "free memory, or raise the limit (ulimit -n), and run the same command again"
+            ways = "raise the limit (ulimit -n), and run the same command again"
             raise MachineError(f"{name}: cannot be read: {error}; {ways}") from error
         if error.errno is not None:
             raise
@@ -280,10 +374,15 @@ class Profile:
             self.add(stage, elapsed_s - self._here.inside_s)
             self._here.inside_s = inside_outer_s + elapsed_s
 
-    def add(self, stage: str, seconds: float) -> None:
-        """Count what was measured elsewhere."""
-        key = (stage, threading.get_ident())
+    def add(self, stage: str, seconds: float, worker: int | None = None) -> None:
+        """Count what was measured elsewhere, perhaps in another process."""
+        key = (stage, worker or threading.get_ident())
         self._seconds[key] = self._seconds.get(key, 0.0) + seconds
+
+    def take(self) -> dict[str, float]:
+        """The seconds by stage so far, which are forgotten here: another process counts them."""
+        taken, self._seconds = self._seconds, {}
+        return {stage: sum(s for (name, _), s in taken.items() if name == stage) for stage in {key[0] for key in taken}}
 
     def pulling(self, stage: str, items: Iterable[Item]) -> Iterator[Item]:
         """The items; the time that each takes to come is the stage's."""
@@ -477,6 +576,7 @@ class RunOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     batch_size: PositiveInt | Literal["auto"] = "auto"
+    readers: Literal["auto", "threads", "processes"] = "auto"
     decode_workers: PositiveInt | Literal["auto"] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+)$")] = "auto"
     enable_progress_tracking: StrictBool = True
@@ -1395,10 +1495,11 @@ class FolderSource:
         return f"{self._name}/{recordable_name(self._listing.frames[number].file_name)}"
 
     def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        for number in numbers:
-            with PROFILE("read"):
-                data = read_file(f"{self._folder}/{self._listing.frames[number].file_name}")
-            yield data
+        return map_files(self._read_frame, numbers, measured=2, together=1)
+
+    def _read_frame(self, number: int) -> np.ndarray:
+        with PROFILE("read"):
+            return read_file(f"{self._folder}/{self._listing.frames[number].file_name}")
 
     def close(self) -> None:
         """Nothing stays open."""
@@ -1427,6 +1528,8 @@ class Format(NamedTuple):
     # Why a trajectory of that spec, made by the rule before, is to be redone; None where both come to the same.
     mispaired: Callable[[Source, CacheSpec], str | None] = lambda source, spec: None
     guess: Callable[[Path, CacheSpec], dict[str, str | None]] = lambda data_folder, spec: {}  # KEY_SETTINGS as read now
+    # How frames can be read: each from a file of its own; in any order from one; or in one pass, by who began it.
+    frames: Literal["files", "rows", "stream"] = "stream"
 
 
 def _gnm_signs(folder: FolderFiles, is_top: bool) -> list[str]:
@@ -1445,6 +1548,7 @@ GNM = Format(
     trajectory=f"a folder with one of {', '.join(POSE_FILES)} and its frames",
     signs=_gnm_signs,
     hints=_gnm_hints,
+    frames="files",
 )
 
 
@@ -1586,7 +1690,7 @@ class TrajectoryPlan:
     trajectory: Trajectory
     checksum: str
     checksum_kind: ChecksumKind
-    reader: FrameReader
+    stat_checksum: str  # by which those who open the trajectory again see that it is the same
     frame_index: np.ndarray  # (T,) int64, row of the source's pose arrays
     position: np.ndarray | None  # (T, 2) float64 [m]
     yaw: np.ndarray | None  # (T,) float64 [rad]
@@ -1606,9 +1710,16 @@ class TrajectoryPlan:
         }
         return {name: values for name, values in poses.items() if values is not None}
 
-    def stored_frames(self) -> Iterator[int]:
-        """Kept frames that lie in a chunk, each once, in order."""
-        return _stored_frames(self.spans)
+    @functools.cached_property
+    def stored_rows(self) -> np.ndarray:
+        """(n,) int64: kept frames that lie in a chunk, each once, in order."""
+        done = [0, *(span.stop for span in self.spans)]
+        return np.concatenate([np.arange(max(span.start, begin), span.stop) for begin, span in zip(done, self.spans)])
+
+    @property
+    def stored_numbers(self) -> list[int]:
+        """Their numbers, by which the source knows them."""
+        return self.frame_index[self.stored_rows].tolist()
 
     def left_out(self) -> list[Span]:
         """Kept frames that lie in no chunk: pieces between pose jumps that travel too little."""
@@ -1616,21 +1727,14 @@ class TrajectoryPlan:
         stops = [*(span.start for span in self.spans), len(self.frame_index)]
         return [Span(start, stop) for start, stop in zip(starts, stops) if start < stop]
 
-    @functools.cached_property
+    @property
     def num_stored_frames(self) -> int:
-        return sum(1 for _ in self.stored_frames())
+        return len(self.stored_rows)
 
     @property
     def num_rows(self) -> int:
         """Rows of all chunks together; frames in an overlap count once a chunk."""
         return sum(span.stop - span.start for span in self.spans)
-
-
-def _stored_frames(spans: list[Span]) -> Iterator[int]:
-    done = 0
-    for span in spans:
-        yield from range(max(span.start, done), span.stop)
-        done = span.stop
 
 
 def plan_trajectory(
@@ -1659,7 +1763,7 @@ def plan_trajectory(
         trajectory=trajectory,
         checksum=checksum,
         checksum_kind=checksum_kind,
-        reader=source.open_frames(frame_index[list(_stored_frames(spans))].tolist()),
+        stat_checksum=checksum if checksum_kind == "stat" else source.checksum("stat"),
         frame_index=frame_index,
         position=position,
         yaw=None if poses.yaw is None else poses.yaw[kept],
@@ -1688,6 +1792,8 @@ def _why_nothing_is_stored(travelled: np.ndarray, spec: CacheSpec) -> str:
 # Decoding: a file to an RGB frame of the input size
 # ======================================================================================================================
 
+MAX_SCANNED_PIXELS = 2_000_000_000  # of all scans of a progressive JPEG, which take some 2 ns each; more are refused
+MIN_SCAN_BYTES = 8  # that a scan takes in a file, at least
 MAX_SCALED_PIXELS = 64  # a frame scaled to cover the input may have so many times the input's pixels; 1x9000 px fails
 
 
@@ -1726,7 +1832,7 @@ class FrameDecoder:
         """
         try:
             picture = self._open_picture(io.BytesIO(data))  # reads just the header, in some 20 us
-            self._check_header(picture)
+            self._check_header(picture, data)
             if picture.format in ("JPEG", "MPO"):  # MPO: JPEG with a second picture behind it, as some cameras write
                 image = self._decode_jpeg(self._torch.from_numpy(data))
             else:
@@ -1752,8 +1858,13 @@ class FrameDecoder:
         return self._fit(self._torch.from_numpy(image).permute(2, 0, 1), name)
 
     @staticmethod
-    def _check_header(picture: PIL.Image.Image) -> None:
+    def _check_header(picture: PIL.Image.Image, data: np.ndarray) -> None:
         width, height = picture.size
+        most_scans = MAX_SCANNED_PIXELS // max(1, width * height)
+        if len(data) > most_scans * MIN_SCAN_BYTES and (scans := data.tobytes().count(b"\xff\xda")) > most_scans:
+            raise ValueError(
+                f"it has {scans} scans of {width}x{height} px; {most_scans} of this size are decoded at most"
+            )
         if width * height > MAX_FRAME_PIXELS:
             raise ValueError(f"it claims {width}x{height} px; more than {MAX_FRAME_PIXELS} pixels are refused")
         if getattr(picture, "is_animated", False) and picture.format != "MPO":
@@ -2745,7 +2856,8 @@ POSE_TYPES = {"position": "<f8", "yaw": "<f8", "frame_index": "<i8", "travelled_
 # ======================================================================================================================
 
 
-MEASURED_ITEMS = 64  # items whose time tells whether files are slow; also the items that a thread then takes at once
+STOP_LOOK_S = 0.2  # time between two looks at whether the run shall stop, while something is waited for
+MEASURED_ITEMS = 64  # items whose time tells whether files are slow
 
 
 def in_groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -2765,6 +2877,59 @@ def thread_pool(workers: int, name: str, initializer: Callable[[], None] | None 
         pool.shutdown(cancel_futures=True)
 
 
+def under_way(
+    begin: Callable[[Item], Future | None],
+    items: Iterable[Item],
+    depth: int,
+    *,
+    early: bool = False,
+    weigh: Callable[[Item], int] = lambda item: 1,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[Item, Future | None]]:
+    """Begin what is to be done with each item, up to `depth` ahead; items come out in order, each when it is done.
+
+    One is handed out once `depth` items are under way, so that the workers never run dry; at once where there was
+    nothing to begin (None); with `early`, as soon as it is done when another item is taken up. An item may count for
+    several; one is under way ahead in any case. Ends early where it waits and the run shall stop.
+    """
+    pending: deque[tuple[Item, Future | None, int]] = deque()  # with weights
+    ahead = 0  # weight of all but the first
+    try:
+        for item in itertools.chain(items, [_END]):
+            if item is not _END:
+                weight = weigh(item)
+                ahead += weight if pending else 0
+                pending.append((item, begin(item), weight))
+            while pending:
+                head, future, _ = pending[0]
+                may_go = item is _END or ahead >= depth - 1 or future is None or (early and future.done())
+                if not may_go:
+                    break
+                if future is not None and not _wait(future, should_stop):
+                    return
+                pending.popleft()
+                ahead -= pending[0][2] if pending else 0
+                yield head, future
+    finally:
+        for _, future, _ in pending:
+            if future is not None:
+                future.cancel()
+
+
+_END: Any = object()  # after the last item
+
+
+def _wait(future: Future, should_stop: Callable[[], bool]) -> bool:
+    """Wait until it is done; False where the run shall stop before that."""
+    while not future.done():
+        try:
+            future.exception(STOP_LOOK_S)
+        except TimeoutError:
+            if should_stop():
+                return False
+    return True
+
+
 def prefetch(
     function: Callable[[Item], Result],
     items: Iterable[Item],
@@ -2774,51 +2939,41 @@ def prefetch(
     early: bool = False,
     weigh: Callable[[Item], int] = lambda item: 1,
 ) -> Iterator[Result]:
-    """`function` of each item, in order, up to `depth` ahead; an exception comes out where its result would.
-
-    A result is handed out once `depth` items are under way, so that the pool never runs dry; with `early`, as soon as
-    it is there when another item is taken up. An item may count for several; one is under way ahead in any case.
-    """
-    pending: deque = deque()  # (future, weight)
-    ahead = 0  # weight of all but the first
-    try:
-        for item in items:
-            weight = weigh(item)
-            ahead += weight if pending else 0
-            pending.append((pool.submit(function, item), weight))
-            while pending and (ahead >= depth - 1 or (early and pending[0][0].done())):
-                future, _ = pending.popleft()
-                ahead -= pending[0][1] if pending else 0
-                yield future.result()
-        while pending:
-            yield pending.popleft()[0].result()
-    finally:
-        for future, _ in pending:
-            future.cancel()
+    """`function` of each item, in order, worked ahead as `under_way` says; an exception comes out where its result
+    would."""
+    begun = under_way(lambda item: pool.submit(function, item), items, depth, early=early, weigh=weigh)
+    with contextlib.closing(begun):
+        for _, future in begun:
+            yield future.result()
 
 
-def map_files(function: Callable[[Item], Result], items: list[Item]) -> Iterator[Result]:
-    """`function` of each item, in order; in threads where the files that it reads make it wait, as a network's do. A
-    local disk's answer so fast that threads would only contend for the interpreter's lock, at twice the time."""
-    first, rest = items[:MEASURED_ITEMS], items[MEASURED_ITEMS:]
+def map_files(
+    function: Callable[[Item], Result], items: Sequence[Item], *, measured: int = MEASURED_ITEMS, together: int = 64
+) -> Iterator[Result]:
+    """`function` of each item, in order; in threads where the files that it reads make it wait, as a network's do,
+    which the `measured` first items show; a thread then takes so many `together`. A local disk's answer so fast that
+    threads would only contend for the interpreter's lock, at twice the time."""
+    first, rest = items[:measured], items[measured:]
     wall_s, work_s = time.perf_counter(), time.thread_time()
     yield from [function(item) for item in first]
     if time.perf_counter() - wall_s < 2 * (time.thread_time() - work_s):
         yield from map(function, rest)
         return
     with thread_pool(FILE_THREADS, "files") as pool:
-        groups = in_groups(rest, MEASURED_ITEMS)
+        groups = in_groups(rest, together)
         for results in prefetch(lambda group: [function(item) for item in group], groups, pool, 2 * FILE_THREADS):
             yield from results
 
 
 # ======================================================================================================================
-# Pipeline: one stream of frames through all trajectories
+# Reading: trajectories to plans, and to groups of frames at the input's size
 # ======================================================================================================================
 
-PLANS_AHEAD = 16  # trajectories whose poses are read before their frames are wanted
-FRAMES_PLANNED_AHEAD = 2048  # the same bound in frames, where a trajectory's number of frames is known
-WRITE_BACKLOG = 2  # encoded batches that may wait for the disk; more would only fill memory
+GROUP_FRAMES = (
+    32  # frames that are read, decoded and handed over together, at most; one by one costs more than decoding
+)
+GROUP_BYTES = 2 << 20  # bytes of their pixels, at most
+OPEN_TRAJECTORIES = 24  # that a reader keeps open; more than are planned ahead
 
 
 @dataclass(frozen=True)
@@ -2835,27 +2990,627 @@ class TrajectoryResult:
     error: Exception | None = None  # InputError or OSError
 
 
-class Frame(NamedTuple):
-    """One frame in the stream: a kept frame of a plan; its image's bytes (N,) uint8, then its pixels (3, H, W) uint8,
-    or why there are none."""
+class ReadingJob(NamedTuple):
+    """What a reader must know of a dataset."""
+
+    spec: CacheSpec
+    checksum_kind: ChecksumKind
+    store: ChunkStore | None = None  # in which there must be a place for a trajectory's chunks
+
+
+class Wanted(NamedTuple):
+    """Frames of a planned trajectory that a reader shall read."""
+
+    trajectory: Trajectory
+    stat_checksum: str
+    numbers: list[int]  # of frame_index, ascending
+    slot: int | None = None  # of the shared memory in which their pixels shall lie; None: they come with the answer
+
+
+class Content(NamedTuple):
+    """What was read of a group of frames: the first `count` are good; the one after them is not, where there is an
+    error."""
+
+    count: int
+    error: Exception | None = None
+    pixels: np.ndarray | None = None  # (n, 3, H, W) uint8, where they lie in no slot
+
+
+class OpenTrajectory(NamedTuple):
+    """What is open of a trajectory."""
+
+    source: Source
+    frames: FrameReader | None  # None of a format whose frames need not come in one pass
+
+
+def checksum_of(source: Source, kind: ChecksumKind) -> str:
+    """Its checksum; a reader may take longer for the content of large files than it takes to parse anything."""
+    if kind == "content":
+        FENCE.allow(CONTENT_CPU_S)
+    checksum = source.checksum(kind)
+    FENCE.allow()
+    return checksum
+
+
+def open_plan(trajectory: Trajectory, job: ReadingJob) -> tuple[TrajectoryPlan, Source, FrameReader] | TrajectoryResult:
+    """Open, check and cut a trajectory, for whose chunks there must be a place in the store; a failure is a value."""
+    checksum, spec = None, job.spec
+    try:
+        with input_errors(trajectory.name):
+            if job.store is not None:
+                job.store.refuse_taken_place(trajectory.name)
+            source = open_source(trajectory, data_keys(spec))
+            checksum = checksum_of(source, job.checksum_kind)
+            plan = plan_trajectory(trajectory, source, checksum, job.checksum_kind, spec)
+            return plan, source, source.open_frames(plan.stored_numbers)
+    except (InputError, OSError) as error:
+        return TrajectoryResult(trajectory.name, checksum, job.checksum_kind, error=FENCE.portable(error))
+
+
+def plan_or_fail(
+    trajectory: Trajectory, spec: CacheSpec, checksum_kind: ChecksumKind, store: ChunkStore | None = None
+) -> TrajectoryPlan | TrajectoryResult:
+    """Check and cut a trajectory; a failure is a value."""
+    opened = open_plan(trajectory, ReadingJob(spec, checksum_kind, store))
+    if isinstance(opened, TrajectoryResult):
+        return opened
+    plan, _, frames = opened
+    frames.close()
+    return plan
+
+
+class FrameSlots:
+    """Memory that this process and its readers share, in slots of a group of frames each. It has no name that could
+    be left behind, and no limit but the machine's memory.
+
+    Raises:
+        OSError: there is not so much.
+    """
+
+    def __init__(self, count: int, shape: tuple[int, ...], descriptor: int | None = None):
+        self._count, self._shape = count, shape
+        size = count * math.prod(shape)
+        if descriptor is None:
+            descriptor = self._new_file()
+            os.posix_fallocate(descriptor, 0, size)
+        self._descriptor = descriptor
+        self.pixels = np.frombuffer(mmap.mmap(descriptor, size), np.uint8).reshape(count, *shape)
+        self._free = list(range(count))
+
+    @staticmethod
+    def _new_file() -> int:
+        if hasattr(os, "memfd_create"):
+            return os.memfd_create("dino_cache frames", os.MFD_CLOEXEC)
+        with tempfile.TemporaryFile() as file:
+            return os.dup(file.fileno())
+
+    def take(self) -> int | None:
+        """A slot; None where all are taken."""
+        return self._free.pop() if self._free else None
+
+    def give_back(self, slot: int | None) -> None:
+        """It may be overwritten."""
+        if slot is not None:
+            self._free.append(slot)
+
+    def __reduce__(self) -> tuple:  # for a process that is being started
+        return _open_slots, (multiprocessing.reduction.DupFd(self._descriptor), self._count, self._shape)
+
+    def close(self) -> None:
+        """Give the memory back when nobody looks at it any more."""
+        os.close(self._descriptor)
+
+
+def _open_slots(descriptor: Any, count: int, shape: tuple[int, ...]) -> FrameSlots:
+    return FrameSlots(count, shape, descriptor.detach())
+
+
+class TrajectoryReader:
+    """Plans trajectories and reads their frames: for one dataset, in a process of its own or in threads of this one.
+    What it opened stays open for a while."""
+
+    def __init__(self, job: ReadingJob, slots: FrameSlots | None = None):
+        self._job, self._slots = job, slots
+        self._open: OrderedDict[str, OpenTrajectory] = OrderedDict()
+        self._lock = threading.RLock()
+
+    @functools.cached_property
+    def _decoder(self) -> FrameDecoder:
+        return FrameDecoder(self._job.spec)
+
+    def plan(
+        self, trajectory: Trajectory, slot: int | None, most: int
+    ) -> tuple[TrajectoryPlan | TrajectoryResult, Content | None]:
+        """Open, check and cut a trajectory, and read the first frames of it, `most` at most."""
+        opened = open_plan(trajectory, self._job)
+        if isinstance(opened, TrajectoryResult):
+            return opened, None
+        plan, source, frames = opened
+        plan = dataclasses.replace(plan, read=None)  # much to send, and only an estimate asks for it
+        self._keep(trajectory, source, frames if format_named(trajectory.format).frames == "stream" else None)
+        if not most:
+            return plan, None
+        return plan, self.read(Wanted(trajectory, plan.stat_checksum, plan.stored_numbers[:most], slot))
+
+    def read(self, wanted: Wanted) -> Content:
+        """Read and decode a group of frames, of a trajectory that may have been planned elsewhere."""
+        name, numbers, count = wanted.trajectory.name, wanted.numbers, 0
+        if wanted.slot is None:
+            pixels = np.empty((len(numbers), 3, *self._job.spec.image_size), np.uint8)
+        else:
+            pixels = self._slots.pixels[wanted.slot]
+        try:
+            with input_errors(name):
+                frames = self._frame_reader(wanted)
+                for number, content in zip(numbers, frames.read(numbers), strict=True):
+                    with PROFILE("decode"):
+                        take = self._decoder if content.ndim == 1 else self._decoder.fit
+                        pixels[count] = take(content, frames.name(number)).numpy()
+                    count += 1
+                    FENCE.getting_on()
+        except (InputError, OSError) as error:
+            self._drop(name)
+            return Content(count, FENCE.portable(error), None if wanted.slot is not None else pixels)
+        return Content(count, None, None if wanted.slot is not None else pixels)
+
+    def name(self, wanted: Wanted) -> str:
+        """The first of those frames, for messages."""
+        with input_errors(wanted.trajectory.name):
+            return self._frame_reader(wanted).name(wanted.numbers[0])
+
+    def _frame_reader(self, wanted: Wanted) -> FrameReader:
+        with self._lock:
+            opened = self._open.get(wanted.trajectory.name) or self._open_again(wanted)
+        return opened.frames or opened.source.open_frames(wanted.numbers)
+
+    def _open_again(self, wanted: Wanted) -> OpenTrajectory:
+        """Open what was planned in another process, or so long ago that it is closed.
+
+        Raises:
+            InputError, OSError: that is not possible any more, or it is not the same.
+        """
+        trajectory, spec = wanted.trajectory, self._job.spec
+        source = open_source(trajectory, data_keys(spec))
+        if (checksum := source.checksum("stat")) != wanted.stat_checksum:
+            raise InputError(f"{trajectory.name}: its data changed while it was read; run the same command again")
+        frames = None
+        if format_named(trajectory.format).frames == "stream":
+            rest = plan_trajectory(trajectory, source, checksum, "stat", spec).stored_numbers
+            frames = source.open_frames(rest[rest.index(wanted.numbers[0]) :])
+        return self._keep(trajectory, source, frames)
+
+    def _keep(self, trajectory: Trajectory, source: Source, frames: FrameReader | None) -> OpenTrajectory:
+        with self._lock:
+            self._open[trajectory.name] = opened = OpenTrajectory(source, frames)
+            surplus = list(self._open)[:-OPEN_TRAJECTORIES]
+        for closed in surplus:
+            self._drop(closed)
+        return opened
+
+    def _drop(self, name: str) -> None:
+        with self._lock:
+            opened = self._open.pop(name, None)
+        if opened is not None and opened.frames is not None:
+            opened.frames.close()
+
+    def close(self) -> None:
+        """Close what is open."""
+        for name in list(self._open):
+            self._drop(name)
+
+
+class ReaderThreads:
+    """A reader in threads of this process, for data that may be read here."""
+
+    def __init__(self, job: ReadingJob | None, count: int, slots: FrameSlots | None = None, method: str = ""):
+        self._reader = TrajectoryReader(job, slots)
+        self._threads = ThreadPoolExecutor(count, "read", one_torch_thread)
+
+    def submit(
+        self, function: Callable[..., Result], *arguments: Any, about: str, home: str | None = None
+    ) -> Future[Result]:
+        """Begin function(reader, *arguments)."""
+        return self._threads.submit(function, self._reader, *arguments)
+
+    def leave(self, home: str) -> None:
+        """All are at home here."""
+
+    def close(self) -> None:
+        """Finish what is begun, and nothing more."""
+        self._threads.shutdown(cancel_futures=True)
+        self._reader.close()
+
+
+# ======================================================================================================================
+# Reader processes: others' bytes are parsed where they can do no harm
+# ======================================================================================================================
+# concurrent.futures.ProcessPoolExecutor does not fit: there, one death breaks the whole pool, nothing has a time limit,
+# and a request cannot be sent to the process that has the trajectory open.
+
+READER_SILENCE_S = 60.0  # without an answer, and without processor time or bytes read, after which a read hangs
+READER_LOOK_S = 1.0  # time between two looks at that
+READ_AT_ONCE = 32  # trajectories that a reader looks at in one go, before the work
+READER_REQUESTS = 2  # that a process has at once: the next one is there when it is done with one
+MOST_KILLS = 3  # of the process that works on one request, from outside, after which the machine is at fault
+CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGXCPU}
+HELD_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}  # of a whole group
+READING_LIBRARIES = ("torch", "torchvision.io", "torchvision.transforms.v2.functional", "PIL.Image", "PIL.ImageOps")
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+_STARTING = threading.Lock()
+
+
+@contextlib.contextmanager
+def _starting_process() -> Iterator[None]:
+    """While a process is started: it shall not run the user's script again, which holds nothing that it needs; and
+    signals to the whole group are held back from it, since the run itself ends it."""
+    with _STARTING:
+        main, held = sys.modules["__main__"], signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def start_fork_server(libraries: Sequence[str] = ()) -> None:
+    """Start the process from which readers are forked, unless it is there. It imports the libraries, once for all and
+    beside this process's own imports, has no threads, and never touches a GPU. It ends when this process does."""
+    variables = {**ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # Python's own way is broken
+    before = {key: os.environ.get(key) for key in variables}
+    forkserver.set_forkserver_preload([__name__, *libraries])
+    with _starting_process():
+        os.environ.update(variables)
+        try:
+            forkserver.ensure_running()
+        finally:
+            for key, value in before.items():
+                if value is None:
+                    del os.environ[key]
+                else:
+                    os.environ[key] = value
+
+
+@dataclass(eq=False)
+class _Request:
+    """What a reader is asked."""
+
+    call: bytes  # (function, arguments)
+    about: str  # the trajectory, for messages
+    home: str | None  # that too, where one process has to read it from begin to end
+    future: Future = field(default_factory=Future)
+    crashes: int = 0
+    kills: int = 0
+
+
+class _ReaderProcess:
+    """One process, as those see it who ask it."""
+
+    def __init__(self, context: Any, job: ReadingJob | None, slots: FrameSlots | None, limits: FenceLimits):
+        self.connection, theirs = context.Pipe()
+        arguments = (theirs, job, slots, limits)
+        self.process = context.Process(target=serve_reader, args=arguments, name="reader", daemon=True)
+        with _starting_process():
+            self.process.start()
+        theirs.close()
+        self.asked: deque[_Request] = deque()  # in order; it is at the first
+        self.own: deque[_Request] = deque()  # that no other one can answer, and it has no room for yet
+        self.heard_at, self._signs = time.monotonic(), None
+
+    def ask(self, request: _Request) -> None:
+        """Send it a request. One that is dead already is buried by who waits for its answers."""
+        if not self.asked:
+            self.heard_at = time.monotonic()
+        self.asked.append(request)
+        with contextlib.suppress(OSError):
+            self.connection.send_bytes(request.call)
+
+    def is_silent(self) -> bool:
+        """Whether it has been at something for too long without an answer and any sign of life."""
+        now, signs = time.monotonic(), _signs_of_life(self.process.pid)
+        if not self.asked or signs != self._signs:
+            self._signs, self.heard_at = signs, now
+        return now - self.heard_at > READER_SILENCE_S
+
+    def end(self, *, is_dead: bool, wait_s: float = 5.0) -> int:
+        """See that it is gone; returns its exit status, negative where a signal ended it."""
+        if is_dead:  # its status is on its way
+            self.process.join(wait_s)
+        self.process.kill()
+        self.process.join(wait_s)
+        self.connection.close()
+        if (status := self.process.exitcode) is None:  # in a read that cannot be interrupted: it dies after it
+            multiprocessing.process._children.discard(self.process)  # nobody shall wait for it at the end
+            return 255
+        return status
+
+
+class ReaderProcesses:
+    """Processes that read trajectories, each started when there is work for it and replaced when it dies.
+
+    A request that crashes its process twice, or overruns it, is at fault itself: FatalDataError. One whose process is
+    killed from outside is tried again, and at the third time the machine is at fault: MachineError.
+    """
+
+    def __init__(
+        self,
+        job: ReadingJob | None,
+        count: int,
+        slots: FrameSlots | None = None,
+        method: Literal["forkserver", "spawn"] = "forkserver",
+    ):
+        self._job, self._count, self._slots = job, count, slots
+        self._context = multiprocessing.get_context(method)
+        self._limits = FenceLimits(READER_MEMORY_BYTES, READER_CPU_S)
+        self._processes: list[_ReaderProcess] = []
+        self._waiting: deque[_Request] = deque()
+        self._homes: dict[str, _ReaderProcess] = {}
+        self._lock = threading.Lock()
+        self._selector = selectors.DefaultSelector()
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._receive, name="readers", daemon=True)
+        if method == "forkserver":
+            start_fork_server()  # where nobody has
+        self._thread.start()
+
+    def submit(
+        self, function: Callable[..., Result], *arguments: Any, about: str, home: str | None = None
+    ) -> Future[Result]:
+        """Have function(reader, *arguments) called in a process; all calls with one home in the same."""
+        request = _Request(bytes(multiprocessing.reduction.ForkingPickler.dumps((function, arguments))), about, home)
+        with self._lock:
+            if self._is_closing:
+                request.future.cancel()
+                return request.future
+            process = self._homes.get(home) if home is not None else None
+            (self._waiting if process is None else process.own).append(request)
+            self._hand_out()
+        return request.future
+
+    def leave(self, home: str) -> None:
+        """Nothing more is asked with this home."""
+        with self._lock:
+            self._homes.pop(home, None)
+
+    def close(self) -> None:
+        """End all processes, whatever they are at."""
+        with self._lock:
+            self._is_closing = True
+            for process in self._processes:
+                process.process.kill()
+        self._thread.join()
+        self._fail_all(CancelledError())
+        for process in self._processes:
+            process.end(is_dead=False, wait_s=2.0)
+        self._selector.close()
+
+    def _fail_all(self, error: BaseException) -> None:
+        """Nobody shall wait for an answer that will not come."""
+        with self._lock:
+            self._is_closing = True
+            unanswered = [*self._waiting]
+            for process in self._processes:
+                unanswered += [*process.asked, *process.own]
+        for request in unanswered:
+            if not request.future.cancel() and not request.future.done():
+                request.future.set_exception(error)
+
+    def _hand_out(self) -> None:
+        """Give what waits to processes that have room for it. With the lock."""
+        while True:
+            by_load = sorted(self._processes, key=lambda process: len(process.asked))
+            room = [process for process in by_load if len(process.asked) < READER_REQUESTS]
+            process = next((process for process in room if process.own or self._waiting), None)
+            if self._waiting and (process is None or process.asked) and len(self._processes) < self._count:
+                process = self._start() or process
+            if process is None:
+                return
+            is_at_home = bool(process.own)
+            request = (process.own or self._waiting).popleft()
+            if not request.future.running() and not request.future.set_running_or_notify_cancel():
+                continue
+            if request.home is not None and not is_at_home:
+                host = self._homes.setdefault(request.home, process)
+                if host is not process:
+                    host.own.append(request)
+                    continue
+            process.ask(request)
+
+    def _start(self) -> _ReaderProcess | None:
+        """Another process; None where there can be no more than there are."""
+        try:
+            process = _ReaderProcess(self._context, self._job, self._slots, self._limits)
+        except OSError as error:
+            if not self._processes:
+                raise MachineError(
+                    f"cannot start a process that reads data: {error}; may this user start {sys.executable}?"
+                ) from error
+            self._count = len(self._processes)
+            return None
+        self._processes.append(process)
+        self._selector.register(process.connection, selectors.EVENT_READ, process)
+        return process
+
+    def _receive(self) -> None:
+        """Take the answers, in a thread of its own."""
+        looked_at = time.monotonic()
+        try:
+            while not self._is_closing:
+                for key, _ in self._selector.select(READER_LOOK_S):
+                    self._take_answer(key.data)
+                if (now := time.monotonic()) - looked_at > READER_LOOK_S:
+                    looked_at = now
+                    for process in [process for process in self._processes if process.is_silent()]:
+                        self._bury(process, is_silent=True)
+        except Exception as error:
+            self._fail_all(error)
+
+    def _take_answer(self, process: _ReaderProcess) -> None:
+        try:
+            value, error, seconds = process.connection.recv()
+        except (EOFError, OSError):
+            if not self._is_closing:
+                self._bury(process)
+            return
+        except Exception as fault:  # what libraries put into their errors need not be there
+            value, error, seconds = None, InputError(f"{process.asked[0].about}: an answer cannot be read: {fault}"), {}
+        for stage, elapsed_s in seconds.items():
+            PROFILE.add(stage, elapsed_s, worker=process.process.pid)
+        with self._lock:
+            request = process.asked.popleft()
+            process.heard_at = time.monotonic()
+            self._hand_out()
+        if error is None:
+            request.future.set_result(value)
+        else:
+            request.future.set_exception(error)
+
+    def _bury(self, process: _ReaderProcess, *, is_silent: bool = False) -> None:
+        """Remove a process that died, or gives no sign of life; what it was asked is tried again, or fails."""
+        self._selector.unregister(process.connection)
+        status = process.end(is_dead=not is_silent)
+        fault = None
+        with self._lock:
+            self._processes.remove(process)
+            for home in [home for home, host in self._homes.items() if host is process]:
+                del self._homes[home]
+            if process.asked:
+                fault = _fault(process.asked[0], status, is_silent=is_silent)
+            failed = process.asked.popleft() if fault else None
+            self._waiting.extendleft(reversed([*process.asked, *process.own]))
+            if not self._is_closing:
+                self._hand_out()
+        if failed is not None:
+            failed.future.set_exception(fault)
+
+
+def _signs_of_life(pid: int) -> list[Any]:
+    """A process's processor time and the number of bytes that it has read."""
+    signs = []
+    with contextlib.suppress(OSError):
+        signs.append(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[11:13])
+    with contextlib.suppress(OSError):
+        signs.append(Path(f"/proc/{pid}/io").read_bytes().split()[1])
+    return signs
+
+
+def _fault(request: _Request, status: int, *, is_silent: bool) -> Exception | None:
+    """What the death of the process that was at it means for a request; None: it is tried again."""
+    where = request.about
+    if is_silent:
+        return OSError(errno.EIO, f"no answer and no sign of life from who reads it in {READER_SILENCE_S:.0f} s", where)
+    if -status == signal.SIGXCPU:  # the task's own, however busy the machine is: once is enough
+        return FatalDataError(f"{where}: takes more than {READER_CPU_S} s of processor time to be read")
+    if -status in CRASHES:
+        request.crashes += 1
+        name = signal.Signals(-status).name
+        fault = FatalDataError(f"{where}: crashes the process that reads it ({name}), tried {request.crashes} times")
+        return fault if request.crashes > 1 else None
+    request.kills += 1
+    if request.kills < MOST_KILLS:
+        return None
+    how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
+    return MachineError(
+        f"{where}: the process that read it ended {request.kills} times {how}, from outside: for lack of memory? Free "
+        "some, or lower decode_workers, and run the same command again"
+    )
+
+
+def read_checksum(_: TrajectoryReader, trajectory: Trajectory, keys: DataKeys, kind: ChecksumKind) -> str:
+    """A trajectory's checksum. Runs in a reader."""
+    with input_errors(trajectory.name):
+        return checksum_of(open_source(trajectory, keys), kind)
+
+
+def died(
+    readers: ReaderThreads | ReaderProcesses,
+    trajectory: Trajectory,
+    error: Exception,
+    job: ReadingJob,
+    should_stop: Callable[[], bool],
+) -> TrajectoryResult:
+    """The result of one whose reader died at it, with the checksum by which a change of its data will be seen."""
+    keys, kind, checksum = data_keys(job.spec), job.checksum_kind, None
+    future = readers.submit(read_checksum, trajectory, keys, kind, about=trajectory.name)
+    with contextlib.suppress(InputError, OSError):
+        checksum = future.result() if _wait(future, should_stop) else None
+    return TrajectoryResult(trajectory.name, checksum, kind, error=error)
+
+
+def in_readers(
+    readers: ReaderThreads | ReaderProcesses,
+    function: Callable[..., list[Result]],
+    items: Iterable[Item],
+    *arguments: Any,
+    failure: Callable[[Item, Exception], Result],
+    name_of: Callable[[Item], str] = lambda item: item.name,
+    should_stop: Callable[[], bool],
+) -> Iterator[Result]:
+    """function(reader, items, *arguments) of all, in order, many together; those at which a reader dies are found one
+    by one, and have `failure` in its place. Ends early where the run shall stop."""
+    about = "one of many trajectories"
+    groups = in_groups(items, READ_AT_ONCE)
+    depth = 2 * available_cores() + 1
+    begun = under_way(
+        lambda group: readers.submit(function, group, *arguments, about=about), groups, depth, should_stop=should_stop
+    )
+    for group, future in begun:
+        if future.exception() is None:
+            yield from future.result()
+            continue
+        for item in group:
+            single = readers.submit(function, [item], *arguments, about=name_of(item))
+            if not _wait(single, should_stop):
+                return
+            try:
+                yield from single.result()
+            except (InputError, OSError) as error:
+                yield failure(item, error)
+
+
+def serve_reader(connection: Any, job: ReadingJob | None, slots: FrameSlots | None, limits: FenceLimits) -> None:
+    """Answer requests until the process at the other end goes away. Runs in a reader process."""
+    if (alive := getattr(forkserver._forkserver, "_forkserver_alive_fd", None)) is not None:
+        os.close(alive)  # with it the fork server, and so this process, would outlive a run that is killed
+    FENCE.set_up(limits)
+    if "torch" in sys.modules:
+        one_torch_thread()
+    reader = TrajectoryReader(job, slots)
+    while True:
+        try:
+            function, arguments = connection.recv()
+        except EOFError:
+            return
+        FENCE.allow()
+        value = error = None
+        try:
+            value = function(reader, *arguments)
+        except Exception as fault:
+            error = FENCE.portable(fault)
+        connection.send((value, error, PROFILE.take()))
+
+
+# ======================================================================================================================
+# Pipeline: one stream of frames through all trajectories
+# ======================================================================================================================
+
+PLANS_AHEAD = 16  # trajectories whose poses are read before their frames are wanted
+FRAMES_PLANNED_AHEAD = 2048  # the same bound in frames, where a trajectory's number of frames is known
+WRITE_BACKLOG = 2  # encoded batches that may wait for the disk; more would only fill memory
+
+
+class Rows(NamedTuple):
+    """Kept frames of one trajectory: (n,), ascending."""
 
     plan: TrajectoryPlan
-    row: int
-    data: np.ndarray | None = None
-    pixels: torch.Tensor | None = None
-    error: Exception | None = None
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return self.plan.reader.name(int(self.plan.frame_index[self.row]))
+    rows: np.ndarray
 
 
 @dataclass(frozen=True)
 class Batch:
     """B frames of one or many trajectories: pixels (B, 3, H, W) uint8."""
 
-    frames: list[tuple[TrajectoryPlan, int]]
+    parts: list[Rows]  # B rows in all
     pixels: torch.Tensor
 
 
@@ -2863,7 +3618,7 @@ class Batch:
 class EncodedBatch:
     """A batch, or a part of one, with its tokens."""
 
-    frames: list[tuple[TrajectoryPlan, int]]
+    parts: list[Rows]
     rows: EncodedRows
 
 
@@ -2901,87 +3656,145 @@ class Hooks:
     num_frames_of: Callable[[str], int] = lambda name: 0
 
 
-def plan_or_fail(
-    trajectory: Trajectory, spec: CacheSpec, checksum_kind: ChecksumKind, store: ChunkStore | None = None
-) -> TrajectoryPlan | TrajectoryResult:
-    """Open, check and cut a trajectory, for whose chunks there must be a place in the store; a failure is a value."""
-    checksum = None
-    try:
-        with input_errors(trajectory.name):
-            if store is not None:
-                store.refuse_taken_place(trajectory.name)
-            source = open_source(trajectory, data_keys(spec))
-            checksum = source.checksum(checksum_kind)
-            return plan_trajectory(trajectory, source, checksum, checksum_kind, spec)
-    except (InputError, OSError) as error:
-        return TrajectoryResult(trajectory.name, checksum, checksum_kind, error=error)
+class FrameGroup(NamedTuple):
+    """Consecutive stored frames of one trajectory, to be read or read; the pixels of those that are good."""
+
+    plan: TrajectoryPlan
+    rows: np.ndarray  # (n,) kept frames
+    slot: int | None  # where their pixels lie; None: they come with the content
+    content: Content | None = None
+    pixels: np.ndarray | None = None  # (n, 3, H, W) uint8
 
 
-def read_group(
-    group: list[Frame | TrajectoryResult], decoder: FrameDecoder, failed: FailedTrajectories
-) -> list[Frame | TrajectoryResult]:
-    """Read frames, each trajectory's together; a failure is a value."""
-    done: list[Frame | TrajectoryResult] = []
-    for _, items in itertools.groupby(group, lambda item: id(item.plan) if isinstance(item, Frame) else None):
-        run = list(items)
-        if isinstance(run[0], Frame) and run[0].plan.trajectory.name not in failed:
-            run = _read_frames(run, decoder)
-        elif isinstance(run[0], Frame):
-            run[0].plan.reader.close()
-        done += run
-    return done
+class FrameStream:
+    """All trajectories' stored frames, in groups, read ahead and in order; failures are values."""
 
+    def __init__(self, job: ReadingJob, options: RunOptions, batch_size: int, batches_ahead: int, hooks: Hooks):
+        workers = available_cores() if options.decode_workers == "auto" else options.decode_workers
+        shape = (3, *job.spec.image_size)
+        self._job, self._hooks = job, hooks
+        self._group_frames = max(1, min(GROUP_FRAMES, GROUP_BYTES // math.prod(shape), batch_size // 2))
+        self._groups_ahead = max(2 * workers, 2 * batch_size * batches_ahead // self._group_frames)
+        self._plans_ahead = max(PLANS_AHEAD, 2 * workers)
+        self._slots = self._threads = None
+        if options.readers == "threads":
+            self._threads = ReaderThreads(job, workers)
+        try:
+            self._slots = FrameSlots(self._plans_ahead + self._groups_ahead + 2, (self._group_frames, *shape))
+        except OSError as error:
+            LOG.warning("No shared memory (%s): frames come from their readers through pipes, more slowly", error)
+        start_fork_server(() if self._threads else READING_LIBRARIES)  # where nobody has
+        self._processes = ReaderProcesses(job, workers, self._slots)
 
-def _read_frames(run: list[Frame], decoder: FrameDecoder) -> list[Frame]:
-    """Frames of one plan with their bytes, or with their pixels where the source decodes; from the one on that cannot
-    be had, with the reason."""
-    plan, done = run[0].plan, []
-    try:
-        with input_errors(plan.trajectory.name):
-            contents = plan.reader.read([int(plan.frame_index[frame.row]) for frame in run])
-            for frame, content in zip(run, contents, strict=True):
-                if content.ndim == 1:
-                    done.append(frame._replace(data=content))
-                else:  # at once: the input's size is what waits for the encoder
-                    with PROFILE("decode"):
-                        done.append(frame._replace(pixels=decoder.fit(content, frame.name)))
-    except (InputError, OSError) as error:
-        plan.reader.close()
-        done += [frame._replace(error=error) for frame in run[len(done) :]]
-    return done
+    def close(self) -> None:
+        """End the readers."""
+        self._processes.close()
+        if self._threads is not None:
+            self._threads.close()
+        if self._slots is not None:
+            self._slots.close()
 
+    def groups(
+        self, trajectories: Iterable[Trajectory], failed: FailedTrajectories
+    ) -> Iterator[FrameGroup | TrajectoryResult]:
+        """Every stored frame of every trajectory. The rest of one that failed is left out. A group's pixels are there
+        until the next group is asked for."""
+        stop = self._hooks.should_stop
+        taken = ((trajectory, self._take_slot(trajectory)) for trajectory in trajectories)
+        plans = under_way(self._begin_plan, taken, self._plans_ahead, weigh=self._weigh, should_stop=stop)
+        wanted = self._wanted(plans, failed)
+        for item, future in under_way(self._begin_read, wanted, self._groups_ahead, should_stop=stop):
+            group = item
+            if isinstance(group, FrameGroup):
+                if future is not None:
+                    group = group._replace(content=self._content(group.plan, future))
+                inside = group.content.pixels
+                if inside is None and group.slot is not None:
+                    inside = self._slots.pixels[group.slot]
+                group = group._replace(pixels=inside)
+            yield group
+            if isinstance(group, FrameGroup) and group.slot is not None:
+                self._slots.give_back(group.slot)
 
-def decode_or_fail(
-    item: Frame | TrajectoryResult, decoder: FrameDecoder, failed: FailedTrajectories
-) -> Frame | TrajectoryResult:
-    """Decode a frame that was read; a failure is a value."""
-    if isinstance(item, TrajectoryResult) or item.data is None or item.plan.trajectory.name in failed:
-        return item
-    try:
-        with PROFILE("decode"), input_errors(item.plan.trajectory.name):
-            return item._replace(data=None, pixels=decoder(item.data, item.name))
-    except InputError as error:
-        return item._replace(data=None, error=error)
+    def _wanted(
+        self, plans: Iterator[tuple[tuple[Trajectory, int | None], Future]], failed: FailedTrajectories
+    ) -> Iterator[FrameGroup | TrajectoryResult]:
+        """What is to be read, and what is known already."""
+        for (trajectory, slot), future in plans:
+            try:
+                plan, first = future.result()
+            except (InputError, OSError) as error:
+                plan, first = died(self._processes, trajectory, error, self._job, self._hooks.should_stop), None
+            if first is None and slot is not None:
+                self._slots.give_back(slot)
+            if isinstance(plan, TrajectoryResult):
+                self._processes.leave(trajectory.name)
+                yield plan
+                continue
+            begin = 0
+            if first is not None:
+                begin = self._group_frames
+                yield FrameGroup(plan, plan.stored_rows[:begin], slot, first)
+            for start in range(begin, len(plan.stored_rows), self._group_frames):
+                if self._hooks.should_stop():
+                    return
+                if trajectory.name in failed:
+                    break
+                rows = plan.stored_rows[start : start + self._group_frames]
+                yield FrameGroup(plan, rows, self._take_slot(trajectory))
+            self._processes.leave(trajectory.name)
 
+    def _is_read_in_threads(self, trajectory: Trajectory) -> bool:
+        return self._threads is not None and format_named(trajectory.format).frames == "files"
 
-def frame_stream(
-    plans: Iterable[TrajectoryPlan | TrajectoryResult], failed: FailedTrajectories, should_stop: Callable[[], bool]
-) -> Iterator[Frame | TrajectoryResult]:
-    """Every stored frame of every plan, in order; failures pass. The rest of a trajectory that failed is left out."""
-    for plan in plans:
-        if isinstance(plan, TrajectoryResult):
-            yield plan
-            continue
-        for row in plan.stored_frames():
-            if should_stop():
-                return
-            if plan.trajectory.name in failed:
-                break
-            yield Frame(plan, row)
+    def _take_slot(self, trajectory: Trajectory) -> int | None:
+        if self._slots is None or self._is_read_in_threads(trajectory):
+            return None
+        return self._slots.take()
+
+    def _weigh(self, item: tuple[Trajectory, int | None]) -> int:
+        return 1 + self._hooks.num_frames_of(item[0].name) * self._plans_ahead // FRAMES_PLANNED_AHEAD
+
+    def _begin_plan(self, item: tuple[Trajectory, int | None]) -> Future:
+        trajectory, slot = item
+        most = 0 if self._is_read_in_threads(trajectory) else self._group_frames
+        return self._submit(self._processes, TrajectoryReader.plan, trajectory, slot, most)
+
+    def _begin_read(self, item: FrameGroup | TrajectoryResult) -> Future | None:
+        if isinstance(item, TrajectoryResult) or item.content is not None:
+            return None
+        plan = item.plan
+        readers = self._threads if self._is_read_in_threads(plan.trajectory) else self._processes
+        numbers = plan.frame_index[item.rows].tolist()
+        wanted = Wanted(plan.trajectory, plan.stat_checksum, numbers, item.slot)
+        return self._submit(readers, TrajectoryReader.read, wanted)
+
+    @staticmethod
+    def _submit(readers: ReaderThreads | ReaderProcesses, function: Callable, first: Any, *others: Any) -> Future:
+        trajectory = first.trajectory if isinstance(first, Wanted) else first
+        home = trajectory.name if format_named(trajectory.format).frames == "stream" else None
+        return readers.submit(function, first, *others, about=trajectory.name, home=home)
+
+    @staticmethod
+    def _content(plan: TrajectoryPlan, future: Future) -> Content:
+        try:
+            return future.result()
+        except (InputError, OSError) as error:
+            return Content(0, error)
+
+    def frame_name(self, plan: TrajectoryPlan, row: int) -> str:
+        """A kept frame, for messages."""
+        number = int(plan.frame_index[row])
+        readers = self._threads if self._is_read_in_threads(plan.trajectory) else self._processes
+        wanted = Wanted(plan.trajectory, plan.stat_checksum, [number])
+        try:
+            return self._submit(readers, TrajectoryReader.name, wanted).result()
+        except (InputError, OSError, CancelledError):
+            return f"{plan.trajectory.name}: frame {number}"
 
 
 def full_batches(
-    frames: Iterable[Frame | TrajectoryResult],
+    groups: Iterable[FrameGroup | TrajectoryResult],
     new_pixels: Callable[[int], torch.Tensor],
     batch_size: int,
     failed: FailedTrajectories,
@@ -2993,25 +3806,28 @@ def full_batches(
     is dropped too.
     """
     with device_errors("making room for a batch"):
-        pixels, batch = new_pixels(batch_size), []
-    for frame in frames:
+        pixels, parts, filled = new_pixels(batch_size), [], 0
+    for group in groups:
         if should_stop():
             return
-        if isinstance(frame, TrajectoryResult):
-            yield frame
-        elif frame.plan.trajectory.name in failed:
+        if isinstance(group, TrajectoryResult):
+            yield group
             continue
-        elif frame.error is not None:
-            yield from _fail(frame.plan, frame.error, failed)
-        else:
-            pixels.numpy()[len(batch)] = frame.pixels.numpy()  # torch would wake threads for each of these copies
-            batch.append((frame.plan, frame.row))
-            if len(batch) == batch_size:
-                yield Batch(batch, pixels)
+        plan, done, count = group.plan, 0, group.content.count
+        while done < count and plan.trajectory.name not in failed:
+            stop = done + min(batch_size - filled, count - done)
+            taken = slice(filled, filled + stop - done)
+            pixels.numpy()[taken] = group.pixels[done:stop]  # torch would wake threads for each of these copies
+            parts.append(Rows(plan, group.rows[done:stop]))
+            filled, done = taken.stop, stop
+            if filled == batch_size:
+                yield Batch(parts, pixels)
                 with device_errors("making room for a batch"):
-                    pixels, batch = new_pixels(batch_size), []
-    if batch and not should_stop():
-        yield Batch(batch, pixels[: len(batch)])
+                    pixels, parts, filled = new_pixels(batch_size), [], 0
+        if group.content.error is not None and plan.trajectory.name not in failed:
+            yield from _fail(plan, group.content.error, failed)
+    if parts and not should_stop():
+        yield Batch(parts, pixels[:filled])
 
 
 def _fail(plan: TrajectoryPlan, error: Exception, failed: FailedTrajectories) -> list[TrajectoryResult]:
@@ -3020,6 +3836,17 @@ def _fail(plan: TrajectoryPlan, error: Exception, failed: FailedTrajectories) ->
     if not failed.add(plan.trajectory.name):
         return []
     return [TrajectoryResult(plan.trajectory.name, plan.checksum, plan.checksum_kind, error=error)]
+
+
+def cut_parts(parts: list[Rows], start: int, stop: int) -> list[Rows]:
+    """Those of rows [start, stop) of all parts together."""
+    cut, first = [], 0
+    for plan, rows in parts:
+        inside = rows[max(0, start - first) : max(0, stop - first)]
+        if len(inside):
+            cut.append(Rows(plan, inside))
+        first += len(rows)
+    return cut
 
 
 def encode_batches(
@@ -3045,10 +3872,10 @@ def encode_batches(
                 encoder.drop()
             with device_errors("the encoder"):
                 rows = part()
-            frames = batch.frames[start : start + len(rows.finite)]
-            start += len(frames)
-            on_encoded(len(frames))
-            yield EncodedBatch(frames, rows)
+            stop = start + len(rows.finite)
+            on_encoded(stop - start)
+            yield EncodedBatch(cut_parts(batch.parts, start, stop), rows)
+            start = stop
         in_flight.popleft()
 
     try:
@@ -3097,10 +3924,15 @@ class StreamWriter:
     """
 
     def __init__(
-        self, store: ChunkStore, label: ChunkLabel, failed: FailedTrajectories, before_replacing: Callable[[str], None]
+        self,
+        store: ChunkStore,
+        label: ChunkLabel,
+        failed: FailedTrajectories,
+        before_replacing: Callable[[str], None],
+        frame_name: Callable[[TrajectoryPlan, int], str],
     ):
         self._store, self._label, self._failed = store, label, failed
-        self._before_replacing = before_replacing
+        self._before_replacing, self._frame_name = before_replacing, frame_name
         self._open: TrajectoryWriter | None = None
 
     def write(self, item: EncodedBatch | TrajectoryResult) -> list[TrajectoryResult]:
@@ -3122,7 +3954,7 @@ class StreamWriter:
         if name in self._failed:
             return []
         if not encoded.finite.all():
-            frame = plan.reader.name(int(plan.frame_index[rows[int(np.argmin(encoded.finite))]]))
+            frame = self._frame_name(plan, int(rows[int(np.argmin(encoded.finite))]))
             return self._give_up(plan, InvalidDataError(f"{frame}: its features are not finite"))
         if self._open is None:
             self._open = TrajectoryWriter(self._store.new_staging_folder(), plan, self._label)
@@ -3179,12 +4011,14 @@ class NoWriter:
 
 def _runs_of_one_trajectory(batch: EncodedBatch) -> Iterator[tuple[TrajectoryPlan, np.ndarray, EncodedRows]]:
     """Cut a batch where the trajectory changes: (plan, kept frames (n,), their rows)."""
-    frames = batch.frames
-    borders = [i for i in range(1, len(frames)) if frames[i][0] is not frames[i - 1][0]]
-    for start, stop in zip([0, *borders], [*borders, len(frames)]):
+    start = 0
+    for _, parts in itertools.groupby(batch.parts, lambda part: id(part.plan)):
+        run = list(parts)
+        rows = np.concatenate([part.rows for part in run])
+        stop = start + len(rows)
         tokens = {name: values[start:stop] for name, values in batch.rows.tokens.items()}
-        rows = np.array([row for _, row in frames[start:stop]])
-        yield frames[start][0], rows, EncodedRows(tokens, batch.rows.finite[start:stop])
+        yield run[0].plan, rows, EncodedRows(tokens, batch.rows.finite[start:stop])
+        start = stop
 
 
 def resolve_batch_size(options: RunOptions, encoder: Encoder) -> int:
@@ -3209,35 +4043,22 @@ def cache_trajectories(
     Raises:
         StorageError, DeviceError: the fault is not a trajectory's; nothing further is yielded.
     """
-    spec, failed = label.spec, FailedTrajectories()
-    workers = available_cores() if options.decode_workers == "auto" else options.decode_workers
-    batch_size = resolve_batch_size(options, encoder)
-    frames_ahead = max(4 * workers, 2 * batch_size * encoder.batches_in_flight)
-    groups_ahead = max(FILE_THREADS, 2 * batch_size // READ_TOGETHER)
-    plan = functools.partial(plan_or_fail, spec=spec, checksum_kind=options.checksum, store=store)
-    decoder = FrameDecoder(spec)
-    read = functools.partial(read_group, decoder=decoder, failed=failed)
-    decode = functools.partial(decode_or_fail, decoder=decoder, failed=failed)
-    writer = NoWriter() if store is None else StreamWriter(store, label, failed, hooks.before_replacing)
-
-    def weigh(trajectory: Trajectory) -> int:
-        return 1 + hooks.num_frames_of(trajectory.name) * PLANS_AHEAD // FRAMES_PLANNED_AHEAD
-
-    with (
-        contextlib.closing(writer),  # first in, last out: no thread writes any more when it drops what is half-made
-        thread_pool(max(FILE_THREADS, workers, groups_ahead), "read", one_torch_thread) as readers,
-        thread_pool(workers, "decode", one_torch_thread) as decoders,
-        thread_pool(1, "write") as writers,
-    ):
-        plans = prefetch(plan, trajectories, readers, PLANS_AHEAD, weigh=weigh)
-        groups = in_groups(frame_stream(plans, failed, hooks.should_stop), READ_TOGETHER)
-        groups = prefetch(read, groups, readers, groups_ahead)
-        frames = prefetch(decode, itertools.chain.from_iterable(groups), decoders, frames_ahead)
-        batches = full_batches(frames, encoder.new_pixels, batch_size, failed, hooks.should_stop)
-        batches = PROFILE.pulling("wait for frames", batches)
-        with contextlib.closing(encode_batches(encoder, batches, hooks.on_encoded, hooks.should_stop)) as encoded:
-            for results in prefetch(writer.write, encoded, writers, WRITE_BACKLOG, early=True):
-                yield from results
+    failed, batch_size = FailedTrajectories(), resolve_batch_size(options, encoder)
+    job = ReadingJob(label.spec, options.checksum, store)
+    with contextlib.closing(FrameStream(job, options, batch_size, encoder.batches_in_flight, hooks)) as stream:
+        writer = NoWriter()
+        if store is not None:
+            writer = StreamWriter(store, label, failed, hooks.before_replacing, stream.frame_name)
+        with (
+            contextlib.closing(writer),  # first in, last out: no thread writes any more when it drops what is half-made
+            thread_pool(1, "write") as writers,
+        ):
+            groups = stream.groups(trajectories, failed)
+            batches = full_batches(groups, encoder.new_pixels, batch_size, failed, hooks.should_stop)
+            batches = PROFILE.pulling("wait for frames", batches)
+            with contextlib.closing(encode_batches(encoder, batches, hooks.on_encoded, hooks.should_stop)) as encoded:
+                for results in prefetch(writer.write, encoded, writers, WRITE_BACKLOG, early=True):
+                    yield from results
 
 
 # ======================================================================================================================
@@ -3405,6 +4226,7 @@ class PreparedDataset:
     pending: list[Trajectory] = field(default_factory=list)  # to do in this run, failed ones last
     left_out: int = 0  # pending too, beyond --limit
     work: dict[str, Work] = field(default_factory=dict)  # trajectory name -> its cost, of the pending ones
+    fatal: list[TrajectoryResult] = field(default_factory=list)  # pending ones that readers died at; once is enough
     notes: dict[str, list[str]] = field(default_factory=dict)  # what was found -> pending trajectories, with details
     workers: Workers | None = None  # None where nothing is pending, or a dry run does not ask who would do it
     shape: ModelShape | None = None
@@ -3452,13 +4274,7 @@ def prepare_dataset(config: DatasetConfig, stop_request: StopRequest) -> Prepare
     store, has_forgotten = ChunkStore(config.cache_dir), False
     if config.options.force_rebuild:
         has_forgotten = forget_selected(config, progress, selection, store)
-    compare = functools.partial(
-        compare_with_record, progress=progress, store=store, spec=spec, checksum_kind=config.options.checksum
-    )
-    states = []
-    for state in map_files(compare, selection.trajectories):
-        stop_request.check()
-        states.append(state)
+    states = compare_with_record(config, spec, progress, store, selection.trajectories, stop_request)
     return PreparedDataset(
         config=config,
         spec=spec,
@@ -3672,24 +4488,108 @@ def refuse_case_collisions(cache_dir: Path, trajectories: list[Trajectory]) -> N
             )
 
 
+class Checked(NamedTuple):
+    """A trajectory's checksums as they are now, by kind, or why there are none. Of one that its format made by an
+    earlier rule, why it is to be redone, or why that is not known."""
+
+    checksums: dict[ChecksumKind, str]
+    error: Exception | None = None
+    mispaired: str | None = None
+    pairing_error: Exception | None = None
+
+
 def compare_with_record(
-    trajectory: Trajectory, progress: Progress, store: ChunkStore, spec: CacheSpec, checksum_kind: ChecksumKind
+    config: DatasetConfig,
+    spec: CacheSpec,
+    progress: Progress,
+    store: ChunkStore,
+    trajectories: list[Trajectory],
+    stop_request: StopRequest,
+) -> list[TrajectoryState]:
+    """Compare trajectories with their records: data by checksum, chunk files by name and size."""
+    kind_now, states = config.options.checksum, []
+    keys_of = functools.cache(lambda fingerprint: DataKeys.of(progress.specs[fingerprint]))
+    pairing = format_named(config.format).pairing
+
+    def wanted(trajectory: Trajectory) -> tuple[tuple[ChecksumKind, ...], DataKeys | None, dict[str, Any] | None]:
+        """The checksums that tell what became of it, the keys that it was made with, and the spec's settings where an
+        earlier rule made it."""
+        if (record := progress.records.get(trajectory.name)) is not None:
+            kinds = (kind_now,) if record["checksum_kind"] == kind_now else (record["checksum_kind"], kind_now)
+            fingerprint, is_old = record["fingerprint"], record.get("pairing", 1) < pairing
+            return kinds, keys_of(fingerprint), progress.specs[fingerprint] if is_old else None
+        failure = progress.failures.get(trajectory.name)
+        if failure is None or failure["error_type"] == PlaceTakenError.__name__:
+            return (), None, None
+        return (failure["checksum_kind"],), data_keys(spec), None
+
+    def state(trajectory: Trajectory, checked: Checked) -> TrajectoryState:
+        stop_request.check()
+        return _compare(trajectory, checked, progress, store, kind_now)
+
+    if format_named(config.format).frames == "files":  # their bytes are digested and not parsed: no reader is needed
+        return list(
+            map_files(lambda trajectory: state(trajectory, look_at(trajectory, *wanted(trajectory))), trajectories)
+        )
+    checks = ((trajectory, *wanted(trajectory)) for trajectory in trajectories)
+    with contextlib.closing(ReaderProcesses(None, available_cores(), method="spawn")) as readers:  # without torch
+        found = in_readers(
+            readers,
+            look_at_many,
+            (check for check in checks if check[1]),
+            failure=lambda check, error: Checked({}, error),
+            name_of=lambda check: check[0].name,
+            should_stop=stop_request,
+        )
+        for trajectory in trajectories:
+            checked = next(found, Checked({})) if wanted(trajectory)[0] else Checked({})
+            states.append(state(trajectory, checked))
+    return states
+
+
+def look_at(
+    trajectory: Trajectory, kinds: tuple[ChecksumKind, ...], keys: DataKeys | None, settings: dict[str, Any] | None
+) -> Checked:
+    """What these checksums are now; with the settings of a spec, whether its frames were paired with other poses."""
+    checksums: dict[ChecksumKind, str] = {}
+    try:
+        with input_errors(trajectory.name):
+            source = open_source(trajectory, keys) if kinds else None
+            for kind in kinds:
+                checksums[kind] = checksum_of(source, kind)
+    except (InputError, OSError) as error:
+        return Checked(checksums, FENCE.portable(error))
+    if settings is None:
+        return Checked(checksums)
+    try:
+        with input_errors(trajectory.name):
+            reason = format_named(trajectory.format).mispaired(source, recorded_spec(settings))
+            return Checked(checksums, mispaired=reason)
+    except (InputError, OSError) as error:
+        return Checked(checksums, pairing_error=FENCE.portable(error))
+
+
+def look_at_many(_: TrajectoryReader, wanted: list[tuple]) -> list[Checked]:
+    """The same of many trajectories. Runs in a reader."""
+    found = []
+    for one in wanted:
+        found.append(look_at(*one))
+        FENCE.allow()
+    return found
+
+
+def _compare(
+    trajectory: Trajectory, checked: Checked, progress: Progress, store: ChunkStore, checksum_kind: ChecksumKind
 ) -> TrajectoryState:
-    """Compare a trajectory with its record: data by checksum, chunk files by name and size."""
     record = progress.records.get(trajectory.name)
     if record is not None:
-        return _compare_completed(trajectory, record, progress, store, checksum_kind)
+        return _compare_completed(trajectory, record, checked, progress, store, checksum_kind)
     failure = progress.failures.get(trajectory.name)
     if failure is None:
         return TrajectoryState(trajectory, "pending")
     if failure["error_type"] == PlaceTakenError.__name__:
         return _compare_place(trajectory, store)
-    try:
-        with input_errors(trajectory.name):
-            checksum = open_source(trajectory, data_keys(spec)).checksum(failure["checksum_kind"])
-    except (InputError, OSError):
-        checksum = None
-    if checksum != failure["checksum"]:
+    if checked.checksums.get(failure["checksum_kind"]) != failure["checksum"]:
         return TrajectoryState(trajectory, "pending", "failed before; its data changed")
     return TrajectoryState(trajectory, "failed")
 
@@ -3706,22 +4606,19 @@ def _compare_place(trajectory: Trajectory, store: ChunkStore) -> TrajectoryState
 def _compare_completed(
     trajectory: Trajectory,
     record: TrajectoryRecord,
+    checked: Checked,
     progress: Progress,
     store: ChunkStore,
     checksum_kind: ChecksumKind,
 ) -> TrajectoryState:
     """The state of a recorded one. It stays completed unless a checksum says that its data changed, or its chunk files
     are not those recorded: what cannot be read or parsed now proves nothing."""
-    keys = DataKeys.of(progress.specs[record["fingerprint"]])  # those that it was made with
-    has_changed, new_checksum, remark = False, None, None
-    try:
-        with input_errors(trajectory.name):
-            source = open_source(trajectory, keys)
-            has_changed = source.checksum(record["checksum_kind"]) != progress.checksums[trajectory.name]
-            if record["checksum_kind"] != checksum_kind:
-                new_checksum = source.checksum(checksum_kind)
-    except (InputError, OSError) as error:
-        remark = f"cannot be checked, stays as it is: {error}"
+    kind, new_checksum, remark = record["checksum_kind"], None, None
+    has_changed = kind in checked.checksums and checked.checksums[kind] != progress.checksums[trajectory.name]
+    if kind != checksum_kind:
+        new_checksum = checked.checksums.get(checksum_kind)
+    if checked.error is not None:
+        remark = f"cannot be checked, stays as it is: {checked.error}"
     try:
         found = chunk_files(trajectory.name, store)
     except OSError as error:
@@ -3731,24 +4628,19 @@ def _compare_completed(
         why = "its data changed" if has_changed else lost or f"its {min(extra)} is not in the record"
         return TrajectoryState(trajectory, "pending", why, has_changed=has_changed, is_whole=lost is None)
     state = TrajectoryState(trajectory, "completed", remark, new_checksum)
-    return state if remark else _compare_pairing(state, record, source, progress.specs[record["fingerprint"]])
+    return state if remark else _compare_pairing(state, record, checked)
 
 
-def _compare_pairing(
-    state: TrajectoryState, record: TrajectoryRecord, source: Source, settings: dict[str, Any]
-) -> TrajectoryState:
+def _compare_pairing(state: TrajectoryState, record: TrajectoryRecord, checked: Checked) -> TrajectoryState:
     """The state, looked at once more where an earlier version of its format made the chunks."""
-    kind = format_named(state.trajectory.format)
-    if record.get("pairing", 1) >= kind.pairing:
+    pairing = format_named(state.trajectory.format).pairing
+    if record.get("pairing", 1) >= pairing:
         return state
-    try:
-        with input_errors(state.trajectory.name):
-            reason = kind.mispaired(source, recorded_spec(settings))
-    except (InputError, OSError) as error:
-        return state._replace(remark=f"cannot be looked at, stays as it is: {error}")
-    if reason is not None:
-        return TrajectoryState(state.trajectory, "pending", reason, has_changed=True)
-    return state._replace(new_pairing=kind.pairing)
+    if checked.pairing_error is not None:
+        return state._replace(remark=f"cannot be looked at, stays as it is: {checked.pairing_error}")
+    if checked.mispaired is not None:
+        return TrajectoryState(state.trajectory, "pending", checked.mispaired, has_changed=True)
+    return state._replace(new_pairing=pairing)
 
 
 def chunk_files(name: str, store: ChunkStore) -> dict[str, int]:
@@ -3854,29 +4746,55 @@ def settle_encoding(dataset: PreparedDataset) -> None:
     weights_source(dataset.spec)
 
 
-def estimate_work(dataset: PreparedDataset, stop_request: StopRequest) -> list[str]:
-    """Plan every pending trajectory, keeping only what it will cost; returns the reasons of those that will fail."""
-    plan = functools.partial(plan_or_fail, spec=dataset.spec, checksum_kind="stat", store=dataset.store)
+class Cost(NamedTuple):
+    """What a trajectory will cost, its bytes apart, and what is odd about it."""
+
+    work: Work
+    notes: tuple[Note, ...]
+
+
+def plan_costs(_: TrajectoryReader, trajectories: list[Trajectory], job: ReadingJob) -> list[Cost | TrajectoryResult]:
+    """What trajectories will cost, or why they fail. Runs in a reader."""
     look_at = open_door(POSE_FACTS_MODULE).look_at if is_there(POSE_FACTS_MODULE) else None
-    reasons, states = [], {state.trajectory.name: state for state in dataset.states}
-    for outcome in map_files(plan, dataset.pending):
-        stop_request.check()
-        if isinstance(outcome, TrajectoryResult):
-            dataset.work[outcome.name] = Work()
-            is_recorded = outcome.name in dataset.progress.records
-            reasons.append(f"{outcome.error}{fate_of(states[outcome.name], outcome.error) if is_recorded else ''}")
-        else:
-            for note in outcome.notes:
-                dataset.notes.setdefault(note.what, []).append(f"{outcome.trajectory.name} ({note.detail})")
+    costs: list[Cost | TrajectoryResult] = []
+    for trajectory in trajectories:
+        outcome = plan_or_fail(trajectory, *job)
+        FENCE.allow()
+        if isinstance(outcome, TrajectoryPlan):
             work = Work(
                 num_frames=outcome.num_stored_frames,
                 num_chunks=len(outcome.spans),
                 num_rows=outcome.num_rows,
                 pose_bytes=outcome.num_rows * sum(values[:1].nbytes for values in outcome.poses.values()),
-                pose_facts=look_at and look_at(outcome.read, dataset.spec),
+                pose_facts=look_at and look_at(outcome.read, job.spec),
             )
-            size = cache_bytes(dataset, dataset.spec, [work])
-            dataset.work[outcome.trajectory.name] = work._replace(num_bytes=size)
+            outcome = Cost(work, outcome.notes)
+        costs.append(outcome)
+    return costs
+
+
+def estimate_work(
+    dataset: PreparedDataset, readers: ReaderThreads | ReaderProcesses, stop_request: StopRequest
+) -> list[str]:
+    """Plan every pending trajectory, keeping only what it will cost; returns the reasons of those that will fail."""
+    job = ReadingJob(dataset.spec, dataset.config.options.checksum, dataset.store)
+    stat_job = job._replace(checksum_kind="stat")  # quick; what is planned again has the kind asked for
+    failure = functools.partial(died, readers, job=job, should_stop=stop_request)
+    costs = in_readers(readers, plan_costs, dataset.pending, stat_job, failure=failure, should_stop=stop_request)
+    reasons, states = [], {state.trajectory.name: state for state in dataset.states}
+    for trajectory, cost in zip(dataset.pending, costs):
+        if isinstance(cost, TrajectoryResult):
+            dataset.work[trajectory.name] = Work()
+            is_recorded = trajectory.name in dataset.progress.records
+            reasons.append(f"{cost.error}{fate_of(states[trajectory.name], cost.error) if is_recorded else ''}")
+            if isinstance(cost.error, FatalDataError):
+                dataset.fatal.append(cost)
+            continue
+        for note in cost.notes:
+            dataset.notes.setdefault(note.what, []).append(f"{trajectory.name} ({note.detail})")
+        size = cache_bytes(dataset, dataset.spec, [cost.work])
+        dataset.work[trajectory.name] = cost.work._replace(num_bytes=size)
+    stop_request.check()
     return reasons
 
 
@@ -3890,6 +4808,24 @@ def fate_of(state: TrajectoryState, error: Exception) -> str:
 def is_void(state: TrajectoryState, error: Exception) -> bool:
     """Whether chunks match no data any more: those that could be read changed, and break a rule."""
     return state.has_changed and isinstance(error, InvalidDataError)
+
+
+def reads_in_processes(dataset: PreparedDataset) -> bool:
+    """Whether frames are decoded in processes that this one starts."""
+    options, kind = dataset.config.options, format_named(dataset.config.format)
+    return (
+        bool(dataset.pending)
+        and options.executor == "local"
+        and not (options.readers == "threads" and kind.frames == "files")
+    )
+
+
+def estimate_all(datasets: list[PreparedDataset], stop_request: StopRequest) -> list[list[str]]:
+    """As estimate_work, of each dataset."""
+    if not any(dataset.pending for dataset in datasets):
+        return [[] for _ in datasets]
+    with contextlib.closing(ReaderProcesses(None, available_cores())) as readers:
+        return [estimate_work(dataset, readers, stop_request) for dataset in datasets]
 
 
 def pose_lines(dataset: PreparedDataset) -> tuple[list[str], list[str]]:
@@ -4330,8 +5266,9 @@ class DatasetRun:
             weights_digest=digest,
             token_shapes=token_shapes(dataset.spec, dataset.shape),
         )
+        fatal = {result.name for result in dataset.fatal}
         job = CacheJob(
-            trajectories=dataset.pending,
+            trajectories=[trajectory for trajectory in dataset.pending if trajectory.name not in fatal],
             num_frames={name: work.num_frames for name, work in dataset.work.items()},
             retried=frozenset(self._progress.failures),
             label=label,
@@ -4341,7 +5278,7 @@ class DatasetRun:
             data_folder=dataset.config.data_folder,
         )
         hooks = Hooks(should_stop=self._stop_request, on_encoded=self._on_encoded, before_replacing=self._withdraw)
-        for result in dataset.workers.stream(job, hooks):
+        for result in itertools.chain(dataset.fatal, dataset.workers.stream(job, hooks)):
             self._record_result(result, fingerprint)
             self._display.show(at_once=self._counts.is_finished)
 
@@ -4704,6 +5641,7 @@ def run(arguments: RunArguments, stop_request: StopRequest) -> NightOutcome:
             return NightOutcome([], EXIT_COMPLETED)
         # 6) find libraries and workers, settle device, precision and shapes
         if any(dataset.pending for dataset in datasets):
+            start_fork_server(READING_LIBRARIES if any(map(reads_in_processes, datasets)) else ())
             for library in WORK_LIBRARIES:
                 open_library(library)
         workers = open_workers(datasets, resources)
@@ -4713,8 +5651,7 @@ def run(arguments: RunArguments, stop_request: StopRequest) -> NightOutcome:
                 settle_encoding(dataset)
         # 7) see that the disks can hold it
         with PROFILE("list"):
-            for dataset in datasets:
-                estimate_work(dataset, stop_request)
+            estimate_all(datasets, stop_request)
         check_disk(datasets)
         # 8) load the weights, and have other ones than the recorded confirmed
         with PROFILE("load"):
@@ -4738,7 +5675,8 @@ def forecast(datasets: list[PreparedDataset], stop_request: StopRequest, *, with
             if with_rates or dataset.config.options.executor == "local":
                 dataset.workers = LocalWorkers(resolve_device(dataset.config.options.device))
             settle_encoding(dataset)
-    reasons = [estimate_work(dataset, stop_request) for dataset in datasets]
+    start_fork_server(READING_LIBRARIES if with_rates else ())
+    reasons = estimate_all(datasets, stop_request)
     rates = open_door("dino_cache_extras.measure").measure(datasets, stop_request) if with_rates else {}
     for dataset, why in zip(datasets, reasons):
         print_forecast(dataset, why, rates)

@@ -44,7 +44,7 @@ def make_cache(cache_dir: Path, token: str, chunks: int, frames: int) -> dict[st
     trajectory = dino_cache.Trajectory("t", cache_dir)
     travelled, numbers = dino_cache.travelled_distance(position), np.arange(total)
     plan = dino_cache.TrajectoryPlan(
-        trajectory, CHECKSUM, "stat", [""] * total, numbers, position, np.zeros(total), travelled, spans
+        trajectory, CHECKSUM, "stat", CHECKSUM, numbers, position, np.zeros(total), travelled, spans
     )
     label = dino_cache.ChunkLabel("benchmark", spec, FINGERPRINT, "0" * 32, shapes)
     (cache_dir / "t").mkdir(parents=True)

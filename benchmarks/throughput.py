@@ -70,7 +70,7 @@ def make_spec(arguments: argparse.Namespace, tokens: tuple[str, ...]) -> dino_ca
 def resident_rate(encoder: dino_cache.DinoEncoder, pixels: torch.Tensor, frames: int) -> float:
     """Frames/s of the encoder alone, on a batch that lies in memory, tokens back on the host."""
     batches = -(-frames // len(pixels))
-    resident = itertools.repeat(dino_cache.Batch([None] * len(pixels), pixels), batches)
+    resident = itertools.repeat(dino_cache.Batch([dino_cache.Rows(None, np.arange(len(pixels)))], pixels), batches)
     begin = time.perf_counter()
     for _ in dino_cache.encode_batches(encoder, resident, lambda count: None, lambda: False):
         pass

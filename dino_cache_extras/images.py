@@ -19,6 +19,7 @@ from dino_cache import (
     FrameDecoder,
     InputError,
     ModelType,
+    Rows,
     Token,
     check_image_size,
     encode_batches,
@@ -143,7 +144,7 @@ def _batches(images: Sequence[Picture] | np.ndarray, spec: CacheSpec, encoder: E
             pixels = encoder.new_pixels(len(group))
             for row, image in enumerate(group):
                 pixels[row] = image
-            yield Batch([(None, row) for row in range(len(group))], pixels)
+            yield Batch([Rows(None, np.arange(len(group)))], pixels)
 
 
 def _decode(number: int, decoder: FrameDecoder, images: Sequence[Picture] | np.ndarray) -> torch.Tensor:

@@ -39,14 +39,16 @@ from dino_cache import (
     InputError,
     LogFormatter,
     PreparedDataset,
+    ReaderProcesses,
+    ReadingJob,
     RunOptions,
     Trajectory,
     TrajectoryResult,
     cache_trajectories,
     check_engine,
+    died,
     encoder_key,
     library_versions,
-    plan_or_fail,
     process_umask,
     storage_errors,
     versions_of,
@@ -694,9 +696,9 @@ class RayDataset:
             raise DeviceError(f"{self._deaths_in_a_row} workers died in a row, the last one so: {why}")
         for trajectory, _ in fatal:
             kind = self._job.options.checksum
-            checksum = plan_or_fail(trajectory, self._job.label.spec, kind).checksum
             error = InputError(f"{trajectory.name}: killed its worker twice, the last time {handle.describe()}: {why}")
-            yield TrajectoryResult(name=trajectory.name, checksum=checksum, checksum_kind=kind, error=error)
+            with contextlib.closing(ReaderProcesses(None, 1, method="spawn")) as readers:
+                yield died(readers, trajectory, error, ReadingJob(self._job.label.spec, kind), lambda: False)
         self._workers.start_worker()
 
     def _remove(self, handle: WorkerHandle) -> None:

@@ -25,6 +25,15 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 2
 
 
+@pytest.fixture(autouse=True)
+def readers_here(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Puts threads of this process in the place of reader processes, which a test's patches cannot reach; not in tests
+    marked real_readers, and not in runs of their own."""
+    if request.node.get_closest_marker("real_readers") is None:
+        monkeypatch.setattr(dino_cache, "ReaderProcesses", dino_cache.ReaderThreads)
+        monkeypatch.setattr(dino_cache, "start_fork_server", lambda *_: None)
+
+
 @pytest.fixture
 def encoders(monkeypatch: pytest.MonkeyPatch) -> list[StampEncoder]:
     """Puts StampEncoder in the model's place for runs in this process; collects those that were loaded."""

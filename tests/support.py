@@ -244,6 +244,7 @@ def stream_results(
     shape: ModelShape = STAMP_SHAPE,
     format: str = "gnm",
     skip: Container[str] = (),
+    readers: str = "auto",
     **settings: Any,
 ) -> Iterator[TrajectoryResult]:
     """cache_trajectories on all trajectories below `data_folder`, by name, without a record; `settings` are the spec's.
@@ -259,7 +260,7 @@ def stream_results(
     }
     spec = CacheSpec(**{**defaults, "image_size": encoder.image_size, "tokens": encoder.tokens, **settings})
     label = ChunkLabel("robot", spec, "f" * 16, "d" * 16, token_shapes(spec, shape))
-    options = RunOptions(batch_size=batch_size, decode_workers=2)
+    options = RunOptions(batch_size=batch_size, decode_workers=2, readers=readers)
     store = ChunkStore(cache_dir)
     cache_dir.mkdir(exist_ok=True)
     store.empty_staging()

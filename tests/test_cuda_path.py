@@ -24,13 +24,15 @@ import dino_cache
 from dino_cache import (
     Batch,
     CacheSpec,
+    Content,
     DeviceError,
     DinoEncoder,
     EncodedBatch,
     EncodedRows,
     FailedTrajectories,
-    Frame,
+    FrameGroup,
     RefusedError,
+    Rows,
     build_model,
     check_engine,
     encode_batches,
@@ -174,7 +176,8 @@ PLAN = SimpleNamespace(trajectory=SimpleNamespace(name="t"))
 
 def encoded(encoder: dino_cache.Encoder, frames: torch.Tensor, batch_size: int) -> list[EncodedBatch]:
     """Frames through the pipeline's own functions."""
-    stream = (Frame(PLAN, row, pixels=pixels) for row, pixels in enumerate(frames))
+    groups = ((np.arange(i, min(i + 6, len(frames))), frames.numpy()[i : i + 6]) for i in range(0, len(frames), 6))
+    stream = (FrameGroup(PLAN, rows, Content(len(rows)), pixels) for rows, pixels in groups)
     batches: Iterator[Batch] = full_batches(stream, encoder.new_pixels, batch_size, FailedTrajectories(), lambda: False)
     return list(encode_batches(encoder, batches, lambda count: None, lambda: False))
 
@@ -195,8 +198,9 @@ def test_every_row_is_its_frames_whatever_fits_on_the_device(
 ):
     encoder = FakeCudaEncoder(copy.deepcopy(model), stream, fitting)
     out = encoded(encoder, frames, batch_size)
-    assert [len(part.frames) for part in out] == parts
-    assert [row for part in out for _, row in part.frames] == list(range(NUM_FRAMES))
+    rows = [np.concatenate([rows for _, rows in part.parts]) for part in out]
+    assert [len(numbers) for numbers in rows] == parts
+    assert np.concatenate(rows).tolist() == list(range(NUM_FRAMES))
     assert all(part.rows.finite.all() for part in out)
     for key, values in expected.items():
         found = np.concatenate([part.rows.tokens[key] for part in out])
@@ -206,7 +210,7 @@ def test_every_row_is_its_frames_whatever_fits_on_the_device(
 
 def test_two_batches_are_on_the_device_while_a_third_is_filled(stream, model, frames):
     encoder = FakeCudaEncoder(copy.deepcopy(model), stream, 100)
-    batches = (Batch([(PLAN, 8 * i + j) for j in range(8)], frames[8 * i : 8 * i + 8]) for i in range(6))
+    batches = (Batch([Rows(PLAN, 8 * i + np.arange(8))], frames[8 * i : 8 * i + 8]) for i in range(6))
     out = encode_batches(encoder, batches, lambda count: None, lambda: False)
     for number in range(1, 7):
         next(out)

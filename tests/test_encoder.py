@@ -27,6 +27,7 @@ from dino_cache import (
     ModelShape,
     ModelType,
     RefusedError,
+    Rows,
     available_cores,
     build_model,
     check_image_size,
@@ -253,13 +254,13 @@ def parts_on_one_core(
 
     monkeypatch.setattr(DinoEncoder, "_forward", slow)
     encoder = DinoEncoder(copy.deepcopy(model), spec_of("small"), "cpu")
-    batch = Batch([(None, row) for row in range(16)], random_pixels(16, (28, 42)))
+    batch = Batch([Rows(None, np.arange(16))], random_pixels(16, (28, 42)))
     return encode_batches(encoder, [batch, batch], lambda count: None, stop), begun
 
 
 def test_a_batch_comes_out_in_the_parts_that_a_core_takes(models, monkeypatch):
     encoded, begun = parts_on_one_core(models["small"], monkeypatch, lambda: False)
-    assert [row for part in encoded for _, row in part.frames] == 2 * list(range(16))
+    assert [int(row) for part in encoded for _, rows in part.parts for row in rows] == 2 * list(range(16))
     assert begun == 8 * [4]
 
 
@@ -268,7 +269,7 @@ def test_a_stop_waits_for_what_a_core_is_at_and_drops_the_rest(models, monkeypat
     encoded, begun = parts_on_one_core(models["small"], monkeypatch, lambda: bool(done))
     done.extend(itertools.islice(encoded, 1))
     done.extend(encoded)
-    assert [row for part in done for _, row in part.frames] == list(range(4 * len(begun)))
+    assert [int(row) for part in done for _, rows in part.parts for row in rows] == list(range(4 * len(begun)))
     assert len(begun) < 8
 
 

@@ -1,20 +1,12 @@
-"""RECON: an HDF5 file a trajectory, JPEG bytes inside, read in a process of its own."""
+"""RECON: an HDF5 file a trajectory, JPEG bytes inside."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
-import multiprocessing
-import multiprocessing.connection
 import os
-import queue
 import re
-import resource
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +19,7 @@ from dino_cache import (
     LOST_MOUNT_ERRNOS,
     MAX_POSE_NUMBERS,
     PROFILE,
+    READ_TOGETHER,
     CacheSpec,
     ChecksumKind,
     DataKeys,
@@ -37,17 +30,14 @@ from dino_cache import (
     Poses,
     Trajectory,
     checked_poses,
+    in_groups,
     open_regular,
     recordable_name,
 )
 from progress_utils import RefusedError
 
-HDF5_PROCESSES = 4  # processes that read others' HDF5 files, at most
-HDF5_TIMEOUT_S = 30  # time in which such a process must answer
-HDF5_MEMORY_BYTES = 4 << 30  # memory that such a process may take
 RECON_KEYS = ("images/rgb_left", "jackal/position", "jackal/yaw")
 RECON_SUFFIX = ".hdf5"
-CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)  # what a file can do to HDF5
 
 
 def find_recon(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
@@ -86,10 +76,11 @@ class ReconSource:
     @functools.cached_property
     def _content(self) -> tuple[int, dict[str, np.ndarray]]:
         """The number of images, and the poses by key."""
-        return self._ask(None)
-
-    def _ask(self, rows: list[int] | None) -> Any:
-        return HDF5_READERS.read(self._where, (os.fspath(self._trajectory.path), self._keys, rows))
+        with hdf5_errors(self._where, self._trajectory.path), open_hdf5(self._trajectory.path) as file:
+            images, *poses = (_recon_dataset(file, key) for key in self._keys)
+            if any(values.size > MAX_POSE_NUMBERS for values in poses):
+                raise InputError(f"{self._keys[1:]} hold more than {MAX_POSE_NUMBERS} numbers")
+            return len(images), {key: _comparable(values[...]) for key, values in zip(self._keys[1:], poses)}
 
     def checksum(self, kind: ChecksumKind) -> str:
         """Over the poses and the file's size (`stat`), or over the file's bytes (`content`)."""
@@ -116,144 +107,39 @@ class ReconSource:
         return f"{self._where} {self._keys[0]}[{number}]"
 
     def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        with PROFILE("read"):
-            images = self._ask(list(numbers))
-        yield from (np.frombuffer(bytearray(data), np.uint8) for data in images)
+        for some in in_groups(numbers, READ_TOGETHER):
+            path = self._trajectory.path
+            with PROFILE("read"), hdf5_errors(self._where, path), open_hdf5(path) as file:
+                images = [_image_bytes(value) for value in _recon_dataset(file, self._keys[0])[some]]
+            yield from (np.frombuffer(bytearray(data), np.uint8) for data in images)
 
     def close(self) -> None:
         """Nothing stays open."""
 
 
-class Hdf5Process:
-    """A process that reads files for this one: damaged HDF5 metadata can crash the library, or keep it in a loop. It
-    imports numpy and h5py, not torch, and ends when this process does."""
-
-    def __init__(self) -> None:
-        self._connection, theirs = multiprocessing.Pipe()
-        here = os.fspath(Path(__file__).resolve().parents[2])
-        serve = f"from {__name__} import serve_hdf5; serve_hdf5({theirs.fileno()})"
-        code = f"import sys; sys.path.insert(0, {here!r}); {serve}"
-        command = [sys.executable, "-c", code]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()], start_new_session=True,
-        )  # fmt: skip
-        theirs.close()
-
-    def ask(self, request: tuple) -> tuple[str, Any]:
-        """Its answer. Raises TimeoutError where it takes too long, EOFError or ConnectionError where it died."""
-        self._connection.send(request)
-        if not self._connection.poll(HDF5_TIMEOUT_S):
-            raise TimeoutError(errno.EIO, f"HDF5 gave no answer in {HDF5_TIMEOUT_S} s")
-        return self._connection.recv()
-
-    def end(self) -> int:
-        """Kill it; its exit status, negative where a signal ended it."""
-        self._connection.close()
-        try:
-            return self._process.wait(0.2)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
-
-
-class Hdf5Readers:
-    """At most so many Hdf5Process, each started when it is first needed and replaced when it dies."""
-
-    def __init__(self, count: int):
-        self._idle: queue.LifoQueue[Hdf5Process | None] = queue.LifoQueue()
-        for _ in range(count):
-            self._idle.put(None)
-
-    def read(self, where: str, request: tuple) -> Any:
-        """What `read_recon` returns for the request; `where` is for messages.
-
-        Raises:
-            InputError: the file is damaged, lacks a key, or crashes HDF5 twice.
-            OSError: it cannot be opened or read, HDF5 does not come to an end with it, or the process that reads it was
-                killed twice or does not start: of the file that says nothing.
-        """
-        process = self._idle.get()
-        try:
-            for is_last in (False, True):
-                process = process or Hdf5Process()
-                try:
-                    kind, value = process.ask(request)
-                    break
-                except TimeoutError:
-                    process.end()
-                    process = None
-                    raise
-                except (EOFError, ConnectionError) as error:
-                    status, process = process.end(), None
-                    if is_last:
-                        raise _ended(where, status) from error
-        finally:
-            self._idle.put(process)
-        if kind == "error":
-            raise OSError(*value)
-        if kind == "fault":
-            raise InputError(f"{where}: {value}")
-        return value
-
-
-def _ended(where: str, status: int) -> Exception:
-    """What it means that the process that read a file ended with this exit status, negative where a signal ended it."""
-    if -status in CRASHES:
-        return InputError(f"{where}: HDF5 crashed on it (exit status {status})")
-    how = f"ended with exit status {status}; `python -c 'import h5py'` says whether the library is whole"
-    if status < 0:
-        how = f"was killed by signal {-status}"
-    if status == -signal.SIGKILL:
-        how += ", as the system does when memory runs out"
-    return OSError(errno.ECHILD, f"{where}: cannot be read: the process that reads HDF5 {how}")
-
-
-HDF5_READERS = Hdf5Readers(HDF5_PROCESSES)
-
-
-def serve_hdf5(descriptor: int) -> None:
-    """Answer the requests that come from the process at the other end, until it goes away. Runs in a Hdf5Process."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # of the whole group: the run ends itself, and this with it
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_DATA, (HDF5_MEMORY_BYTES, HDF5_MEMORY_BYTES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    connection = multiprocessing.connection.Connection(descriptor)
-    while True:
-        try:
-            request = connection.recv()
-        except EOFError:
-            return
-        connection.send(_answer(request))
-
-
-def _answer(request: tuple) -> tuple[str, Any]:
-    """("value", what read_recon returns), ("error", an OSError's arguments) or ("fault", what is wrong with a file)."""
+@contextlib.contextmanager
+def hdf5_errors(where: str, path: Path) -> Iterator[None]:
+    """Whatever h5py makes of damaged bytes as the trajectory's error; the system's as OSError."""
     try:
-        return "value", read_recon(*request)
-    except Exception as error:  # of damaged bytes, h5py makes all sorts
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         code, number = getattr(error, "errno", None), re.search(r"errno = (\d+)", reason)
         if code is None and number and int(number[1]) in LOST_MOUNT_ERRNOS:
             code = int(number[1])  # of a read, h5py puts the system's error only into its text
-        return ("error", (code, f"{request[0]}: {reason}")) if code else ("fault", f"cannot read it: {reason}")
+        if code:
+            raise OSError(code, f"{path}: {reason}") from error
+        raise InputError(f"{where}: cannot read it: {reason}") from error
 
 
-def read_recon(path: str, keys: list[str], rows: list[int] | None) -> Any:
-    """Without rows, the number of images and the poses by key; else those images' bytes. Runs in a Hdf5Process.
-
-    Raises:
-        InputError, OSError, or whatever h5py makes of damaged bytes.
-    """
+@contextlib.contextmanager
+def open_hdf5(path: Path) -> Iterator[h5py.File]:
+    """An HDF5 file that is a regular file."""
     os.close(open_regular(path))
     with h5py.File(path, "r", locking=False) as file:
-        images, *poses = (_recon_dataset(file, key) for key in keys)
-        if rows is not None:
-            return [_image_bytes(value) for value in images[rows]]
-        if any(values.size > MAX_POSE_NUMBERS for values in poses):
-            raise InputError(f"{keys[1:]} hold more than {MAX_POSE_NUMBERS} numbers")
-        return len(images), {key: _comparable(values[...]) for key, values in zip(keys[1:], poses)}
+        yield file
 
 
 def _recon_dataset(file: h5py.File, key: str) -> h5py.Dataset:
@@ -300,4 +186,5 @@ FORMAT = Format(
     guess=lambda data_folder, spec: {
         setting: getattr(spec, setting) or key for setting, key in zip(KEY_SETTINGS, RECON_KEYS)
     },
+    frames="rows",
 )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dino_cache import (
+    FENCE,
     LOST_MOUNT_ERRNOS,
     MAX_FRAME_PIXELS,
     PROFILE,
@@ -87,6 +88,7 @@ def packets(path: Path, where: str) -> Iterator[tuple[av.Packet, Fraction]]:
     container, stream = open_video(path, where)
     with video_errors(where), container:
         for packet in container.demux(stream):
+            FENCE.getting_on()
             if packet.size and packet.pts is not None and not packet.is_discard:
                 yield packet, stream.time_base
 
@@ -106,6 +108,7 @@ def _read_times(path: Path) -> VideoTimes:
         is_avi, codec_name, time_base = container.format.name == AVI, _codec_of(stream, where).name, stream.time_base
         shown, stamps, first, is_cut = [], [], None, False
         for packet in container.demux(stream):
+            FENCE.getting_on()
             if not packet.size or (codec_name in VP8_DECODERS and _is_hidden_vp8(packet)):
                 continue
             if packet.pts is None:
@@ -308,6 +311,7 @@ class VideoFrames:
 
     def _next_frame(self) -> av.VideoFrame | None:
         frame, self._ahead = self._ahead or next(self._frames, None), None
+        FENCE.getting_on()
         return frame
 
     def _time_of(self, frame: av.VideoFrame) -> float:
