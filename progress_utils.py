@@ -260,9 +260,8 @@ def refuse_locale() -> None:
 # Doors: what is optional is opened by name, and its absence says what to install
 # ======================================================================================================================
 
-EXTRA_OF = {  # library -> who brings it
-    "av": "lerobot", "pyarrow": "lerobot", "ray": "ray", "matplotlib": "report", "openvino": "openvino",
-}  # fmt: skip
+# Library -> the extra that brings it
+EXTRA_OF = {"av": "lerobot", "pyarrow": "lerobot", "ray": "ray", "matplotlib": "report", "openvino": "openvino"}
 PACKAGE_OF = {"yaml": "pyyaml", "PIL": "pillow"}  # library -> its package, where that is called otherwise
 SCRIPTS = {"dino_cache.py": "dino-cache", "progress_utils.py": "dino-cache-progress"}  # file -> command, once installed
 
