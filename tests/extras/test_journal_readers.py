@@ -1,6 +1,7 @@
 """The commands and readers of the wing take in progress.json.journal, and know one that belongs to no record."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,11 @@ from commands_support import CachedRobot
 import progress_utils
 from dino_cache_extras.cache_index import cache_index
 from progress_utils import Progress
+
+
+@pytest.fixture
+def robot(cached: Callable[..., CachedRobot]) -> CachedRobot:
+    return cached("lab/t2", "t3")
 
 
 def leave_in_journal(cache: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
