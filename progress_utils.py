@@ -612,17 +612,15 @@ class Journal:
         self._path.unlink(missing_ok=True)
 
 
-def journal_entries(journal: bytes) -> Iterator[dict[str, Any]]:
-    """The entries in a journal's bytes. Raises ValueError where a line is damaged."""
+def journal_entries(journal: bytes) -> Iterator[dict[str, Any] | None]:
+    """The entries in a journal's bytes, None for a line that is damaged."""
     lines = journal.split(b"\n")
     lines.pop()  # half a line, of a process that was killed
     while lines and b"\0" in lines[-1]:  # never forced to the disk before its power was cut
         lines.pop()
-    for number, line in enumerate(lines, 1):
+    for line in lines:
         digits, _, text = line.partition(b" ")
-        if digits != b"%08x" % zlib.crc32(text):
-            raise ValueError(f"line {number} is damaged")
-        yield json.loads(text)
+        yield json.loads(text) if digits == b"%08x" % zlib.crc32(text) else None
 
 
 # ======================================================================================================================
@@ -791,14 +789,19 @@ class Progress:
 
     def _take_journal(self, journal: bytes) -> None:
         """Take in the entries that follow progress.json. Those that follow an earlier one are in it already."""
-        path, saved_update, follows = self.cache_dir / JOURNAL_FILE, self.last_update, False
+        path, saved_update, follows = self.cache_dir / JOURNAL_FILE, self.last_update, None
         try:
-            for entry in journal_entries(journal):
-                if "follows" in entry:
+            for number, entry in enumerate(journal_entries(journal), 1):
+                if entry is None:
+                    if follows is not False:
+                        raise ValueError(f"line {number} is damaged")
+                elif "follows" in entry:
                     _refuse_newer(path, entry, JOURNAL_FORMAT_VERSION)
                     follows = entry["follows"] == saved_update
                     self.has_journal |= follows
-                if follows:
+                    self.specs |= entry["specs"] if follows else {}
+                    _check_specs(self.specs)
+                elif follows:
                     _take_entry(self, entry)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise RefusedError(
@@ -871,10 +874,6 @@ class Progress:
 
 
 def _take_entry(progress: Progress, entry: dict[str, Any]) -> None:
-    if "follows" in entry:
-        _check_specs(entry["specs"])
-        progress.specs |= entry["specs"]
-        return
     name = entry.get("completed", entry.get("failed", entry.get("withdrawn")))
     _check_texts([name])
     for key in ("time", "elapsed_s"):
