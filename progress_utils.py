@@ -1317,13 +1317,14 @@ def set_aside(cache_dir: Path, why: str) -> Path:
     stem = f"{PROGRESS_FILE}.{why}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = itertools.chain([stem], (f"{stem}-{count}" for count in itertools.count(2)))
     kept = next(cache_dir / name for name in names if not os.path.lexists(cache_dir / name))
-    for path, second in ((cache_dir / PROGRESS_FILE, kept), (cache_dir / JOURNAL_FILE, Path(f"{kept}.journal"))):
-        if path.is_file():
-            try:
-                os.link(path, second)
-            except OSError:  # no hard links here
-                shutil.copyfile(path, second)
-                fsync_path(second)
+    journal = cache_dir / JOURNAL_FILE
+    pairs = [(cache_dir / PROGRESS_FILE, kept), *([(journal, Path(f"{kept}.journal"))] if journal.is_file() else [])]
+    for path, second in pairs:
+        try:
+            os.link(path, second)
+        except OSError:  # no hard links here, or a folder, which is refused
+            shutil.copyfile(path, second)
+            fsync_path(second)
     return kept
 
 
