@@ -260,9 +260,8 @@ def refuse_locale() -> None:
 # Doors: what is optional is opened by name, and its absence says what to install
 # ======================================================================================================================
 
-EXTRA_OF = {  # library -> who brings it
-    "av": "lerobot", "pyarrow": "lerobot", "ray": "ray", "matplotlib": "report", "openvino": "openvino",
-}  # fmt: skip
+# Library -> the extra that brings it
+EXTRA_OF = {"av": "lerobot", "pyarrow": "lerobot", "ray": "ray", "matplotlib": "report", "openvino": "openvino"}
 PACKAGE_OF = {"yaml": "pyyaml", "PIL": "pillow"}  # library -> its package, where that is called otherwise
 SCRIPTS = {"dino_cache.py": "dino-cache", "progress_utils.py": "dino-cache-progress"}  # file -> command, once installed
 
@@ -613,17 +612,15 @@ class Journal:
         self._path.unlink(missing_ok=True)
 
 
-def journal_entries(journal: bytes) -> Iterator[dict[str, Any]]:
-    """The entries in a journal's bytes. Raises ValueError where a line is damaged."""
+def journal_entries(journal: bytes) -> Iterator[dict[str, Any] | None]:
+    """The entries in a journal's bytes, None for a line that is damaged."""
     lines = journal.split(b"\n")
     lines.pop()  # half a line, of a process that was killed
     while lines and b"\0" in lines[-1]:  # never forced to the disk before its power was cut
         lines.pop()
-    for number, line in enumerate(lines, 1):
+    for line in lines:
         digits, _, text = line.partition(b" ")
-        if digits != b"%08x" % zlib.crc32(text):
-            raise ValueError(f"line {number} is damaged")
-        yield json.loads(text)
+        yield json.loads(text) if digits == b"%08x" % zlib.crc32(text) else None
 
 
 # ======================================================================================================================
@@ -792,14 +789,19 @@ class Progress:
 
     def _take_journal(self, journal: bytes) -> None:
         """Take in the entries that follow progress.json. Those that follow an earlier one are in it already."""
-        path, saved_update, follows = self.cache_dir / JOURNAL_FILE, self.last_update, False
+        path, saved_update, follows = self.cache_dir / JOURNAL_FILE, self.last_update, None
         try:
-            for entry in journal_entries(journal):
-                if "follows" in entry:
+            for number, entry in enumerate(journal_entries(journal), 1):
+                if entry is None:
+                    if follows is not False:
+                        raise ValueError(f"line {number} is damaged")
+                elif "follows" in entry:
                     _refuse_newer(path, entry, JOURNAL_FORMAT_VERSION)
                     follows = entry["follows"] == saved_update
                     self.has_journal |= follows
-                if follows:
+                    self.specs |= entry["specs"] if follows else {}
+                    _check_specs(self.specs)
+                elif follows:
                     _take_entry(self, entry)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise RefusedError(
@@ -872,10 +874,6 @@ class Progress:
 
 
 def _take_entry(progress: Progress, entry: dict[str, Any]) -> None:
-    if "follows" in entry:
-        _check_specs(entry["specs"])
-        progress.specs |= entry["specs"]
-        return
     name = entry.get("completed", entry.get("failed", entry.get("withdrawn")))
     _check_texts([name])
     for key in ("time", "elapsed_s"):
@@ -1319,13 +1317,14 @@ def set_aside(cache_dir: Path, why: str) -> Path:
     stem = f"{PROGRESS_FILE}.{why}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = itertools.chain([stem], (f"{stem}-{count}" for count in itertools.count(2)))
     kept = next(cache_dir / name for name in names if not os.path.lexists(cache_dir / name))
-    for path, second in ((cache_dir / PROGRESS_FILE, kept), (cache_dir / JOURNAL_FILE, Path(f"{kept}.journal"))):
-        if path.is_file():
-            try:
-                os.link(path, second)
-            except OSError:  # no hard links here
-                shutil.copyfile(path, second)
-                fsync_path(second)
+    journal = cache_dir / JOURNAL_FILE
+    pairs = [(cache_dir / PROGRESS_FILE, kept), *([(journal, Path(f"{kept}.journal"))] if journal.is_file() else [])]
+    for path, second in pairs:
+        try:
+            os.link(path, second)
+        except OSError:  # no hard links here, or a folder, which is refused
+            shutil.copyfile(path, second)
+            fsync_path(second)
     return kept
 
 

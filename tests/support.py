@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+import zlib
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -271,8 +272,10 @@ def stream_results(
 def read_whole_record(cache_dir: Path) -> dict[str, Any]:
     """progress.json with what the whole lines of its journal add: the last word on each trajectory."""
     data, path = read_progress(cache_dir), cache_dir / "progress.json.journal"
-    last_words, belongs = {}, False
+    last_words, belongs = {}, None
     for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
+        if belongs is not False and int(line[:8], 16) != zlib.crc32(line[9:]):
+            raise ValueError("damaged")
         entry = json.loads(line[9:])
         if "follows" in entry:
             belongs = entry["follows"] == data["last_update"]

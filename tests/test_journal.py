@@ -174,6 +174,8 @@ def test_a_journal_of_an_earlier_progress_json_is_ignored_and_a_leftover(tmp_pat
     (tmp_path / JOURNAL).write_bytes(journal)
     assert completed(tmp_path) == ["a", "b/ü", "f0"]
     assert not Progress.load(tmp_path).has_journal
+    (tmp_path / JOURNAL).write_bytes(journal.replace(b"completed", b"conpleted"))  # nor does it matter what it says
+    assert completed(tmp_path) == ["a", "b/ü", "f0"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
