@@ -1811,16 +1811,16 @@ class FrameDecoder:
         import PIL.Image
         import PIL.ImageOps
         import torch
-        from torchvision.io import ImageReadMode, decode_jpeg
+        from torchvision.io import ImageReadMode
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms.v2 import functional
 
         self._torch = torch
         self._open_picture = functools.partial(PIL.Image.open, formats=self.IMAGE_TYPES)
         self._transpose = PIL.ImageOps.exif_transpose
-        self._decode_jpeg = functools.partial(decode_jpeg, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        self._rgb_mode = ImageReadMode.RGB.value
         self._resize = functools.partial(functional.resize, interpolation=InterpolationMode.BICUBIC, antialias=True)
-        self._center_crop = functional.center_crop
+        self._center_crop, self._interpolate = functional.center_crop, torch.nn.functional.interpolate
         self._height, self._width = spec.image_size
         self._crops = spec.resize == "crop"
 
@@ -1834,7 +1834,8 @@ class FrameDecoder:
             picture = self._open_picture(io.BytesIO(data))  # reads just the header, in some 20 us
             self._check_header(picture, data)
             if picture.format in ("JPEG", "MPO"):  # MPO: JPEG with a second picture behind it, as some cameras write
-                image = self._decode_jpeg(self._torch.from_numpy(data))
+                # What torchvision.io.decode_jpeg calls, which warns at every call; turned as EXIF says
+                image = self._torch.ops.image.decode_jpeg(self._torch.from_numpy(data), self._rgb_mode, True)
             else:
                 self._open_picture(io.BytesIO(data)).verify()  # a PNG's checksums, which decoding does not look at
                 image = self._torch.from_numpy(self._to_rgb(picture)).permute(2, 0, 1)
@@ -1881,13 +1882,23 @@ class FrameDecoder:
     def _fit(self, image: torch.Tensor, name: str) -> torch.Tensor:
         """(3, h, w) to (3, H, W): stretched, or scaled to cover and cut at the centre."""
         if not self._crops:
-            return self._resize(image, [self._height, self._width])
+            return self._resized(image, [self._height, self._width])
         height, width = image.shape[-2:]
         scale = max(self._height / height, self._width / width)
         covering = [max(self._height, round(height * scale)), max(self._width, round(width * scale))]
         if math.prod(covering) > MAX_SCALED_PIXELS * self._height * self._width:
             raise InputError(f"{name}: {width}x{height} px is too narrow to crop to {self._width}x{self._height}")
-        return self._center_crop(self._resize(image, covering), [self._height, self._width])
+        fitted = self._resized(image, covering)
+        if covering == [self._height, self._width]:
+            return fitted
+        return self._center_crop(fitted, [self._height, self._width])
+
+    def _resized(self, image: torch.Tensor, size: list[int]) -> torch.Tensor:
+        """What torchvision's resize makes, at once where it would only call torch's: for a small frame, it costs more
+        than the resizing."""
+        if not image.is_contiguous() or list(image.shape[-2:]) == size:
+            return self._resize(image, size)
+        return self._interpolate(image[None], size, mode="bicubic", align_corners=False, antialias=True)[0]
 
 
 # ======================================================================================================================
@@ -2482,6 +2493,11 @@ class ChunkLabel:
     weights_digest: str
     token_shapes: dict[str, tuple[int, ...]]
 
+    @functools.cached_property
+    def spec_json(self) -> str:
+        """Made once a run."""
+        return json.dumps(self.spec.to_json())
+
 
 @contextlib.contextmanager
 def storage_errors(cache_dir: Path) -> Iterator[None]:
@@ -2566,6 +2582,36 @@ class ChunkFile(io.FileIO):
             raise self.error
 
 
+# What h5py's own way of writing rows and attributes makes, without its asking for types, half of the time of a chunk.
+
+
+def write_rows(dataset: Any, start: int, rows: np.ndarray) -> None:
+    """Write (n, ...) rows from `start` on; `dataset`: an h5py.h5d.DatasetID."""
+    import h5py
+
+    place = dataset.get_space()
+    place.select_hyperslab((start, *(0 for _ in rows.shape[1:])), rows.shape)
+    dataset.write(h5py.h5s.create_simple(rows.shape), place, rows)
+
+
+@functools.cache
+def _attribute_type(is_text: bool) -> tuple[np.dtype, Any, Any]:
+    """numpy's, the file's and the memory's type of an attribute: text, or a whole number."""
+    import h5py
+
+    kind = h5py.string_dtype() if is_text else np.dtype(np.int64)
+    return kind, h5py.h5t.py_create(kind, logical=True), h5py.h5t.py_create(kind)
+
+
+def write_attribute(owner: Any, name: str, value: str | int) -> None:
+    """Give a dataset or file an attribute that it has not; `owner`: its low-level identifier."""
+    import h5py
+
+    kind, in_file, in_memory = _attribute_type(isinstance(value, str))
+    attribute = h5py.h5a.create(owner, name.encode(), in_file, h5py.h5s.create_simple(()))
+    attribute.write(np.array(value, kind), mtype=in_memory)
+
+
 class ChunkWriter:
     """One chunk file, written row by row in frame order, its digests computed on the way."""
 
@@ -2578,20 +2624,18 @@ class ChunkWriter:
         self._raw = ChunkFile(self._path, "x+")
         self._file = h5py.File(self._raw, "w", userblock_size=SEAL_BYTES)
         length = self._span.stop - self._span.start
-        self._tokens = {
-            name: self._file.create_dataset(
-                name, (length, *shape), np.float16
-            )  # contiguous: exact reads, memory-mappable
+        self._datasets = {
+            name: self._file.create_dataset(name, (length, *shape), np.float16).id  # contiguous: can be memory-mapped
             for name, shape in label.token_shapes.items()
         }
-        self._digests = {name: bytes_digest() for name in self._tokens}
+        self._num_bytes = {name: 2 * length * math.prod(shape) for name, shape in label.token_shapes.items()}
+        self._digests = {name: bytes_digest() for name in self._datasets}
 
     def write(self, first: int, tokens: dict[str, np.ndarray]) -> None:
         """Write the kept frames from `first` on: dataset name -> (n, ...) float16."""
-        for name, dataset in self._tokens.items():
+        for name in self._label.token_shapes:
             rows = np.ascontiguousarray(tokens[name])
-            start = first - self._span.start
-            dataset[start : start + len(rows)] = rows
+            write_rows(self._datasets[name], first - self._span.start, rows)
             self._digests[name].update(rows)
             self._raw.check()
 
@@ -2599,14 +2643,17 @@ class ChunkWriter:
         """Add poses, attributes and digests, force the file to the disk; returns its size in bytes."""
         plan, rows = self._plan, slice(*self._span)
         for name, values in plan.poses.items():
-            self._file.create_dataset(name, data=values[rows])
-            self._digests[name] = bytes_digest(np.ascontiguousarray(values[rows]))
+            inside = np.ascontiguousarray(values[rows])
+            self._datasets[name] = self._file.create_dataset(name, data=inside).id
+            self._digests[name], self._num_bytes[name] = bytes_digest(inside), inside.nbytes
         digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
         for name, digest in digests.items():
-            self._file[name].attrs["digest"] = digest
+            write_attribute(self._datasets[name], "digest", digest)
         attributes = self._attributes()
-        self._file.attrs.update({**attributes, "attributes_digest": attributes_digest(attributes, digests)})
-        data = sorted([dataset.id.get_offset(), dataset.nbytes] for dataset in self._file.values())
+        for name, value in {**attributes, "attributes_digest": attributes_digest(attributes, digests)}.items():
+            write_attribute(self._file.id, name, value)
+        data = sorted([dataset.get_offset(), self._num_bytes[name]] for name, dataset in self._datasets.items())
+        self._datasets.clear()
         self._file.close()
         self._raw.check()
         seal = {"data": data, "digest": metadata_digest(self._raw, data)}
@@ -2615,8 +2662,9 @@ class ChunkWriter:
         self._raw.check()
         with PROFILE("fsync"):
             os.fsync(self._raw.fileno())
+        size = os.fstat(self._raw.fileno()).st_size
         self._raw.close()
-        return self._path.stat().st_size
+        return size
 
     def _attributes(self) -> dict[str, Any]:
         plan, label = self._plan, self._label
@@ -2630,7 +2678,7 @@ class ChunkWriter:
             "num_chunks": len(plan.spans),
             "start": self._span.start,
             "stop": self._span.stop,
-            "spec": json.dumps(label.spec.to_json()),
+            "spec": label.spec_json,
             "fingerprint": label.fingerprint,
             "weights_digest": label.weights_digest,
             "trajectory_checksum": plan.checksum,
@@ -2947,6 +2995,11 @@ def prefetch(
             yield future.result()
 
 
+def _num_waits() -> int:
+    """How often this thread has waited by itself, rather than for its turn on a busy machine."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+
+
 def map_files(
     function: Callable[[Item], Result], items: Sequence[Item], *, measured: int = MEASURED_ITEMS, together: int = 64
 ) -> Iterator[Result]:
@@ -2954,9 +3007,9 @@ def map_files(
     which the `measured` first items show; a thread then takes so many `together`. A local disk's answer so fast that
     threads would only contend for the interpreter's lock, at twice the time."""
     first, rest = items[:measured], items[measured:]
-    wall_s, work_s = time.perf_counter(), time.thread_time()
+    wall_s, work_s, waits = time.perf_counter(), time.thread_time(), _num_waits()
     yield from [function(item) for item in first]
-    if time.perf_counter() - wall_s < 2 * (time.thread_time() - work_s):
+    if time.perf_counter() - wall_s < 2 * (time.thread_time() - work_s) or _num_waits() == waits:
         yield from map(function, rest)
         return
     with thread_pool(FILE_THREADS, "files") as pool:
