@@ -177,7 +177,7 @@ PLAN = SimpleNamespace(trajectory=SimpleNamespace(name="t"))
 def encoded(encoder: dino_cache.Encoder, frames: torch.Tensor, batch_size: int) -> list[EncodedBatch]:
     """Frames through the pipeline's own functions."""
     groups = ((np.arange(i, min(i + 6, len(frames))), frames.numpy()[i : i + 6]) for i in range(0, len(frames), 6))
-    stream = (FrameGroup(PLAN, rows, Content(len(rows)), pixels) for rows, pixels in groups)
+    stream = (FrameGroup(PLAN, rows, None, Content(len(rows)), pixels) for rows, pixels in groups)
     batches: Iterator[Batch] = full_batches(stream, encoder.new_pixels, batch_size, FailedTrajectories(), lambda: False)
     return list(encode_batches(encoder, batches, lambda count: None, lambda: False))
 
