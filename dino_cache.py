@@ -5209,7 +5209,7 @@ class DatasetRun:
         )
         self._mount = MountGuard(dataset.config.data_folder, dataset.pending)
         self._unchanged_failures = {s.trajectory.name for s in dataset.states if s.status == "failed"}
-        self._states = {state.trajectory.name: state for state in dataset.states}
+        self._states = {s.trajectory.name: s for s in dataset.states if s.status != "completed"}
         self._num_odd = sum(bool(s.status == "completed" and s.remark) for s in dataset.states) + len(dataset.lost)
         self._must_save = False  # a run that has nothing to do, and changes no setting, leaves the record as it is
         self._elapsed_before_s = dataset.progress.elapsed_s
@@ -5273,7 +5273,8 @@ class DatasetRun:
         before = self._settings()
         progress.data_folder, progress.data_format = str(dataset.config.data_folder), dataset.config.format
         progress.other_caches = dataset.other_caches or None
-        progress.num_trajectories = len(progress.records.keys() | {name for name, *_ in dataset.trajectories})
+        num_new = sum(name not in progress.records for name, *_ in dataset.trajectories)
+        progress.num_trajectories = len(progress.records) + num_new
         if dataset.pending or progress.records:
             progress.processing_config = dataset.spec.to_json()
             progress.weights = dataset.weights

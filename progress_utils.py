@@ -774,7 +774,7 @@ class Progress:
         """The record that was read from `cache_dir`; RefusedError as for `load`."""
         path = cache_dir / PROGRESS_FILE
         try:
-            data = json.loads(stored.text, object_hook=_share_texts)
+            data = json.loads(stored.text, object_hook=_compact)
             _refuse_newer(path, data, PROGRESS_FORMAT_VERSION)
             _check_progress(data)
         except (ValueError, TypeError, RecursionError) as error:
@@ -885,7 +885,7 @@ def _take_entry(progress: Progress, entry: dict[str, Any]) -> None:
         _check_records({name: entry["record"]})
         _check_texts([entry["checksum"]])
         progress.specs[entry["record"]["fingerprint"]]  # KeyError
-        progress.complete(name, entry["checksum"], _share_texts(entry["record"]))
+        progress.complete(name, entry["checksum"], _compact(entry["record"]))
     elif "failed" in entry:
         _check_failures({name: entry["failure"]})
         progress.fail(name, entry["failure"])
@@ -1017,11 +1017,13 @@ def _file_stamp(path: Path) -> tuple[int, ...] | None:
     return None
 
 
-def _share_texts(entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry whose texts that a million others hold too are the same objects there."""
+def _compact(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry that takes less memory: texts of a million others are shared, and lists have no room to grow."""
     for key in ("fingerprint", "checksum_kind"):
         if type(entry.get(key)) is str:
             entry[key] = sys.intern(entry[key])
+    if "spans" in entry and "bytes" in entry:
+        entry["spans"], entry["bytes"] = [span[:] for span in entry["spans"]], entry["bytes"][:]
     return entry
 
 
