@@ -464,6 +464,9 @@ class CacheSpec(BaseModel):
     max_chunk_frames: PositiveInt = 256  # kept frames
     overlap_frames: Annotated[int, Field(strict=True, ge=0)] = 8
     time_zero: Literal["first_frame", "container"] = "first_frame"  # of a video's poses
+    yaw_offset: Annotated[float, Field(strict=True, allow_inf_nan=False)] = 0.0  # [rad], added to every yaw
+    sample_hz: Scale | None = None  # of the frames that are kept, before frame_stride; None: all
+    max_pose_gap_s: Scale = 1.0  # between two poses; a longer one cuts the trajectory where poses are interpolated
 
     @field_validator("tokens")
     @classmethod
@@ -561,6 +564,7 @@ def without_guesses(settings: dict[str, Any]) -> dict[str, Any]:
 _LATER_SETTINGS = (
     "image_key", "position_key", "yaw_key", "position_scale", "chunk_by", "max_chunk_frames", "overlap_frames",
     "time_zero", "yaw_unit", "pose_axes", "time_scale", "engine", "compile",
+    "yaw_offset", "sample_hz", "max_pose_gap_s",
 )  # fmt: skip
 _LATER_DEFAULTS = {key: CacheSpec.model_fields[key].default for key in _LATER_SETTINGS}
 
@@ -800,6 +804,7 @@ class DataKeys(NamedTuple):
     position_scale: float = 1.0
     yaw_unit: str = "radians"
     pose_axes: str = "z_up"
+    max_pose_gap_s: float = 1.0
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> DataKeys:
@@ -833,6 +838,7 @@ class Poses(NamedTuple):
     times: np.ndarray | None = None  # (T,) float64 [s]
     table: Poses | None = None  # the poses that these were interpolated from
     num_without: int = 0  # frames that are left out because they have no pose
+    breaks: np.ndarray | None = None  # (n,) int64, ascending: frames at which the trajectory is cut, for want of poses
     notes: tuple[Note, ...] = ()
 
 
@@ -1633,11 +1639,13 @@ def travelled_distance(position: np.ndarray) -> np.ndarray:
     return np.concatenate([[0.0], np.cumsum(steps)])
 
 
-def plan_chunks(travelled: np.ndarray, max_m: float, overlap_m: float, min_m: float) -> list[Span]:
+def plan_chunks(
+    travelled: np.ndarray, max_m: float, overlap_m: float, min_m: float, breaks: Sequence[int] = ()
+) -> list[Span]:
     """Cut a trajectory into chunks by travelled distance. O(T).
 
-    With s = travelled: a step longer than `max_m` is a pose jump and separates pieces, without overlap. A piece that
-    travels less than `min_m` is left out. Within a piece a chunk from frame a ends at the last frame b with
+    With s = travelled: a step longer than `max_m` is a pose jump and separates pieces, without overlap; so does a break,
+    the first frame of a new piece. A piece that travels less than `min_m` is left out. Within a piece a chunk from frame a ends at the last frame b with
     s[b] - s[a] <= max_m, or at the piece's end where less than `min_m` remains after b. The next one starts at the last
     a' > a with s[b] - s[a'] >= overlap_m (at b where there is none), moved on to the first frame from which it reaches
     past b. So the chunks are in order, none lies inside another, they cover every frame of every stored piece, and only
@@ -1648,7 +1656,8 @@ def plan_chunks(travelled: np.ndarray, max_m: float, overlap_m: float, min_m: fl
         max_m, overlap_m, min_m: 0 <= overlap_m < max_m and 0 <= min_m <= max_m.
     """
     s = travelled.tolist()
-    jumps = [i for i in range(1, len(s)) if s[i] - s[i - 1] > max_m]
+    cuts = set(breaks)
+    jumps = [i for i in range(1, len(s)) if s[i] - s[i - 1] > max_m or i in cuts]
     spans: list[Span] = []
     for first, end in zip([0, *jumps], [*jumps, len(s)]):
         if s[end - 1] - s[first] >= min_m:
@@ -1677,10 +1686,34 @@ def _plan_piece(s: list[float], first: int, last: int, max_m: float, overlap_m: 
         a = following
 
 
-def plan_frame_chunks(count: int, max_frames: int, overlap: int) -> list[Span]:
-    """Cut `count` frames into chunks of at most `max_frames`, neighbours sharing `overlap`, which must be less."""
-    starts = range(0, max(1, count - overlap), max_frames - overlap)
-    return [Span(start, min(start + max_frames, count)) for start in starts]
+def plan_frame_chunks(count: int, max_frames: int, overlap: int, breaks: Sequence[int] = ()) -> list[Span]:
+    """Cut `count` frames into chunks of at most `max_frames`, neighbours sharing `overlap`, which must be less, but
+    nothing across a break, the first frame of a new piece."""
+    spans: list[Span] = []
+    for first, end in zip([0, *breaks], [*breaks, count]):
+        starts = range(first, max(first + 1, end - overlap), max_frames - overlap)
+        spans += [Span(start, min(start + max_frames, end)) for start in starts]
+    return spans
+
+
+def sampled_rows(times: np.ndarray, sample_hz: float) -> np.ndarray:
+    """(n,) int64 rows of the first frame in each period of 1 / sample_hz, counted from the first frame.
+
+    Args:
+        times: (T,) [s], rising.
+    """
+    periods = np.floor((times - times[0]) * sample_hz + 1e-6)  # a frame due at a period's begin is in it, if rounded
+    return np.flatnonzero(np.diff(periods, prepend=-1.0) > 0)
+
+
+def kept_rows(name: str, poses: Poses, spec: CacheSpec) -> np.ndarray:
+    """(n,) int64 rows of the frames that are kept: by time, then every `frame_stride`th. Raises InvalidDataError."""
+    rows = np.arange(len(poses.frame_index))
+    if spec.sample_hz is not None:
+        if poses.times is None:
+            raise InvalidDataError(f"{name}: sample_hz: {spec.sample_hz} needs times of frames, and there are none")
+        rows = sampled_rows(poses.times, spec.sample_hz)
+    return rows[:: spec.frame_stride]
 
 
 @dataclass(frozen=True)
@@ -1749,14 +1782,16 @@ def plan_trajectory(
     check_name(trajectory)
     by_distance = spec.chunk_by == "distance"
     poses = source.poses(required=by_distance)
-    kept = slice(None, None, spec.frame_stride)
+    kept = kept_rows(trajectory.name, poses, spec)
     frame_index = poses.frame_index[kept]
     position = None if poses.position is None else poses.position[kept] * spec.position_scale
+    breaks = [] if poses.breaks is None else sorted(set(np.searchsorted(kept, poses.breaks).tolist()) - {0, len(kept)})
     if by_distance:
         travelled = travelled_distance(position)
-        spans = plan_chunks(travelled, spec.max_chunk_distance_m, spec.overlap_distance_m, spec.min_chunk_distance_m)
+        distances = spec.max_chunk_distance_m, spec.overlap_distance_m, spec.min_chunk_distance_m
+        spans = plan_chunks(travelled, *distances, breaks)
     else:
-        travelled, spans = None, plan_frame_chunks(len(frame_index), spec.max_chunk_frames, spec.overlap_frames)
+        travelled, spans = None, plan_frame_chunks(len(frame_index), spec.max_chunk_frames, spec.overlap_frames, breaks)
     if not spans:
         raise InvalidDataError(f"{trajectory.name}: insufficient movement: {_why_nothing_is_stored(travelled, spec)}")
     return TrajectoryPlan(
@@ -1766,12 +1801,17 @@ def plan_trajectory(
         stat_checksum=checksum if checksum_kind == "stat" else source.checksum("stat"),
         frame_index=frame_index,
         position=position,
-        yaw=None if poses.yaw is None else poses.yaw[kept],
+        yaw=None if poses.yaw is None else turned(poses.yaw[kept], spec.yaw_offset),
         travelled=travelled,
         spans=spans,
         notes=poses.notes,
         read=poses,
     )
+
+
+def turned(yaw: np.ndarray, offset: float) -> np.ndarray:
+    """(T,) [rad], from -pi to pi: the yaw, and so much more; as it is where that is nothing."""
+    return yaw if offset == 0 else np.arctan2(np.sin(yaw + offset), np.cos(yaw + offset))
 
 
 def _why_nothing_is_stored(travelled: np.ndarray, spec: CacheSpec) -> str:
@@ -2463,7 +2503,7 @@ def load_encoder(spec: CacheSpec, device: str) -> tuple[Encoder, str]:
 NOT_OF_ENCODER = {
     *("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m", "frame_stride", "frame_pattern", "resize"),
     *("image_key", "position_key", "yaw_key", "guessed_keys", "position_scale", "yaw_unit", "pose_axes", "time_scale"),
-    *("chunk_by", "max_chunk_frames", "overlap_frames"),
+    *("chunk_by", "max_chunk_frames", "overlap_frames", "yaw_offset", "sample_hz", "max_pose_gap_s", "time_zero"),
 }
 
 
@@ -3022,9 +3062,7 @@ def map_files(
 # Reading: trajectories to plans, and to groups of frames at the input's size
 # ======================================================================================================================
 
-GROUP_FRAMES = (
-    32  # frames that are read, decoded and handed over together, at most; one by one costs more than decoding
-)
+GROUP_FRAMES = 32  # frames that are read, decoded and handed over together, at most; one by one costs more
 GROUP_BYTES = 2 << 20  # bytes of their pixels, at most
 OPEN_TRAJECTORIES = 24  # that a reader keeps open; more than are planned ahead
 

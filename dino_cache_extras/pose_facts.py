@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dino_cache import CacheSpec, Poses, human_list, travelled_distance
+from dino_cache import CacheSpec, Poses, human_list, kept_rows, travelled_distance
 
 LONGEST_STEP_M = 5.0  # at the median; a robot filmed so rarely is seldom meant
 HIGHEST_SPEED_M_S = 60.0
@@ -33,7 +33,7 @@ class PoseFacts(NamedTuple):
 
 def look_at(poses: Poses, spec: CacheSpec) -> PoseFacts:
     """Of the kept frames; of the yaws as the data have them."""
-    kept = slice(None, None, spec.frame_stride)
+    kept = kept_rows("these poses", poses, spec)
     yaw = poses.yaw if poses.table is None else poses.table.yaw
     steps = np.zeros(0)
     if poses.position is not None:

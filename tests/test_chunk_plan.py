@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dino_cache import Span, plan_chunks, plan_frame_chunks, travelled_distance
+from dino_cache import Span, plan_chunks, plan_frame_chunks, sampled_rows, travelled_distance
 from support import Outcome, check_stamps, make_trajectory, no_hang, read_chunk, straight_line, write_config
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,3 +260,32 @@ def test_a_piece_that_is_not_stored_is_reported(jumping_run: tuple[Path, Outcome
 )  # fmt: skip
 def test_chunks_by_number_of_frames(count: int, most: int, overlap: int, expected: list[tuple[int, int]]) -> None:
     assert plan_frame_chunks(count, most, overlap) == expected
+
+
+def test_no_chunk_crosses_a_break() -> None:
+    assert plan_frame_chunks(12, 5, 2, [4, 5]) == [(0, 4), (4, 5), (5, 10), (8, 12)]
+    travelled = np.arange(10.0)
+    assert plan_chunks(travelled, 4.0, 1.0, 0.5, [6]) == [(0, 5), (3, 6), (6, 10)]
+    assert plan_chunks(travelled, 4.0, 1.0, 0.5, [9]) == [(0, 5), (3, 8), (6, 9)]  # the last frame alone moves nowhere
+
+
+@given(
+    steps=st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0, 3.0]), min_size=1, max_size=30),
+    breaks=st.sets(st.integers(1, 30)),
+)
+def test_pieces_between_breaks_are_cut_as_if_they_were_alone(steps: list[float], breaks: set[int]) -> None:
+    travelled = np.cumsum([0.0, *steps])
+    edges = [0, *sorted(at for at in breaks if at < len(travelled)), len(travelled)]
+    alone = [
+        Span(first + span.start, first + span.stop)
+        for first, stop in pairwise(edges)
+        for span in plan_chunks(travelled[first:stop], 2.0, 0.5, 0.3)
+    ]
+    assert plan_chunks(travelled, 2.0, 0.5, 0.3, edges[1:-1]) == alone
+
+
+def test_frames_are_sampled_by_the_clock_and_not_by_what_was_kept_before() -> None:
+    every = np.arange(31) / 30
+    assert sampled_rows(every, 4).tolist() == [0, 8, 15, 23, 30]  # first at or after 0, 0.25, 0.5, 0.75 and 1 s
+    assert sampled_rows(np.array([5.0, 5.9, 6.1, 8.5, 8.6]), 1).tolist() == [0, 2, 3]
+    assert sampled_rows(np.arange(20) / 4 + 1.6e9, 4).tolist() == list(range(20))

@@ -49,6 +49,24 @@ def test_one_drive_in_all_units_and_axes_is_stored_alike(
     np.testing.assert_allclose(datasets["yaw"], TURN, atol=1e-9)
 
 
+def test_a_yaw_offset_turns_every_yaw(robot: Robot, run_here: Callable[..., Outcome]) -> None:
+    make_trajectory(robot.data / "t1", COUNT, stamp=1, position=PATH, yaw=TURN)
+    robot.configure(max_chunk_distance_m=50.0, yaw_offset=math.pi / 2)
+    assert run_here(robot.config).code == 0
+    _, datasets = read_chunk(robot.cache / "t1" / "chunk_00000.h5")
+    expected = TURN + math.pi / 2
+    expected[expected > math.pi] -= 2 * math.pi
+    np.testing.assert_allclose(datasets["yaw"], expected, atol=1e-12)
+
+
+def test_frames_without_times_cannot_be_sampled(robot: Robot, run_here: Callable[..., Outcome]) -> None:
+    make_trajectory(robot.data / "t1", COUNT, stamp=1, position=PATH, yaw=TURN)
+    robot.configure(sample_hz=4.0)
+    outcome = run_here(robot.config)
+    assert outcome.code == 1
+    assert "t1: sample_hz: 4.0 needs times of frames, and there are none" in outcome.err
+
+
 def test_at_the_defaults_poses_are_stored_as_they_are(robot: Robot, run_here: Callable[..., Outcome]) -> None:
     """To the bit, also what no unit turns into: -0.0, and yaw beyond a turn."""
     position, yaw = PATH / 3, np.linspace(-0.0, 20.0, COUNT)
