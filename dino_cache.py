@@ -1644,12 +1644,12 @@ def plan_chunks(
 ) -> list[Span]:
     """Cut a trajectory into chunks by travelled distance. O(T).
 
-    With s = travelled: a step longer than `max_m` is a pose jump and separates pieces, without overlap; so does a break,
-    the first frame of a new piece. A piece that travels less than `min_m` is left out. Within a piece a chunk from frame a ends at the last frame b with
-    s[b] - s[a] <= max_m, or at the piece's end where less than `min_m` remains after b. The next one starts at the last
-    a' > a with s[b] - s[a'] >= overlap_m (at b where there is none), moved on to the first frame from which it reaches
-    past b. So the chunks are in order, none lies inside another, they cover every frame of every stored piece, and only
-    a piece's last chunk may exceed `max_m`, by less than `min_m`.
+    With s = travelled: a step longer than `max_m` is a pose jump and separates pieces, without overlap; so does a
+    break, the first frame of a new piece. A piece that travels less than `min_m` is left out. Within a piece a chunk
+    from frame a ends at the last frame b with s[b] - s[a] <= max_m, or at the piece's end where less than `min_m`
+    remains after b. The next one starts at the last a' > a with s[b] - s[a'] >= overlap_m (at b where there is none),
+    moved on to the first frame from which it reaches past b. So the chunks are in order, none lies inside another, they
+    cover every frame of every stored piece, and only a piece's last chunk may exceed `max_m`, by less than `min_m`.
 
     Args:
         travelled: (T,) [m], as from `travelled_distance`.

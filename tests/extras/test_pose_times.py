@@ -32,10 +32,10 @@ def test_frames_without_poses_are_left_out_and_counted() -> None:
 
 
 def test_a_gap_without_frames_in_it_cuts_too() -> None:
-    poses = poses_at("t", np.arange(3), np.array([0.5, 4.5, 5.5]), table([0, 1, 4, 5, 6], [0, 1, 2, 3, 4], [0] * 5), 1.0)
+    poses = poses_at("t", np.arange(3), np.array([0.5, 4.5, 5.5]), table([0, 1, 4, 5, 6], [0, 1, 2, 3, 4], [0] * 5), 1)
     assert (poses.frame_index.tolist(), poses.breaks.tolist(), poses.num_without) == ([0, 1, 2], [1], 0)
 
 
 def test_frames_all_outside_are_refused_with_both_times() -> None:
-    with pytest.raises(InputError, match=r"t: no frame lies .* frames are at 9.000 to 9.000 s, poses at 0.000 to 1.000"):
+    with pytest.raises(InputError, match=r"t: no frame .* frames are at 9.000 to 9.000 s, poses at 0.000 to 1.000"):
         poses_at("t", np.array([0]), np.array([9.0]), table([0, 1], [0, 1], [0, 0]), 1.0)
