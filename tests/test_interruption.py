@@ -52,6 +52,7 @@ def forked_run(config: Path, batch_seconds: float, fatal_batch: int | None, fata
 
     It kills itself `fatal_second` after `fatal_batch` was begun, counted from 0.
     """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, dino_cache.HELD_SIGNALS)  # held back if readers came first to FORKED
     descriptor = os.open(config.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
