@@ -112,6 +112,11 @@ def write_poses(folder: Path, position: Any, yaw: Any) -> None:
     (folder / "traj_data.pkl").write_bytes(pickle.dumps({"position": position, "yaw": yaw}))
 
 
+# Where runs of their own decode: in threads, which spares each of them one more import of torch; CONTRIBUTING.md says
+# when tests run with processes.
+READERS = os.environ.get("TEST_READERS", "threads")
+
+
 def write_config(path: Path, data_folder: Path, dataset: str = "robot", **settings: Any) -> Path:
     """A config of one dataset for StampEncoder; `settings` add to it, at the top level."""
     config = {
@@ -125,6 +130,7 @@ def write_config(path: Path, data_folder: Path, dataset: str = "robot", **settin
         "min_chunk_distance_m": 0.3,
         "batch_size": 8,
         "decode_workers": 2,
+        "readers": READERS,
         **settings,
         "datasets": {dataset: {"data_folder": str(data_folder)}},
     }

@@ -206,6 +206,7 @@ def cached_sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.page.name}:{block.line}")
 def test_every_python_block_runs(block: Block, cached_sample: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(cached_sample, tmp_path / "clone")

@@ -146,6 +146,7 @@ def check_finished(cache: Path, expected: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_five_kills_at_random_moments_leave_what_an_undisturbed_run_makes(tmp_path, run_here):
     config, cache = make_dataset(tmp_path, names=22)  # 44 batches, more than five runs live to do
     expected = undisturbed_content(run_here, config, cache)

@@ -379,9 +379,10 @@ def _rgb(frame: av.VideoFrame, pixel_aspect: Fraction, where: str) -> np.ndarray
             f"{frame.width}x{frame.height} px; more than {MAX_FRAME_PIXELS} pixels are refused"
         )
     if (width, height) != (frame.width, frame.height):
-        image = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
+        size = {"width": width, "height": height, "interpolation": "BICUBIC"}
+        image = frame.to_ndarray(format="rgb24", threads=1, **size)
     else:
-        image = frame.to_ndarray(format="rgb24")
+        image = frame.to_ndarray(format="rgb24", threads=1)  # others would stay until the frame is collected
     return _turned(image, _display_matrix(frame))
 
 

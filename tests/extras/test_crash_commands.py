@@ -95,6 +95,7 @@ def survived() -> dict[str, int]:
     return {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", SCENARIOS)
 def test_killed_at_any_call_it_records_nothing_false_and_then_ends_as_if_undisturbed(title, lab, survived):
     survived[title] = survive(lab, SCENARIOS[title], lambda cache: check_sound(cache, SCENARIOS[title].damaged))

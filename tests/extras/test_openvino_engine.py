@@ -141,6 +141,7 @@ def deviation(a: Any, b: Any) -> float:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("model_type", SIZES)
 def test_features_are_torchs(model_type: str, precision: str) -> None:
@@ -155,6 +156,7 @@ def test_features_are_torchs(model_type: str, precision: str) -> None:
         np.testing.assert_allclose(rows_in_order(spec, encoder, pixels), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @needs_real
 @pytest.mark.parametrize("depth", [12])
 def test_features_of_real_frames_are_torchs(depth: int) -> None:
@@ -180,6 +182,7 @@ def test_a_frames_features_are_the_same_bytes_in_every_batch(precision: str) -> 
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("factor", [float("nan"), 1e6], ids=["nan", "beyond float16"])
 def test_features_that_are_not_finite_are_seen(
@@ -245,6 +248,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
 def test_a_damaged_graph_is_said_and_made_anew(
     damage: Callable[[Path], Any], own_cache: Path, conversions: list[str], caplog: pytest.LogCaptureFixture,
@@ -265,6 +269,7 @@ def test_a_damaged_graph_is_said_and_made_anew(
     assert [path.name for path in own_cache.parent.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.slow
 def test_a_whole_graph_of_other_weights_is_not_used(
     own_cache: Path, conversions: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

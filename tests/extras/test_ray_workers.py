@@ -409,6 +409,7 @@ def ray_nodes(cluster: Any) -> Iterator[Callable[[], list[Any]]]:
         ray.shutdown()
 
 
+@pytest.mark.slow
 @needs_ray
 def test_a_ray_run_with_a_limit_and_its_rest_equal_a_local_run_with_failures_and_changed_data(lab):
     def warn(stamps: set[int]) -> None:
@@ -440,6 +441,7 @@ def test_a_ray_run_with_a_limit_and_its_rest_equal_a_local_run_with_failures_and
     assert "plan_trajectory" in lab.log()  # the traceback, from the worker
 
 
+@pytest.mark.slow
 @needs_ray
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the real recordings are not in {REAL}")
 def test_a_ray_run_over_real_and_sample_datasets_equals_a_local_run(cluster, tmp_path):
@@ -470,6 +472,7 @@ def test_a_ray_run_over_real_and_sample_datasets_equals_a_local_run(cluster, tmp
         check_equal(contents["ray"][name], contents["local"][name], tolerance=2e-3)  # float16 rounds to 1e-3
 
 
+@pytest.mark.slow
 @needs_ray
 def test_changed_data_is_un_recorded_before_its_chunks_are_replaced(lab, monkeypatch):
     lab.add(3)
@@ -493,6 +496,7 @@ def test_changed_data_is_un_recorded_before_its_chunks_are_replaced(lab, monkeyp
     lab.check_complete(3)
 
 
+@pytest.mark.slow
 @needs_ray
 def test_a_killed_worker_loses_nothing(lab):
     lab.add(24)
@@ -507,6 +511,7 @@ def test_a_killed_worker_loses_nothing(lab):
     assert "died; " in lab.log()
 
 
+@pytest.mark.slow
 @needs_ray
 def test_a_trajectory_that_kills_its_worker_twice_fails_and_the_rest_goes_on(lab):
     lab.add(8)
@@ -526,6 +531,7 @@ def test_a_trajectory_that_kills_its_worker_twice_fails_and_the_rest_goes_on(lab
     assert failure["checksum"] == dino_cache.trajectory_checksum(listing, "stat")  # so its attempts are counted
 
 
+@pytest.mark.slow
 @needs_ray
 def test_a_device_fault_stops_the_run_and_blames_no_trajectory(lab):
     lab.add(6)
@@ -543,6 +549,7 @@ def test_a_device_fault_stops_the_run_and_blames_no_trajectory(lab):
     assert "t03" not in progress["completed_trajectories"]
 
 
+@pytest.mark.slow
 @needs_ray
 def test_other_weights_on_a_worker_are_refused(lab, monkeypatch):
     lab.add(2)
@@ -560,6 +567,7 @@ def test_other_weights_on_a_worker_are_refused(lab, monkeypatch):
     assert chunk_files(lab.cache) == []
 
 
+@pytest.mark.slow
 @needs_ray
 def test_a_killed_driver_leaves_a_cache_that_the_next_run_finishes_at_once(lab):
     lab.add(12)
@@ -575,6 +583,7 @@ def test_a_killed_driver_leaves_a_cache_that_the_next_run_finishes_at_once(lab):
     lab.check_complete(12)
 
 
+@pytest.mark.slow
 @needs_ray
 def test_sigterm_stops_the_workers_and_the_run_resumes(lab):
     lab.add(24)
@@ -593,6 +602,7 @@ def test_sigterm_stops_the_workers_and_the_run_resumes(lab):
     assert sorted({path.parent.name for path in chunk_files(lab.cache)}) == sorted(f"t{number:02d}" for number in done)
 
 
+@pytest.mark.slow
 @needs_ray
 def test_ctrl_c_on_a_run_that_started_ray_itself_ends_it_with_its_code(tmp_path):
     for index in range(12):
@@ -617,6 +627,7 @@ def test_ctrl_c_on_a_run_that_started_ray_itself_ends_it_with_its_code(tmp_path)
     assert list((cache / ".staging").iterdir()) == []
 
 
+@pytest.mark.slow
 @needs_ray
 def test_a_node_that_is_lost_loses_nothing(lab, cluster):
     lab.add(12)
@@ -640,6 +651,7 @@ def test_a_node_that_is_lost_loses_nothing(lab, cluster):
 CAN_UNSHARE = subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.slow
 @needs_ray
 @pytest.mark.skipif(not CAN_UNSHARE, reason="needs the right to mount, which root has")
 def test_a_node_that_sees_another_cache_folder_is_refused(lab, cluster):
