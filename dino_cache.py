@@ -3328,6 +3328,7 @@ HELD_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, si
 READING_LIBRARIES = ("torch", "torchvision.io", "torchvision.transforms.v2.functional", "PIL.Image", "PIL.ImageOps")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _STARTING = threading.Lock()
+_STARTED: set[int] = set()  # fork servers that start_fork_server started
 
 
 @contextlib.contextmanager
@@ -3352,14 +3353,26 @@ def start_fork_server(libraries: Sequence[str] = ()) -> None:
     forkserver.set_forkserver_preload([__name__, *libraries])
     with _starting_process():
         os.environ.update(variables)
+        before_it = forkserver._forkserver._forkserver_pid
         try:
             forkserver.ensure_running()
+            _STARTED.update({forkserver._forkserver._forkserver_pid} - {before_it})
         finally:
             for key, value in before.items():
                 if value is None:
                     del os.environ[key]
                 else:
                     os.environ[key] = value
+
+
+def stop_fork_server() -> None:
+    """End the process that start_fork_server started, whatever it is at: importing takes it seconds, in which it would
+    hold the run's output open. One that was there before stays."""
+    if (pid := forkserver._forkserver._forkserver_pid) in _STARTED:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+        forkserver._forkserver._stop()
+        _STARTED.discard(pid)
 
 
 @dataclass(eq=False)
@@ -5978,6 +5991,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run_and_say(run_arguments(parsed), stop_request, with_profile=parsed.profile)
     finally:
+        stop_fork_server()
         BACKLOG.end()
 
 

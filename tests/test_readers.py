@@ -24,6 +24,7 @@ from dino_cache import FatalDataError, InputError, MachineError, ReaderProcesses
 from support import (
     ROOT,
     StampEncoder,
+    cache_command,
     cache_content,
     check_stamps,
     make_trajectory,
@@ -184,6 +185,26 @@ def test_no_process_stays_when_a_run_is_killed_while_its_reader_is_stuck(tmp_pat
     run.kill()
     run.wait()
     wait_until(lambda: is_gone(reader) and is_gone(server), 20)
+
+
+def fork_servers(group: int) -> list[str]:
+    """Command lines of the fork servers in a process group."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.getpgid(int(process.name)) == group and not is_gone(int(process.name)):
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return [line for line in found if "forkserver" in line]
+
+
+@pytest.mark.parametrize("mode", ["threads", "processes"])
+def test_when_a_run_ends_nobody_holds_its_output_open(robot, mode):
+    robot.add("t0")
+    robot.configure(readers=mode)
+    command = cache_command(robot.config)
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    assert run.wait(120) == 0
+    assert fork_servers(run.pid) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
