@@ -1,11 +1,13 @@
-"""Tables of poses, as files beside pictures and videos hold them."""
+"""Poses of videos, in tables beside them; and what other formats share: names of columns, yaw, where tables lie."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
 import math
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +40,22 @@ POSE_COLUMNS = {  # names in a CSV file's first line
 TUM_COLUMNS = ("timestamp", "x", "y", "z", "qx", "qy", "qz", "qw")
 QUATERNION = ("qx", "qy", "qz", "qw")
 UNIT_SETTINGS = {"timestamp": "time_scale", "yaw": "yaw_unit"} | dict.fromkeys(("x", "y", "z"), "position_scale")
+LIKELY_TIME_SCALES = {"milliseconds": 1e-3, "microseconds": 1e-6, "nanoseconds": 1e-9}
 MOST_DISAGREEMENT_RAD = 0.2  # between a yaw column and quaternions, at the median
+
+
+def table_apart(data_folder: Path, name: str, poses_folder: str, suffixes: Sequence[str]) -> Path | None:
+    """The pose table of the trajectory `name` (with `/`) in `poses_folder`: the nearest folder of that name, in the
+    trajectory's parent or higher up to `data_folder`. Of a/b/c below that parent it is called a/b/c, b/c or c, with
+    one of the suffixes, the first that is there; they may be in capitals."""
+    parts = name.split("/")
+    for depth in range(len(parts) - 1, -1, -1):
+        folder = data_folder.joinpath(*parts[:depth], poses_folder)
+        if folder.is_dir():
+            stems = ["/".join(parts[first:]) for first in range(depth, len(parts))]
+            files = (folder / f"{stem}{end}" for stem in stems for s in suffixes for end in (s, s.upper()))
+            return next((file for file in files if os.path.lexists(file)), None)
+    return None
 
 
 def read_pose_table(path: Path, name: str, keys: DataKeys = DEFAULT_KEYS) -> dict[str, np.ndarray]:
@@ -70,13 +87,18 @@ def read_pose_table(path: Path, name: str, keys: DataKeys = DEFAULT_KEYS) -> dic
     else:
         names, records = list(TUM_COLUMNS), [re.split(r"[\s,]+", row.strip()) for row in rows]
     columns = _pose_columns(where, names, records, keys)
-    timestamp = columns["timestamp"] * keys.time_scale
+    timestamp = columns["timestamp"] * keys.time_scale + keys.time_offset
     check_values(where, "timestamp", timestamp, math.inf)  # finite also when scaled
     if (steps := np.diff(timestamp)).min(initial=1) <= 0:
         raise InputError(f"{where}: its timestamps do not rise, at pose {int(steps.argmin()) + 1}")
     points = np.stack([columns[key] for key in ("x", "y", "z") if key in columns], axis=1)
     position, height = ground_plane(where, "position", points, keys.pose_axes)
-    table = {"timestamp": timestamp, "x": position[:, 0], "y": position[:, 1], "yaw": _yaw(where, columns, keys)}
+    table = {
+        "timestamp": timestamp,
+        "x": position[:, 0],
+        "y": position[:, 1],
+        "yaw": yaw_of_columns(where, columns, keys),
+    }
     return {**table, "height": height} if height is not None and np.isfinite(height).all() else table
 
 
@@ -124,7 +146,7 @@ def _column(place: int, records: list[list[str]]) -> np.ndarray:
     return np.array([float(record[place]) for record in records])
 
 
-def _yaw(where: str, columns: dict[str, np.ndarray], keys: DataKeys) -> np.ndarray:
+def yaw_of_columns(where: str, columns: dict[str, np.ndarray], keys: DataKeys) -> np.ndarray:
     """(T,) [rad], of the yaw column, else of the quaternions; where both are there they must agree."""
     has_quaternions = columns.keys() >= {*QUATERNION}
     norms = sum(columns[key] ** 2 for key in QUATERNION) if has_quaternions else np.zeros(1)
@@ -132,10 +154,10 @@ def _yaw(where: str, columns: dict[str, np.ndarray], keys: DataKeys) -> np.ndarr
     if "yaw" not in columns:
         if not tells.all():
             raise InputError(f"{where}: pose {int(norms.argmin())} has the quaternion 0")
-        return _yaw_of_quaternions(columns, keys)
+        return yaw_of_quaternions(columns, keys)
     yaw = yaw_in_radians(columns["yaw"], keys)
     if has_quaternions and tells.any():
-        apart = np.median(np.abs(np.angle(np.exp(1j * (yaw - _yaw_of_quaternions(columns, keys)))))[tells])
+        apart = np.median(np.abs(np.angle(np.exp(1j * (yaw - yaw_of_quaternions(columns, keys)))))[tells])
         if apart > MOST_DISAGREEMENT_RAD:
             raise InputError(
                 f"{where}: its yaw and its quaternions are {apart:.2f} rad apart, at the median; set yaw_unit or "
@@ -144,10 +166,29 @@ def _yaw(where: str, columns: dict[str, np.ndarray], keys: DataKeys) -> np.ndarr
     return yaw
 
 
-def _yaw_of_quaternions(columns: dict[str, np.ndarray], keys: DataKeys) -> np.ndarray:
+def yaw_of_quaternions(columns: dict[str, np.ndarray], keys: DataKeys) -> np.ndarray:
     """(T,) [rad]: where the body's forward axis points in the ground plane."""
     qx, qy, qz, qw = (columns[key] for key in QUATERNION)
     axes = AXES[keys.pose_axes]
     if axes.forward == 0:  # x forward, seen in the plane of x and y
         return axes.yaw_sign * np.arctan2(2 * (qw * qz + qx * qy), qw**2 + qx**2 - qy**2 - qz**2)
     return axes.yaw_sign * np.arctan2(2 * (qx * qz + qw * qy), qw**2 + qz**2 - qx**2 - qy**2)
+
+
+def poses_inside(at: np.ndarray, times: np.ndarray) -> int:
+    """How many of the pose times [s] lie between a video's first and last frame, to the time of a frame."""
+    margin_s = (times[-1] - times[0]) / max(1, len(times) - 1)
+    return int(((at >= times[0] - margin_s) & (at <= times[-1] + margin_s)).sum())
+
+
+def likely_time_scale(at: np.ndarray, times: np.ndarray, time_scale: float) -> str:
+    """A hint at the time_scale by which most poses would lie inside the video and span most of it; '' for none."""
+    scales = dict(LIKELY_TIME_SCALES)
+    if len(times) > 1 and times[-1] > times[0]:
+        scales["frame numbers"] = (times[-1] - times[0]) / (len(times) - 1)
+    for unit, scale in scales.items():
+        scaled = at / time_scale * scale
+        spans_most = scaled[-1] - scaled[0] > (times[-1] - times[0]) / 2
+        if spans_most and poses_inside(scaled, times) >= len(at) / 2:
+            return f". They look like {unit}: set time_scale: {scale:.6g}"
+    return ""

@@ -25,7 +25,7 @@ from dino_cache import (
     recordable_name,
     walk_folders,
 )
-from dino_cache_extras.formats.pose_files import read_pose_table
+from dino_cache_extras.formats.pose_files import likely_time_scale, poses_inside, read_pose_table
 from dino_cache_extras.formats.video_frames import (
     SAME_TIME_S,
     VIDEO_TOLERANCE,
@@ -42,7 +42,6 @@ VIDEO_STEM = "video"  # of a folder's only video, whose poses are poses.csv or .
 POSE_STEM = "poses"
 TIME_ZEROS = {"first_frame": "the first frame shown", "container": "0 s on the container's clock"}
 CLOCK_STEP_S = 1e-3  # what containers round times to
-LIKELY_TIME_SCALES = {"milliseconds": 1e-3, "microseconds": 1e-6, "nanoseconds": 1e-9}
 
 
 def video_files(folder: FolderFiles) -> Iterator[tuple[str, str, str | None]]:
@@ -203,25 +202,6 @@ class VideoSource:
 def are_between(times: np.ndarray, at: np.ndarray) -> np.ndarray:
     """(n,) whether frames at these times lie between the first and the last of poses at `at`, both in seconds."""
     return (times >= at[0] - SAME_TIME_S) & (times <= at[-1] + SAME_TIME_S)
-
-
-def poses_inside(at: np.ndarray, times: np.ndarray) -> int:
-    """How many of the pose times [s] lie between a video's first and last frame, to the time of a frame."""
-    margin_s = (times[-1] - times[0]) / max(1, len(times) - 1)
-    return int(((at >= times[0] - margin_s) & (at <= times[-1] + margin_s)).sum())
-
-
-def likely_time_scale(at: np.ndarray, times: np.ndarray, time_scale: float) -> str:
-    """A hint at the time_scale by which most poses would lie inside the video and span most of it; '' for none."""
-    scales = dict(LIKELY_TIME_SCALES)
-    if len(times) > 1 and times[-1] > times[0]:
-        scales["frame numbers"] = (times[-1] - times[0]) / (len(times) - 1)
-    for unit, scale in scales.items():
-        scaled = at / time_scale * scale
-        spans_most = scaled[-1] - scaled[0] > (times[-1] - times[0]) / 2
-        if spans_most and poses_inside(scaled, times) >= len(at) / 2:
-            return f". They look like {unit}: set time_scale: {scale:.6g}"
-    return ""
 
 
 def _signs(folder: FolderFiles, is_top: bool) -> list[str]:
