@@ -71,6 +71,8 @@ def read_pose_table(path: Path, name: str, keys: DataKeys = DEFAULT_KEYS) -> dic
     """
     is_beside = path.with_suffix("").as_posix().endswith(f"/{name}")  # else in the trajectory's own folder
     where = name + path.suffix if is_beside else f"{name}/{recordable_name(path.name)}"
+    if keys.poses_folder is not None:
+        where = f"{name}: {recordable_name('/'.join(path.parts[-2:]))}"
     try:
         lines = read_file(path).tobytes().decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

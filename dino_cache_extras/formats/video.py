@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from dino_cache import (
     Format,
     FrameReader,
     InputError,
+    InvalidDataError,
     Note,
     Poses,
     Trajectory,
@@ -25,7 +27,10 @@ from dino_cache import (
     recordable_name,
     walk_folders,
 )
-from dino_cache_extras.formats.pose_files import likely_time_scale, poses_inside, read_pose_table
+from dino_cache_extras.formats.frame_layouts import Place, only_match, read_times
+from dino_cache_extras.formats.playlists import PLAYLIST_SUFFIX, is_playlist, segments_of
+from dino_cache_extras.formats.pose_files import likely_time_scale, poses_inside, read_pose_table, table_apart
+from dino_cache_extras.formats.pose_rows import rising
 from dino_cache_extras.formats.video_frames import (
     SAME_TIME_S,
     VIDEO_TOLERANCE,
@@ -34,9 +39,9 @@ from dino_cache_extras.formats.video_frames import (
     frame_times,
     video_times,
 )
-from progress_utils import open_library
+from progress_utils import RefusedError, open_library
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", PLAYLIST_SUFFIX)
 POSE_SUFFIXES = (".csv", ".txt")
 VIDEO_STEM = "video"  # of a folder's only video, whose poses are poses.csv or .txt, or video.csv or .txt
 POSE_STEM = "poses"
@@ -67,13 +72,23 @@ def _pose_file(stems: Sequence[str], files: Sequence[str]) -> str | None:
 
 def find_videos(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
     """Videos below `data_folder`, sorted by folder; those without poses beside them are marked so. A folder that cannot
-    be listed is yielded as a trajectory, so that it fails with that reason."""
+    be listed is yielded as a trajectory, so that it fails with that reason.
+
+    Raises:
+        RefusedError: two videos have one table in `poses_folder`.
+    """
     open_library("av")
+    tables: dict[Path, str] = {}  # of poses_folder -> whose poses they are
     for folder in walk_folders(data_folder):
         if folder.error and folder.name:
             yield Trajectory(recordable_name(folder.name.rstrip("/")), folder.path / VIDEO_STEM, format="video")
-        for name, file, pose_file in video_files(folder):
-            yield Trajectory(recordable_name(name), folder.path / file, pose_file is None, format="video")
+        for found, file, pose_file in video_files(folder):
+            name, table = recordable_name(found), None if pose_file is None else folder.path / pose_file
+            if spec.poses_folder is not None:
+                table = table_apart(data_folder, name, spec.poses_folder, POSE_SUFFIXES)
+                if table is not None and (other := tables.setdefault(table, name)) != name:
+                    raise RefusedError(f"{table}: would be the poses of {other} and of {name}; rename them")
+            yield Trajectory(name, folder.path / file, table is None, format="video", data_folder=data_folder)
 
 
 def locate_video(data_folder: Path, name: str) -> Trajectory:
@@ -83,7 +98,7 @@ def locate_video(data_folder: Path, name: str) -> Trajectory:
         if folder.is_dir():
             for found, file, pose_file in video_files(FolderFiles(prefix, folder, sorted(os.listdir(folder)))):
                 if found == name:
-                    return Trajectory(name, folder / file, pose_file is None, format="video")
+                    return Trajectory(name, folder / file, pose_file is None, format="video", data_folder=data_folder)
     raise InputError(f"{data_folder} has no video {name}")
 
 
@@ -92,21 +107,36 @@ class VideoSource:
 
     def __init__(self, trajectory: Trajectory, keys: DataKeys):
         self._name, self._path, self._keys = trajectory.name, trajectory.path, keys
+        self._place = Place(self._path.parent, self._name)
         folder = FolderFiles("/", self._path.parent, sorted(os.listdir(self._path.parent)))
         pose_files = {file: pose_file for _, file, pose_file in video_files(folder)}
         pose_file = pose_files.get(self._path.name)
         self._pose_path = self._path.parent / pose_file if pose_file else None
+        if keys.poses_folder is not None:
+            self._pose_path = table_apart(trajectory.data_folder, self._name, keys.poses_folder, POSE_SUFFIXES)
 
     def checksum(self, kind: ChecksumKind) -> str:
-        """Over the pose file's bytes and the video's size (`stat`) or bytes (`content`)."""
+        """Over the bytes of the pose file and of a playlist, and the video's size (`stat`) or bytes (`content`)."""
         digest = hashlib.sha256(f"{kind} {self._path.suffix} {os.stat(self._path).st_size}".encode())
         if self._pose_path is not None:
             digest.update(self._pose_path.suffix.encode())
             digest.update(read_file(self._pose_path))
-        if kind == "content":
-            with open(open_regular(self._path), "rb") as file:
-                digest = hashlib.file_digest(file, lambda: digest)
+        if self._times_file is not None:
+            digest.update(b"\ntimes\n" + read_file(self._path.parent / self._times_file).tobytes())
+        files = [self._path]
+        if is_playlist(self._path):
+            digest.update(read_file(self._path))
+            files = segments_of(self._path)
+            digest.update("".join(f"\n{os.stat(file).st_size}" for file in files).encode())
+        for file in files if kind == "content" else ():
+            with open(open_regular(file), "rb") as stream:
+                hashlib.file_digest(stream, lambda: digest)  # goes on with it
         return digest.hexdigest()[:16]
+
+    @functools.cached_property
+    def _times_file(self) -> str | None:
+        """The table of the frames' own times. Raises InputError where there is not one."""
+        return None if self._keys.frame_times is None else only_match(self._place, self._keys.frame_times)
 
     def poses(self, *, required: bool) -> Poses:
         """Of the frames between the first and the last pose, interpolated: position on a line, yaw the shorter way."""
@@ -140,11 +170,25 @@ class VideoSource:
         )
 
     def _times(self, zero: str) -> np.ndarray:
-        """(n,) [s] of the frames shown, counted from the first one or on the container's clock."""
+        """(n,) [s] of the frames shown: by their own table, else counted from the first one or on the container's
+        clock."""
         times = frame_times(self._path)
         if len(times) == 0:
             raise InputError(f"{self._name}: {self._path.name} holds no frames")
+        if self._times_file is not None:
+            own, _ = read_times(self._place, self._times_file, self._keys)
+            if len(own) != len(times):
+                raise InvalidDataError(
+                    f"{self._name}: {len(times)} frames in {self._path.name} but {len(own)} times in {self._times_file}"
+                )
+            return rising(self._place.where(self._times_file), "time", own)
         return times - times[0] if zero == "first_frame" else times
+
+    @property
+    def _counted(self) -> str:
+        if self._times_file is not None:
+            return f"by {recordable_name(self._times_file)}"
+        return f"counted from {TIME_ZEROS[self._keys.time_zero]} (time_zero: {self._keys.time_zero})"
 
     def _check_some_between(self, times: np.ndarray, at: np.ndarray) -> None:
         """Raise InputError unless some frame has a pose before and after it."""
@@ -154,8 +198,7 @@ class VideoSource:
         others = np.count_nonzero(are_between(self._times(other), at))
         raise InputError(
             f"{self._name}: no frame lies between the first pose ({at[0]:.3f} s) and the last ({at[-1]:.3f} s); "
-            f"the video's frames are at {times[0]:.3f} to {times[-1]:.3f} s, counted from "
-            f"{TIME_ZEROS[self._keys.time_zero]} (time_zero: {self._keys.time_zero})"
+            f"the video's frames are at {times[0]:.3f} to {times[-1]:.3f} s, {self._counted}"
             + (f"; with time_zero: {other} {others} of them do" if others else "")
             + likely_time_scale(at, times, self._keys.time_scale)
         )
@@ -169,7 +212,7 @@ class VideoSource:
         if inside < len(times):
             what = "videos have frames before their first pose or after the last, which are left out"
             notes.append(Note(what, f"{len(times) - inside} of {len(times)}"))
-        if abs(first_s) > (np.median(np.diff(times)) / 2 if len(times) > 1 else 0.0):
+        if self._times_file is None and abs(first_s) > (np.median(np.diff(times)) / 2 if len(times) > 1 else 0.0):
             what = "videos have their first frame elsewhere than at 0 s on their own clock"
             notes.append(
                 Note(f"{what}; pose times are counted from {TIME_ZEROS[zero]} (time_zero: {zero})", f"{first_s:.3f} s")
@@ -216,7 +259,7 @@ FORMAT = Format(
     find=find_videos,
     locate=locate_video,
     open=VideoSource,
-    settings=("time_zero", "time_scale"),
+    settings=("time_zero", "time_scale", "poses_folder", "time_offset", "frame_times"),
     trajectory="<name>.mp4 with <name>.csv or .txt, or a folder with video.mp4 and poses.csv or .txt",
     signs=_signs,
     hints=_hints,
