@@ -4571,10 +4571,27 @@ def refuse_no_trajectories(config: DatasetConfig, kind: Format, lack_poses: Sequ
     why = "Is the disk mounted?"
     if lack_poses:
         why = f"These have frames and no poses, for which there is chunk_by: frames: {human_list(lack_poses)}"
+        if (other := other_sign(config, lack_poses)) is not None:
+            why = f"It looks like format: {other.name} ({other.sign})"
     raise RefusedError(
         f"datasets.{config.name}.data_folder: {config.data_folder}: no trajectories below it{which}; a trajectory "
         f"is {kind.trajectory}. {why}"
     )
+
+
+def other_sign(config: DatasetConfig, names: Sequence[str]) -> FoundFormat | None:
+    """A sign of another format at trajectories that lack poses, or in the folders that hold these: images/ beside
+    poses.csv, for one."""
+    others = [(name, format_named(name)) for name in format_names() if name != config.format]
+    for name in names[:SHOWN_NAMES]:
+        for folder in (name, os.path.dirname(name)):
+            path = config.data_folder / folder
+            if path.is_dir():
+                files = FolderFiles(f"{folder}/" if folder else "", path, sorted(os.listdir(path)))
+                for other, kind in others:
+                    if sign := next(iter(kind.signs(files, not folder)), None):
+                        return FoundFormat(other, recordable_name(files.name + sign))
+    return None
 
 
 def refuse_same_names(trajectories: list[Trajectory]) -> None:
@@ -5053,6 +5070,8 @@ def remarks(dataset: PreparedDataset) -> list[str]:
     ):
         if names:
             lines.append(f"{len(names)} {what}: {human_list(names)}")
+    if (other := other_sign(dataset.config, dataset.selection.lack_poses)) is not None:
+        lines.append(f"There are poses beside frames that are left out: format: {other.name} reads {other.sign}")
     return lines + [f"{len(found)} {what}: {human_list(found)}" for what, found in dataset.notes.items()]
 
 
