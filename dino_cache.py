@@ -173,6 +173,7 @@ FORMAT_MODULES = {  # format -> the module that reads it; gnm is read here
     "recon": "dino_cache_extras.formats.recon",
     "lerobot": "dino_cache_extras.formats.lerobot",
     "video": "dino_cache_extras.formats.video",
+    "frames": "dino_cache_extras.formats.frames",
 }
 EXECUTOR_MODULES = {"ray": "dino_cache_extras.ray_workers"}  # executor -> its module; local is this process
 ENGINE_MODULES = {"openvino": "dino_cache_extras.openvino_engine"}  # engine -> its module; torch is used here
@@ -424,6 +425,8 @@ PositiveInt = Annotated[int, Field(strict=True, ge=1)]
 StrictBool = Annotated[bool, Field(strict=True)]
 ChannelValues = tuple[float, float, float]
 DataKey = Annotated[str, Field(min_length=1)]
+PoseColumn = Literal["timestamp", "x", "y", "z", "yaw", "qx", "qy", "qz", "qw", "file"]
+PoseColumns = dict[PoseColumn, Annotated[str, Field(min_length=1, coerce_numbers_to_str=True)]]
 
 
 def one_of(name: str, known: Sequence[str]) -> str:
@@ -467,6 +470,13 @@ class CacheSpec(BaseModel):
     yaw_offset: Annotated[float, Field(strict=True, allow_inf_nan=False)] = 0.0  # [rad], added to every yaw
     sample_hz: Scale | None = None  # of the frames that are kept, before frame_stride; None: all
     max_pose_gap_s: Scale = 1.0  # between two poses; a longer one cuts the trajectory where poses are interpolated
+    layout: Literal["auto", "kitti", "tum", "euroc", "tartanair", "tartandrive", "custom"] = "auto"  # of format frames
+    pose_file: DataKey | None = None  # relative to a trajectory's folder
+    pose_columns: PoseColumns | None = None  # what is read -> its name in the pose file
+    pose_match: Literal["row", "time"] = "row"
+    poses_folder: DataKey | None = None  # where pose tables lie apart from pictures and videos
+    time_offset: Annotated[float, Field(strict=True, allow_inf_nan=False)] = 0.0  # [s], added to the poses' times
+    frame_times: DataKey | None = None  # a table of the frames' times, relative to a trajectory's folder
 
     @field_validator("tokens")
     @classmethod
@@ -565,6 +575,7 @@ _LATER_SETTINGS = (
     "image_key", "position_key", "yaw_key", "position_scale", "chunk_by", "max_chunk_frames", "overlap_frames",
     "time_zero", "yaw_unit", "pose_axes", "time_scale", "engine", "compile",
     "yaw_offset", "sample_hz", "max_pose_gap_s",
+    "layout", "pose_file", "pose_columns", "pose_match", "poses_folder", "time_offset", "frame_times",
 )  # fmt: skip
 _LATER_DEFAULTS = {key: CacheSpec.model_fields[key].default for key in _LATER_SETTINGS}
 
@@ -785,11 +796,12 @@ MAX_VISITS = (
 class Trajectory(NamedTuple):
     """Where a trajectory is. A small value that can be sent to another process; `open_source` opens it."""
 
-    name: str  # in gnm and video its path relative to data_folder, with `/`
-    path: Path  # gnm: its folder; recon, video: its file; lerobot: the dataset's folder
+    name: str  # in gnm, video and frames its path relative to data_folder, with `/`
+    path: Path  # gnm, frames: its folder; recon, video: its file; lerobot: the dataset's folder
     lacks_poses: bool = False  # frames and no pose file: not a trajectory, and worth a remark
     format: str = "gnm"
     episode: int = 0  # lerobot: its number
+    data_folder: Path | None = None  # video, frames: poses_folder is looked for no higher than there
 
 
 class DataKeys(NamedTuple):
@@ -805,6 +817,13 @@ class DataKeys(NamedTuple):
     yaw_unit: str = "radians"
     pose_axes: str = "z_up"
     max_pose_gap_s: float = 1.0
+    layout: str = "auto"
+    pose_file: str | None = None
+    pose_columns: Mapping[str, str] | None = None
+    pose_match: str = "row"
+    poses_folder: str | None = None
+    time_offset: float = 0.0
+    frame_times: str | None = None
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> DataKeys:
@@ -1267,12 +1286,12 @@ def _parse_pose_file(file_name: str, data: bytes) -> Any:
             raise InputError(f"unpacks to {unpacked} bytes")
         for member in members:
             with archive.open(member) as file:
-                _check_claim(file, member.file_size)
+                check_claim(file, member.file_size)
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         return {key: arrays[key] for key in arrays.files if key in ("position", "yaw")}
 
 
-def _check_claim(file: IO[bytes], size: int) -> None:
+def check_claim(file: IO[bytes], size: int) -> None:
     """Raise InputError where the head of a .npy file claims an array that its `size` [bytes] cannot hold: numpy would
     allocate it first."""
     try:
@@ -1543,7 +1562,8 @@ def _gnm_signs(folder: FolderFiles, is_top: bool) -> list[str]:
 
 
 def _gnm_hints(folder: FolderFiles, keys: DataKeys) -> Iterator[str]:
-    return filter(re.compile(keys.frame_pattern).fullmatch, folder.files)
+    is_set_otherwise = keys.poses_folder or keys.pose_file or keys.layout != "auto"  # these say where poses are
+    return filter(re.compile(keys.frame_pattern).fullmatch, () if is_set_otherwise else folder.files)
 
 
 GNM = Format(
@@ -2504,6 +2524,7 @@ NOT_OF_ENCODER = {
     *("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m", "frame_stride", "frame_pattern", "resize"),
     *("image_key", "position_key", "yaw_key", "guessed_keys", "position_scale", "yaw_unit", "pose_axes", "time_scale"),
     *("chunk_by", "max_chunk_frames", "overlap_frames", "yaw_offset", "sample_hz", "max_pose_gap_s", "time_zero"),
+    *("layout", "pose_file", "pose_columns", "pose_match", "poses_folder", "time_offset", "frame_times"),
 }
 
 
@@ -4563,10 +4584,27 @@ def refuse_no_trajectories(config: DatasetConfig, kind: Format, lack_poses: Sequ
     why = "Is the disk mounted?"
     if lack_poses:
         why = f"These have frames and no poses, for which there is chunk_by: frames: {human_list(lack_poses)}"
+        if (other := other_sign(config, lack_poses)) is not None:
+            why = f"It looks like format: {other.name} ({other.sign})"
     raise RefusedError(
         f"datasets.{config.name}.data_folder: {config.data_folder}: no trajectories below it{which}; a trajectory "
         f"is {kind.trajectory}. {why}"
     )
+
+
+def other_sign(config: DatasetConfig, names: Sequence[str]) -> FoundFormat | None:
+    """A sign of another format at trajectories that lack poses, or in the folders that hold these: images/ beside
+    poses.csv, for one."""
+    others = [(name, format_named(name)) for name in format_names() if name != config.format]
+    for name in names[:SHOWN_NAMES]:
+        for folder in (name, os.path.dirname(name)):
+            path = config.data_folder / folder
+            if path.is_dir():
+                files = FolderFiles(f"{folder}/" if folder else "", path, sorted(os.listdir(path)))
+                for other, kind in others:
+                    if sign := next(iter(kind.signs(files, not folder)), None):
+                        return FoundFormat(other, recordable_name(files.name + sign))
+    return None
 
 
 def refuse_same_names(trajectories: list[Trajectory]) -> None:
@@ -5045,6 +5083,8 @@ def remarks(dataset: PreparedDataset) -> list[str]:
     ):
         if names:
             lines.append(f"{len(names)} {what}: {human_list(names)}")
+    if (other := other_sign(dataset.config, dataset.selection.lack_poses)) is not None:
+        lines.append(f"There are poses beside frames that are left out: format: {other.name} reads {other.sign}")
     return lines + [f"{len(found)} {what}: {human_list(found)}" for what, found in dataset.notes.items()]
 
 

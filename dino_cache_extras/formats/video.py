@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
+import functools
 import hashlib
-import math
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dino_cache import (
-    AXES,
-    DEFAULT_KEYS,
-    MAX_POSITION_M,
-    NAMED_UNITS,
     CacheSpec,
     ChecksumKind,
     DataKeys,
@@ -25,19 +18,19 @@ from dino_cache import (
     Format,
     FrameReader,
     InputError,
+    InvalidDataError,
     Note,
     Poses,
     Trajectory,
-    check_values,
-    ground_plane,
     open_regular,
     read_file,
     recordable_name,
-    refuse_other_unit,
-    unit_of_name,
     walk_folders,
-    yaw_in_radians,
 )
+from dino_cache_extras.formats.frame_layouts import Place, only_match, read_times
+from dino_cache_extras.formats.playlists import PLAYLIST_SUFFIX, is_playlist, segments_of
+from dino_cache_extras.formats.pose_files import likely_time_scale, poses_inside, read_pose_table, table_apart
+from dino_cache_extras.formats.pose_rows import rising
 from dino_cache_extras.formats.video_frames import (
     SAME_TIME_S,
     VIDEO_TOLERANCE,
@@ -46,28 +39,14 @@ from dino_cache_extras.formats.video_frames import (
     frame_times,
     video_times,
 )
-from progress_utils import open_library
+from progress_utils import RefusedError, open_library
 
-MIN_QUATERNION_NORM = 1e-12  # a quaternion shorter than this tells no direction
-VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", PLAYLIST_SUFFIX)
 POSE_SUFFIXES = (".csv", ".txt")
 VIDEO_STEM = "video"  # of a folder's only video, whose poses are poses.csv or .txt, or video.csv or .txt
 POSE_STEM = "poses"
-POSE_COLUMNS = {  # names in a CSV file's first line
-    "timestamp": ("timestamp", "time", "t"),
-    "x": ("x", "tx"),
-    "y": ("y", "ty"),
-    "z": ("z", "tz"),
-    "yaw": ("yaw", "heading"),
-    "qx": ("qx",), "qy": ("qy",), "qz": ("qz",), "qw": ("qw",),
-}  # fmt: skip
 TIME_ZEROS = {"first_frame": "the first frame shown", "container": "0 s on the container's clock"}
 CLOCK_STEP_S = 1e-3  # what containers round times to
-TUM_COLUMNS = ("timestamp", "x", "y", "z", "qx", "qy", "qz", "qw")
-QUATERNION = ("qx", "qy", "qz", "qw")
-UNIT_SETTINGS = {"timestamp": "time_scale", "yaw": "yaw_unit"} | dict.fromkeys(("x", "y", "z"), "position_scale")
-MOST_DISAGREEMENT_RAD = 0.2  # between a yaw column and quaternions, at the median
-LIKELY_TIME_SCALES = {"milliseconds": 1e-3, "microseconds": 1e-6, "nanoseconds": 1e-9}
 
 
 def video_files(folder: FolderFiles) -> Iterator[tuple[str, str, str | None]]:
@@ -93,13 +72,23 @@ def _pose_file(stems: Sequence[str], files: Sequence[str]) -> str | None:
 
 def find_videos(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
     """Videos below `data_folder`, sorted by folder; those without poses beside them are marked so. A folder that cannot
-    be listed is yielded as a trajectory, so that it fails with that reason."""
+    be listed is yielded as a trajectory, so that it fails with that reason.
+
+    Raises:
+        RefusedError: two videos have one table in `poses_folder`.
+    """
     open_library("av")
+    tables: dict[Path, str] = {}  # of poses_folder -> whose poses they are
     for folder in walk_folders(data_folder):
         if folder.error and folder.name:
             yield Trajectory(recordable_name(folder.name.rstrip("/")), folder.path / VIDEO_STEM, format="video")
-        for name, file, pose_file in video_files(folder):
-            yield Trajectory(recordable_name(name), folder.path / file, pose_file is None, format="video")
+        for found, file, pose_file in video_files(folder):
+            name, table = recordable_name(found), None if pose_file is None else folder.path / pose_file
+            if spec.poses_folder is not None:
+                table = table_apart(data_folder, name, spec.poses_folder, POSE_SUFFIXES)
+                if table is not None and (other := tables.setdefault(table, name)) != name:
+                    raise RefusedError(f"{table}: would be the poses of {other} and of {name}; rename them")
+            yield Trajectory(name, folder.path / file, table is None, format="video", data_folder=data_folder)
 
 
 def locate_video(data_folder: Path, name: str) -> Trajectory:
@@ -109,7 +98,7 @@ def locate_video(data_folder: Path, name: str) -> Trajectory:
         if folder.is_dir():
             for found, file, pose_file in video_files(FolderFiles(prefix, folder, sorted(os.listdir(folder)))):
                 if found == name:
-                    return Trajectory(name, folder / file, pose_file is None, format="video")
+                    return Trajectory(name, folder / file, pose_file is None, format="video", data_folder=data_folder)
     raise InputError(f"{data_folder} has no video {name}")
 
 
@@ -118,21 +107,36 @@ class VideoSource:
 
     def __init__(self, trajectory: Trajectory, keys: DataKeys):
         self._name, self._path, self._keys = trajectory.name, trajectory.path, keys
+        self._place = Place(self._path.parent, self._name)
         folder = FolderFiles("/", self._path.parent, sorted(os.listdir(self._path.parent)))
         pose_files = {file: pose_file for _, file, pose_file in video_files(folder)}
         pose_file = pose_files.get(self._path.name)
         self._pose_path = self._path.parent / pose_file if pose_file else None
+        if keys.poses_folder is not None:
+            self._pose_path = table_apart(trajectory.data_folder, self._name, keys.poses_folder, POSE_SUFFIXES)
 
     def checksum(self, kind: ChecksumKind) -> str:
-        """Over the pose file's bytes and the video's size (`stat`) or bytes (`content`)."""
+        """Over the bytes of the pose file and of a playlist, and the video's size (`stat`) or bytes (`content`)."""
         digest = hashlib.sha256(f"{kind} {self._path.suffix} {os.stat(self._path).st_size}".encode())
         if self._pose_path is not None:
             digest.update(self._pose_path.suffix.encode())
             digest.update(read_file(self._pose_path))
-        if kind == "content":
-            with open(open_regular(self._path), "rb") as file:
-                digest = hashlib.file_digest(file, lambda: digest)
+        if self._times_file is not None:
+            digest.update(b"\ntimes\n" + read_file(self._path.parent / self._times_file).tobytes())
+        files = [self._path]
+        if is_playlist(self._path):
+            digest.update(read_file(self._path))
+            files = segments_of(self._path)
+            digest.update("".join(f"\n{os.stat(file).st_size}" for file in files).encode())
+        for file in files if kind == "content" else ():
+            with open(open_regular(file), "rb") as stream:
+                hashlib.file_digest(stream, lambda: digest)  # goes on with it
         return digest.hexdigest()[:16]
+
+    @functools.cached_property
+    def _times_file(self) -> str | None:
+        """The table of the frames' own times. Raises InputError where there is not one."""
+        return None if self._keys.frame_times is None else only_match(self._place, self._keys.frame_times)
 
     def poses(self, *, required: bool) -> Poses:
         """Of the frames between the first and the last pose, interpolated: position on a line, yaw the shorter way."""
@@ -166,11 +170,25 @@ class VideoSource:
         )
 
     def _times(self, zero: str) -> np.ndarray:
-        """(n,) [s] of the frames shown, counted from the first one or on the container's clock."""
+        """(n,) [s] of the frames shown: by their own table, else counted from the first one or on the container's
+        clock."""
         times = frame_times(self._path)
         if len(times) == 0:
             raise InputError(f"{self._name}: {self._path.name} holds no frames")
+        if self._times_file is not None:
+            own, _ = read_times(self._place, self._times_file, self._keys)
+            if len(own) != len(times):
+                raise InvalidDataError(
+                    f"{self._name}: {len(times)} frames in {self._path.name} but {len(own)} times in {self._times_file}"
+                )
+            return rising(self._place.where(self._times_file), "time", own)
         return times - times[0] if zero == "first_frame" else times
+
+    @property
+    def _counted(self) -> str:
+        if self._times_file is not None:
+            return f"by {recordable_name(self._times_file)}"
+        return f"counted from {TIME_ZEROS[self._keys.time_zero]} (time_zero: {self._keys.time_zero})"
 
     def _check_some_between(self, times: np.ndarray, at: np.ndarray) -> None:
         """Raise InputError unless some frame has a pose before and after it."""
@@ -180,8 +198,7 @@ class VideoSource:
         others = np.count_nonzero(are_between(self._times(other), at))
         raise InputError(
             f"{self._name}: no frame lies between the first pose ({at[0]:.3f} s) and the last ({at[-1]:.3f} s); "
-            f"the video's frames are at {times[0]:.3f} to {times[-1]:.3f} s, counted from "
-            f"{TIME_ZEROS[self._keys.time_zero]} (time_zero: {self._keys.time_zero})"
+            f"the video's frames are at {times[0]:.3f} to {times[-1]:.3f} s, {self._counted}"
             + (f"; with time_zero: {other} {others} of them do" if others else "")
             + likely_time_scale(at, times, self._keys.time_scale)
         )
@@ -195,7 +212,7 @@ class VideoSource:
         if inside < len(times):
             what = "videos have frames before their first pose or after the last, which are left out"
             notes.append(Note(what, f"{len(times) - inside} of {len(times)}"))
-        if abs(first_s) > (np.median(np.diff(times)) / 2 if len(times) > 1 else 0.0):
+        if self._times_file is None and abs(first_s) > (np.median(np.diff(times)) / 2 if len(times) > 1 else 0.0):
             what = "videos have their first frame elsewhere than at 0 s on their own clock"
             notes.append(
                 Note(f"{what}; pose times are counted from {TIME_ZEROS[zero]} (time_zero: {zero})", f"{first_s:.3f} s")
@@ -230,137 +247,6 @@ def are_between(times: np.ndarray, at: np.ndarray) -> np.ndarray:
     return (times >= at[0] - SAME_TIME_S) & (times <= at[-1] + SAME_TIME_S)
 
 
-def poses_inside(at: np.ndarray, times: np.ndarray) -> int:
-    """How many of the pose times [s] lie between a video's first and last frame, to the time of a frame."""
-    margin_s = (times[-1] - times[0]) / max(1, len(times) - 1)
-    return int(((at >= times[0] - margin_s) & (at <= times[-1] + margin_s)).sum())
-
-
-def likely_time_scale(at: np.ndarray, times: np.ndarray, time_scale: float) -> str:
-    """A hint at the time_scale by which most poses would lie inside the video and span most of it; '' for none."""
-    scales = dict(LIKELY_TIME_SCALES)
-    if len(times) > 1 and times[-1] > times[0]:
-        scales["frame numbers"] = (times[-1] - times[0]) / (len(times) - 1)
-    for unit, scale in scales.items():
-        scaled = at / time_scale * scale
-        spans_most = scaled[-1] - scaled[0] > (times[-1] - times[0]) / 2
-        if spans_most and poses_inside(scaled, times) >= len(at) / 2:
-            return f". They look like {unit}: set time_scale: {scale:.6g}"
-    return ""
-
-
-def read_pose_table(path: Path, name: str, keys: DataKeys = DEFAULT_KEYS) -> dict[str, np.ndarray]:
-    """Poses in a .csv file with names in its first line, or in TUM's form (timestamp tx ty tz qx qy qz qw, no names).
-
-    Returns:
-        timestamp [s], x, y and yaw [rad] in the ground plane, (T,) float64 each, times rising; and `height`, the third
-        coordinate, where there is one.
-
-    Raises:
-        InputError: it is no such table, a column is missing, there twice or in another unit by its name, or a value is
-            not finite.
-    """
-    is_beside = path.with_suffix("").as_posix().endswith(f"/{name}")  # else in the trajectory's own folder
-    where = name + path.suffix if is_beside else f"{name}/{recordable_name(path.name)}"
-    try:
-        lines = read_file(path).tobytes().decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not a text file: {error}") from error
-    rows = [line for line in lines if line.strip() and not line.startswith("#")]
-    if not rows:
-        raise InputError(f"{where}: is empty, it holds no poses")
-    if path.suffix.lower() == ".csv":
-        try:
-            header, *records = csv.reader(rows)
-        except csv.Error as error:
-            raise InputError(f"{where}: not a table: {error}") from error
-        names = _column_names(where, header, keys)
-    else:
-        names, records = list(TUM_COLUMNS), [re.split(r"[\s,]+", row.strip()) for row in rows]
-    columns = _pose_columns(where, names, records, keys)
-    timestamp = columns["timestamp"] * keys.time_scale
-    check_values(where, "timestamp", timestamp, math.inf)  # finite also when scaled
-    if (steps := np.diff(timestamp)).min(initial=1) <= 0:
-        raise InputError(f"{where}: its timestamps do not rise, at pose {int(steps.argmin()) + 1}")
-    points = np.stack([columns[key] for key in ("x", "y", "z") if key in columns], axis=1)
-    position, height = ground_plane(where, "position", points, keys.pose_axes)
-    table = {"timestamp": timestamp, "x": position[:, 0], "y": position[:, 1], "yaw": _yaw(where, columns, keys)}
-    return {**table, "height": height} if height is not None and np.isfinite(height).all() else table
-
-
-def _column_names(where: str, header: list[str], keys: DataKeys) -> list[str]:
-    """Which of POSE_COLUMNS each cell of the first line names, '' for none."""
-    names: list[str] = []
-    for cell in header:
-        plain, unit = unit_of_name(cell)
-        known = next((key for key, forms in POSE_COLUMNS.items() if plain.lower() in forms), "")
-        if unit is not None and NAMED_UNITS[unit][0] != UNIT_SETTINGS.get(known):
-            known = ""
-        if known and known in names:
-            other = header[names.index(known)].strip()
-            raise InputError(f"{where}: two columns for {known}: {other} and {cell.strip()}; take one out")
-        if known in UNIT_SETTINGS:
-            refuse_other_unit(where, cell.strip(), UNIT_SETTINGS[known], keys)
-        names.append(known)
-    return names
-
-
-def _pose_columns(where: str, names: list[str], records: list[list[str]], keys: DataKeys) -> dict[str, np.ndarray]:
-    needs_z = max(AXES[keys.pose_axes].columns) == 2
-    needed = {"timestamp", "x", "y"} | ({"z"} if needs_z else set()) | ({"yaw"} if "yaw" in names else set(QUATERNION))
-    if missing := needed - set(names):
-        raise InputError(
-            f"{where}: has no column {', '.join(sorted(missing))}; expected a first line with timestamp, x, y and yaw "
-            "or qx, qy, qz, qw; a .txt file in TUM's form: timestamp tx ty tz qx qy qz qw"
-        )
-    if not records:
-        raise InputError(f"{where}: holds no poses")
-    columns = {}
-    for key in sorted(needed):
-        try:
-            columns[key] = _column(names.index(key), records)
-        except (ValueError, IndexError) as error:
-            raise InputError(f"{where}: {key}: {error}") from error
-        check_values(where, key, columns[key], MAX_POSITION_M if key in ("x", "y", "z") else math.inf)
-    for key in {"z", *QUATERNION} & set(names) - needed:  # looked at for what they tell of the others, if they can be
-        with contextlib.suppress(ValueError, IndexError):
-            columns[key] = _column(names.index(key), records)
-    return columns
-
-
-def _column(place: int, records: list[list[str]]) -> np.ndarray:
-    return np.array([float(record[place]) for record in records])
-
-
-def _yaw(where: str, columns: dict[str, np.ndarray], keys: DataKeys) -> np.ndarray:
-    """(T,) [rad], of the yaw column, else of the quaternions; where both are there they must agree."""
-    has_quaternions = columns.keys() >= {*QUATERNION}
-    norms = sum(columns[key] ** 2 for key in QUATERNION) if has_quaternions else np.zeros(1)
-    tells = norms >= MIN_QUATERNION_NORM
-    if "yaw" not in columns:
-        if not tells.all():
-            raise InputError(f"{where}: pose {int(norms.argmin())} has the quaternion 0")
-        return _yaw_of_quaternions(columns, keys)
-    yaw = yaw_in_radians(columns["yaw"], keys)
-    if has_quaternions and tells.any():
-        apart = np.median(np.abs(np.angle(np.exp(1j * (yaw - _yaw_of_quaternions(columns, keys)))))[tells])
-        if apart > MOST_DISAGREEMENT_RAD:
-            raise InputError(
-                f"{where}: its yaw and its quaternions are {apart:.2f} rad apart, at the median; set yaw_unit or "
-                "pose_axes, or take one of them out"
-            )
-    return yaw
-
-
-def _yaw_of_quaternions(columns: dict[str, np.ndarray], keys: DataKeys) -> np.ndarray:
-    """(T,) [rad]: where the body's forward axis points in the ground plane."""
-    qx, qy, qz, qw = (columns[key] for key in QUATERNION)
-    axes = AXES[keys.pose_axes]
-    if axes.forward == 0:  # x forward, seen in the plane of x and y
-        return axes.yaw_sign * np.arctan2(2 * (qw * qz + qx * qy), qw**2 + qx**2 - qy**2 - qz**2)
-    return axes.yaw_sign * np.arctan2(2 * (qx * qz + qw * qy), qw**2 + qz**2 - qx**2 - qy**2)
-
-
 def _signs(folder: FolderFiles, is_top: bool) -> list[str]:
     return [f"{file} and {pose_file}" for _, file, pose_file in video_files(folder) if pose_file is not None]
 
@@ -373,7 +259,7 @@ FORMAT = Format(
     find=find_videos,
     locate=locate_video,
     open=VideoSource,
-    settings=("time_zero", "time_scale"),
+    settings=("time_zero", "time_scale", "poses_folder", "time_offset", "frame_times"),
     trajectory="<name>.mp4 with <name>.csv or .txt, or a folder with video.mp4 and poses.csv or .txt",
     signs=_signs,
     hints=_hints,
