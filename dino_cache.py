@@ -173,6 +173,7 @@ FORMAT_MODULES = {  # format -> the module that reads it; gnm is read here
     "recon": "dino_cache_extras.formats.recon",
     "lerobot": "dino_cache_extras.formats.lerobot",
     "video": "dino_cache_extras.formats.video",
+    "rosbag": "dino_cache_extras.formats.rosbag",
 }
 EXECUTOR_MODULES = {"ray": "dino_cache_extras.ray_workers"}  # executor -> its module; local is this process
 ENGINE_MODULES = {"openvino": "dino_cache_extras.openvino_engine"}  # engine -> its module; torch is used here
@@ -467,6 +468,10 @@ class CacheSpec(BaseModel):
     yaw_offset: Annotated[float, Field(strict=True, allow_inf_nan=False)] = 0.0  # [rad], added to every yaw
     sample_hz: Scale | None = None  # of the frames that are kept, before frame_stride; None: all
     max_pose_gap_s: Scale = 1.0  # between two poses; a longer one cuts the trajectory where poses are interpolated
+    tf: Annotated[str, Field(pattern=r"^[^\s>]+ *-> *[^\s>]+$")] | None = (
+        None  # of a bag's frames: from which->to which
+    )
+    stamps: Literal["header", "log"] = "header"  # by which a bag's messages are brought together
 
     @field_validator("tokens")
     @classmethod
@@ -514,6 +519,8 @@ class CacheSpec(BaseModel):
             raise ValueError(
                 f"overlap_frames: {self.overlap_frames} must be less than max_chunk_frames: {self.max_chunk_frames}"
             )
+        if self.tf is not None and self.position_key is not None:
+            raise ValueError(f"tf: {self.tf} and position_key: {self.position_key} both say where poses are; set one")
         if self.compile and self.engine != "torch":
             raise ValueError(f"compile: true is for engine: torch; engine: {self.engine} compiles by itself")
         if "register" in self.tokens and self.dino_model_type not in MODELS_WITH_REGISTERS:
@@ -565,6 +572,7 @@ _LATER_SETTINGS = (
     "image_key", "position_key", "yaw_key", "position_scale", "chunk_by", "max_chunk_frames", "overlap_frames",
     "time_zero", "yaw_unit", "pose_axes", "time_scale", "engine", "compile",
     "yaw_offset", "sample_hz", "max_pose_gap_s",
+    "tf", "stamps",
 )  # fmt: skip
 _LATER_DEFAULTS = {key: CacheSpec.model_fields[key].default for key in _LATER_SETTINGS}
 
@@ -805,6 +813,8 @@ class DataKeys(NamedTuple):
     yaw_unit: str = "radians"
     pose_axes: str = "z_up"
     max_pose_gap_s: float = 1.0
+    tf: str | None = None
+    stamps: str = "header"
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> DataKeys:
@@ -2504,6 +2514,7 @@ NOT_OF_ENCODER = {
     *("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m", "frame_stride", "frame_pattern", "resize"),
     *("image_key", "position_key", "yaw_key", "guessed_keys", "position_scale", "yaw_unit", "pose_axes", "time_scale"),
     *("chunk_by", "max_chunk_frames", "overlap_frames", "yaw_offset", "sample_hz", "max_pose_gap_s", "time_zero"),
+    *("tf", "stamps"),
 }
 
 

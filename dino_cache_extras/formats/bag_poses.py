@@ -62,22 +62,19 @@ def check_clock(where: str, times: Times, clock: str) -> None:
     if len(values) < LEAST_RUN * len(back):
         return
     runs = np.split(values, back)
-    highest = np.maximum.accumulate([run.max() for run in runs])
-    for step, run, before in zip(back, runs[1:], highest):
-        if run.min() <= before and any(
-            run.min() <= other.max() and other.min() <= run.max() for other in runs[: len(runs)] if other is not run
-        ):
-            raise InvalidDataError(
-                f"{where}: its clock steps back by {(values[step - 1] - values[step]) / 1e9:.3f} s at message {step}: "
-                "two times over each other cannot be told apart" + _other_clock(clock)
-            )
+    spans = np.array(sorted((run.min(), run.max()) for run in runs))
+    if (spans[1:, 0] <= np.maximum.accumulate(spans[:, 1])[:-1]).any():
+        raise InvalidDataError(
+            f"{where}: its clock steps back by {(values[back[0] - 1] - values[back[0]]) / 1e9:.3f} s at message "
+            f"{back[0]}, and what came before and after lies over each other" + _other_clock(clock)
+        )
     offset = values - logs
     if clock == "header" and len(offset) > 1:
         ahead = np.minimum.accumulate(offset[::-1])[::-1][1:] - np.maximum.accumulate(offset)[:-1]
         if (most := ahead.max()) > LEAST_STEP_AHEAD_S * 1e9:
             raise InvalidDataError(
-                f"{where}: its clock jumps ahead by {most / 1e9:.3f} s at message {ahead.argmax() + 1}, against the times "
-                "at which messages were recorded" + _other_clock(clock)
+                f"{where}: its clock jumps ahead by {most / 1e9:.3f} s at message {ahead.argmax() + 1}, against the "
+                "times at which messages were recorded" + _other_clock(clock)
             )
 
 

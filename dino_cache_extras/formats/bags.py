@@ -10,6 +10,7 @@ import hashlib
 import os
 import sqlite3
 import struct
+import threading
 import urllib.parse
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
@@ -179,7 +180,7 @@ class PartFile(NamedTuple):
 
 
 class Bag:
-    """A bag's messages, over all of its files. Not safe to use from several threads at once.
+    """A bag's messages, over all of its files. Safe to use from one thread at a time: `lock` is for that.
 
     Raises:
         InputError, OSError: when it is made: a file is cut, damaged, or of another kind.
@@ -189,6 +190,7 @@ class Bag:
         self._name, self._parts, self._said = name, parts, counts
         self._open: OrderedDict[int, tuple[Part, BinaryIO | None]] = OrderedDict()
         self._states: dict[int, tuple[int, int]] = {}
+        self.lock = threading.Lock()
         self._channels: list[dict[int, Channel]] = []
         found: Counter[str] = Counter()
         spans = []
