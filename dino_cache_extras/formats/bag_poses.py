@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dino_cache import AXES, DataKeys, InputError, InvalidDataError, Poses, check_values, ground_plane
+from dino_cache import AXES, MAX_POSITION_M, DataKeys, InputError, InvalidDataError, Poses, check_values, ground_plane
 from dino_cache_extras.formats.bag_messages import Pose
 from dino_cache_extras.formats.bags import Place
 
 LEAST_STEP_BACK_S = 1.0  # of one topic's clock; messages of a topic come less out of order than that
 LEAST_STEP_AHEAD_S = 10.0  # of stamps against the log's times, for good; messages may be seconds late
 LEAST_RUN = 8  # messages that rise between steps back, on average; where there are fewer, they are in no order at all
-MIN_QUATERNION_NORM = 1e-12
+QUATERNION_NORMS = (0.5, 2.0)  # of those that are taken for turns, rounded as they may be
 
 
 class Times:
@@ -123,11 +123,17 @@ class PoseRows:
         again = np.concatenate([[False], (np.diff(at) == 0) & (values[1:] == values[:-1]).all(axis=1)])
         at, values = at[~again], values[~again]
         rising_order(where, at)
-        check_values(where, "pose", values, np.inf)
-        norms = np.linalg.norm(values[:, 3:], axis=1)
-        if len(norms) and norms.min() < MIN_QUATERNION_NORM:
-            raise InvalidDataError(f"{where}: pose {int(norms.argmin())} has the quaternion 0")
+        check_turns(where, values)
         return at, values
+
+
+def check_turns(where: str, values: np.ndarray) -> None:
+    """Raise InvalidDataError where poses (n, 7) are not finite, or their quaternions are no turns."""
+    check_values(where, "pose", values, MAX_POSITION_M)
+    norms = np.linalg.norm(values[:, 3:], axis=1)
+    shortest, longest = QUATERNION_NORMS
+    if (odd := np.flatnonzero((norms < shortest) | (norms > longest))).size:
+        raise InvalidDataError(f"{where}: pose {odd[0]} has a quaternion of length {norms[odd[0]]:.3g}; expected 1")
 
 
 def pose_table(where: str, at_ns: np.ndarray, zero_ns: int, values: np.ndarray, keys: DataKeys) -> Poses:
@@ -256,13 +262,10 @@ class Transforms:
 
     def _fixed(self, where: str, frames: tuple[str, str]) -> np.ndarray:
         values = self.fixed[frames].values
-        check_values(f"{where}: {_arrow(frames)}", "transform", values, np.inf)
+        check_turns(f"{where}: {_arrow(frames)}", values)
         if (values != values[0]).any():
             raise InvalidDataError(f"{where}: the static transform {_arrow(frames)} has several values")
-        norm = np.linalg.norm(values[0, 3:])
-        if norm < MIN_QUATERNION_NORM:
-            raise InvalidDataError(f"{where}: the static transform {_arrow(frames)} has the quaternion 0")
-        return np.concatenate([values[0, :3], values[0, 3:] / norm])
+        return np.concatenate([values[0, :3], values[0, 3:] / np.linalg.norm(values[0, 3:])])
 
 
 def _between(at: np.ndarray, times: np.ndarray, values: np.ndarray) -> np.ndarray:

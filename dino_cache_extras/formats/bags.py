@@ -372,9 +372,9 @@ def _present_name(file: str, present: set[str]) -> str:
 def _metadata(folder: Path, where: str) -> dict[str, Any]:
     yaml = open_library("yaml")
     with open(open_regular(folder / METADATA_FILE), "rb") as file:
-        text = file.read(MOST_METADATA_BYTES + 1)
-    if len(text) > MOST_METADATA_BYTES:
-        raise InputError(f"{where}: has more than {MOST_METADATA_BYTES} bytes")
+        if (size := os.fstat(file.fileno()).st_size) > MOST_METADATA_BYTES:
+            raise InputError(f"{where}: has {size} bytes; {MOST_METADATA_BYTES} are read at most")
+        text = file.read(size)
     with bag_errors(where):
         information = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))[METADATA_KEY]
         if not isinstance(information, dict):
