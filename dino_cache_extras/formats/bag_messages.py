@@ -74,7 +74,9 @@ def _is_known(kind: str, encoding: str, text: str, text_kind: str) -> bool:
     typesys, known = open_library("rosbags.typesys"), _types(encoding).fielddefs
     with bag_errors(f"the definition of {kind}"):
         if text_kind == "idl":
-            found = typesys.get_types_from_idl(_idl_of(text))
+            found = {}
+            for part in _idl_parts(text):
+                found |= typesys.get_types_from_idl(part)
         else:
             found = typesys.get_types_from_msg(text, long_kind(kind))
     wanted, seen = [long_kind(kind)], set()
@@ -92,9 +94,10 @@ def _is_known(kind: str, encoding: str, text: str, text_kind: str) -> bool:
     return True
 
 
-def _idl_of(text: str) -> str:
-    """Definitions of several types, which ROS2 puts behind each other with a line before each."""
-    return "\n".join(line for line in text.split("\n") if line != "=" * 80 and not line.startswith("IDL: "))
+def _idl_parts(text: str) -> list[str]:
+    """Definitions of several types, which ROS2 puts behind each other with two lines before each."""
+    parts = [part.partition("\n") for part in text.split("=" * 80 + "\n")]
+    return [rest for first, _, rest in parts if first.startswith("IDL: ")] or [text]
 
 
 def _plain(what: Any) -> str:

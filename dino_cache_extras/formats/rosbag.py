@@ -412,9 +412,10 @@ class RosbagSource:
                 yield Note(f"{what}: if their stamps are of two clocks, set stamps: log", detail)
 
     def open_frames(self, numbers: Sequence[int], camera: str | None = None) -> FrameReader:
-        """Those frames, of a camera where there are several."""
+        """Those frames, of a camera where there are several; of the first one where none is named."""
         if self._frames is None:
             self.poses(required=False)
+        camera = next(iter(self._chosen.images)) if camera is None else camera
         return BagFrames(self._bag, self._chosen.images[camera], self._frames, camera, self._where)
 
 

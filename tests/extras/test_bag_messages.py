@@ -10,6 +10,8 @@ import pytest
 from bags_support import ROS1, ROS2, Event, compressed, odometry, raw, stamps, write_ros1, write_ros2
 
 from dino_cache import DataKeys, InputError, Trajectory
+from dino_cache_extras.formats.bag_messages import check_topic
+from dino_cache_extras.formats.bags import Topic
 from dino_cache_extras.formats.rosbag import RosbagSource
 from support import encoded, render
 
@@ -119,3 +121,56 @@ def test_both_worlds_have_the_types_that_are_read() -> None:
         assert {"sensor_msgs/msg/CompressedImage", "nav_msgs/msg/Odometry", "tf2_msgs/msg/TFMessage"} <= {
             *store.fielddefs
         }
+
+
+IDL = """================================================================================
+IDL: sensor_msgs/msg/CompressedImage
+#include "std_msgs/msg/Header.idl"
+
+module sensor_msgs {
+  module msg {
+    struct CompressedImage {
+      std_msgs::msg::Header header;
+      string format;
+      sequence<uint8> data;
+    };
+  };
+};
+
+================================================================================
+IDL: std_msgs/msg/Header
+#include "builtin_interfaces/msg/Time.idl"
+
+module std_msgs {
+  module msg {
+    struct Header {
+      builtin_interfaces::msg::Time stamp;
+      string frame_id;
+    };
+  };
+};
+"""
+
+
+@pytest.mark.parametrize(("text", "kind", "is_known"), [
+    (IDL, "idl", True),
+    (IDL.replace("string format", "string<4> form"), "idl", False),
+    (IDL.replace("string frame_id", "int32 frame_id"), "idl", False),
+    ("std_msgs/Header header\nstring format\nuint8[] data", "msg", True),  # what it names is ROS's
+    ("string format\nstd_msgs/Header header\nuint8[] data", "msg", False),
+])  # fmt: skip
+def test_a_definition_is_compared_field_by_field(text: str, kind: str, is_known: bool) -> None:
+    topic = Topic("/camera", "sensor_msgs/CompressedImage", "cdr", 1, ((text, kind),))
+    if is_known:
+        check_topic(topic, "t")
+    else:
+        with pytest.raises(InputError, match="is not ROS's"):
+            check_topic(topic, "t")
+
+
+def test_a_definition_that_cannot_be_parsed_and_other_encodings_are_refused() -> None:
+    topic = Topic("/camera", "sensor_msgs/CompressedImage", "cdr", 1, (("(((", "msg"),))
+    with pytest.raises(InputError, match=r"the definition of sensor_msgs/CompressedImage"):
+        check_topic(topic, "t")
+    with pytest.raises(InputError, match="encoded as json; ros1 and cdr are read"):
+        check_topic(topic._replace(encoding="json"), "t")

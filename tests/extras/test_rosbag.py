@@ -549,7 +549,7 @@ def test_other_cameras_give_the_image_nearest_in_time(tmp_path: Path) -> None:
     kept = [number for number in range(40) if number not in (5, 6, 9)]
     assert poses.frame_index.tolist() == kept
     np.testing.assert_allclose(poses.position, FIRST.position[kept], atol=1e-9)
-    for camera, trajectory in (("front", FIRST), ("left", left)):
+    for camera, trajectory in ((None, FIRST), ("front", FIRST), ("left", left)):
         frames = source.open_frames(kept, camera).read(kept)
         assert [frame.tobytes() for frame in frames] == [trajectory.jpegs[number] for number in kept]
     (detail,) = [note.detail for note in poses.notes if "without one of another" in note.what]
