@@ -95,9 +95,11 @@ def _is_known(kind: str, encoding: str, text: str, text_kind: str) -> bool:
 
 
 def _idl_parts(text: str) -> list[str]:
-    """Definitions of several types, which ROS2 puts behind each other with two lines before each."""
+    """Definitions of several types, which ROS2 puts behind each other with two lines before each; without the lines
+    that include others, which rosbags does not parse."""
     parts = [part.partition("\n") for part in text.split("=" * 80 + "\n")]
-    return [rest for first, _, rest in parts if first.startswith("IDL: ")] or [text]
+    whole = [rest for first, _, rest in parts if first.startswith("IDL: ")] or [text]
+    return ["\n".join(line for line in part.split("\n") if not line.startswith("#")) for part in whole]
 
 
 def _plain(what: Any) -> str:

@@ -129,6 +129,9 @@ IDL: sensor_msgs/msg/CompressedImage
 
 module sensor_msgs {
   module msg {
+    @verbatim (language="comment", text=
+      "Pictures" "\\n"
+      "with # and ;")
     struct CompressedImage {
       std_msgs::msg::Header header;
       string format;
