@@ -88,7 +88,8 @@ def find_bags(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
     Raises:
         RefusedError: `data_folder` is itself a bag, or a library is not there.
     """
-    open_library("rosbags.typesys")
+    for library in ("rosbags.typesys", "lz4.frame", "zstandard"):
+        open_library(library)
     for folder in walk_folders(data_folder):
         if folder.error and folder.name:
             yield Trajectory(recordable_name(folder.name.rstrip("/")), folder.path, format="rosbag")

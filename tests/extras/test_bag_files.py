@@ -278,6 +278,16 @@ def test_an_index_that_does_not_fit_its_messages_is_noticed(tmp_path: Path) -> N
         read_all(path)
 
 
+def test_a_chunk_whose_checksum_is_another_is_refused(tmp_path: Path) -> None:
+    path = write("mcap of ROS2", tmp_path, "t", drive_of(SECOND))
+    data = bytearray(path.read_bytes())
+    chunk = data.index(b"\x06", 9 + struct.unpack_from("<Q", data, 9)[0] + 8)  # the first record behind the header
+    data[chunk + 9 + 24] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"chunk 0 is damaged: its checksum is another"):
+        read_all(path)
+
+
 def test_a_type_that_a_bag_defines_otherwise_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.bag"
     write_ros1(path, drive_of(SECOND), chunk_bytes=1 << 20)

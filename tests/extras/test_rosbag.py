@@ -364,6 +364,23 @@ def test_a_transform_that_pauses_cuts_the_trajectory(tmp_path: Path) -> None:
     assert (poses.breaks.tolist(), poses.num_without) == ([11], 14)
 
 
+def test_one_of_two_transforms_that_pauses_cuts_too(tmp_path: Path) -> None:
+    """map -> odom has times at frames 9 and 27 and none between, while odom -> base_link goes on."""
+    paused = range(stamps(40)[10], stamps(40)[26])
+    events, number_of_map = [], 0
+    for event in driven_by_transforms(FIRST):
+        is_map = event.topic == "/tf" and events and events[-1].topic == "/tf"  # the second one of a frame
+        number_of_map += is_map
+        if not (is_map and event.log_ns in paused):
+            events.append(event)
+    assert number_of_map == 14
+    write_ros1(tmp_path / "t.bag", events)
+    poses = source_of(tmp_path / "t.bag", tf="map->base_link").poses(required=True)
+    kept = [*range(10), *range(27, 40)]
+    assert (poses.frame_index.tolist(), poses.breaks.tolist(), poses.num_without) == (kept, [10], 17)
+    np.testing.assert_allclose(poses.position, FIRST.position[kept], atol=1e-9)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Times
 # ---------------------------------------------------------------------------------------------------------------------
