@@ -174,6 +174,7 @@ FORMAT_MODULES = {  # format -> the module that reads it; gnm is read here
     "lerobot": "dino_cache_extras.formats.lerobot",
     "video": "dino_cache_extras.formats.video",
     "frames": "dino_cache_extras.formats.frames",
+    "rosbag": "dino_cache_extras.formats.rosbag",
 }
 EXECUTOR_MODULES = {"ray": "dino_cache_extras.ray_workers"}  # executor -> its module; local is this process
 ENGINE_MODULES = {"openvino": "dino_cache_extras.openvino_engine"}  # engine -> its module; torch is used here
@@ -477,6 +478,8 @@ class CacheSpec(BaseModel):
     poses_folder: DataKey | None = None  # where pose tables lie apart from pictures and videos
     time_offset: Annotated[float, Field(strict=True, allow_inf_nan=False)] = 0.0  # [s], added to the poses' times
     frame_times: DataKey | None = None  # a table of the frames' times, relative to a trajectory's folder
+    tf: Annotated[str, Field(pattern=r"^[^\s>]+ *-> *[^\s>]+$")] | None = None  # a bag's frames: from->to
+    stamps: Literal["header", "log"] = "header"  # by which a bag's messages are brought together
 
     @field_validator("tokens")
     @classmethod
@@ -524,6 +527,8 @@ class CacheSpec(BaseModel):
             raise ValueError(
                 f"overlap_frames: {self.overlap_frames} must be less than max_chunk_frames: {self.max_chunk_frames}"
             )
+        if self.tf is not None and self.position_key is not None:
+            raise ValueError(f"tf: {self.tf} and position_key: {self.position_key} both say where poses are; set one")
         if self.compile and self.engine != "torch":
             raise ValueError(f"compile: true is for engine: torch; engine: {self.engine} compiles by itself")
         if "register" in self.tokens and self.dino_model_type not in MODELS_WITH_REGISTERS:
@@ -576,6 +581,7 @@ _LATER_SETTINGS = (
     "time_zero", "yaw_unit", "pose_axes", "time_scale", "engine", "compile",
     "yaw_offset", "sample_hz", "max_pose_gap_s",
     "layout", "pose_file", "pose_columns", "pose_match", "poses_folder", "time_offset", "frame_times",
+    "tf", "stamps",
 )  # fmt: skip
 _LATER_DEFAULTS = {key: CacheSpec.model_fields[key].default for key in _LATER_SETTINGS}
 
@@ -824,6 +830,8 @@ class DataKeys(NamedTuple):
     poses_folder: str | None = None
     time_offset: float = 0.0
     frame_times: str | None = None
+    tf: str | None = None
+    stamps: str = "header"
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> DataKeys:
@@ -2525,6 +2533,7 @@ NOT_OF_ENCODER = {
     *("image_key", "position_key", "yaw_key", "guessed_keys", "position_scale", "yaw_unit", "pose_axes", "time_scale"),
     *("chunk_by", "max_chunk_frames", "overlap_frames", "yaw_offset", "sample_hz", "max_pose_gap_s", "time_zero"),
     *("layout", "pose_file", "pose_columns", "pose_match", "poses_folder", "time_offset", "frame_times"),
+    *("tf", "stamps"),
 }
 
 

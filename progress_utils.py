@@ -261,7 +261,10 @@ def refuse_locale() -> None:
 # ======================================================================================================================
 
 # Library -> the extra that brings it
-EXTRA_OF = {"av": "lerobot", "pyarrow": "lerobot", "ray": "ray", "matplotlib": "report", "openvino": "openvino"}
+EXTRA_OF = {
+    **{"av": "lerobot", "pyarrow": "lerobot", "ray": "ray", "matplotlib": "report", "openvino": "openvino"},
+    **dict.fromkeys(("rosbags", "lz4", "zstandard"), "rosbag"),
+}
 PACKAGE_OF = {"yaml": "pyyaml", "PIL": "pillow"}  # library -> its package, where that is called otherwise
 SCRIPTS = {"dino_cache.py": "dino-cache", "progress_utils.py": "dino-cache-progress"}  # file -> command, once installed
 

@@ -123,7 +123,7 @@ def test_a_setting_that_came_with_the_formats_is_a_change_where_it_is_not_the_de
     assert spec.fingerprint("w") != CacheSpec().fingerprint("w")
 
 
-@pytest.mark.parametrize("name", ["recon", "lerobot", "video", "sample"])
+@pytest.mark.parametrize("name", ["recon", "lerobot", "video", "rosbag", "sample"])
 def test_an_example_config_loads_also_with_its_comments_taken_up(tmp_path: Path, name: str) -> None:
     text = (ROOT / "config" / "data" / f"{name}.yaml").read_text()
     load_config(ROOT / "config" / "data" / f"{name}.yaml", {})
