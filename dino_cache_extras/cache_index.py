@@ -203,6 +203,7 @@ NOT_OF_FEATURES = {
     *("tokens", "weights", "position_key", "yaw_key", "position_scale", "yaw_unit", "pose_axes"),
     *("time_zero", "time_scale"),
     *("chunk_by", "max_chunk_frames", "overlap_frames", "yaw_offset", "sample_hz", "max_pose_gap_s"),
+    "extra_keys",
 }
 
 
