@@ -96,10 +96,8 @@ def stored_datasets(file: h5py.File) -> dict[str, h5py.Dataset]:
     """Every dataset of a chunk file by its name, also those in groups: `extra/action`."""
     found = {}
     for name, item in file.items():
-        inside = (
-            {f"{name}/{part}": part_item for part, part_item in item.items()} if isinstance(item, h5py.Group) else {}
-        )
-        found |= inside or {name: item}
+        is_group = isinstance(item, h5py.Group)
+        found |= {f"{name}/{part}": inner for part, inner in item.items()} if is_group else {name: item}
     return found
 
 
