@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,10 +26,12 @@ from dino_cache import (
     Format,
     FrameReader,
     InputError,
+    InvalidDataError,
     Note,
     Poses,
     Trajectory,
     check_values,
+    columns_asked_for,
     ground_plane,
     open_regular,
     read_file,
@@ -63,6 +66,7 @@ POSE_COLUMNS = {  # names in a CSV file's first line
 }  # fmt: skip
 TIME_ZEROS = {"first_frame": "the first frame shown", "container": "0 s on the container's clock"}
 CLOCK_STEP_S = 1e-3  # what containers round times to
+TUM_NAMES = ("timestamp", "tx", "ty", "tz", "qx", "qy", "qz", "qw")
 TUM_COLUMNS = ("timestamp", "x", "y", "z", "qx", "qy", "qz", "qw")
 QUATERNION = ("qx", "qy", "qz", "qw")
 UNIT_SETTINGS = {"timestamp": "time_scale", "yaw": "yaw_unit"} | dict.fromkeys(("x", "y", "z"), "position_scale")
@@ -140,8 +144,10 @@ class VideoSource:
         if self._pose_path is None and required:
             raise InputError(f"{self._name}: no poses beside {self._path.name}; expected a .csv or .txt file")
         if self._pose_path is None:
-            return Poses(np.arange(len(times), dtype=np.int64), None, None)
-        table = read_pose_table(self._pose_path, self._name, self._keys)
+            extra = columns_asked_for(self._name, {}, self._keys.extra_keys)
+            return Poses(np.arange(len(times), dtype=np.int64), None, None, times=times, extra=extra)
+        rows = read_rows(self._pose_path, self._name)
+        table = pose_table(rows, self._keys)
         at = table["timestamp"]
         self._check_some_between(times, at)
         if (inside := poses_inside(at, times)) < len(at) / 2:
@@ -163,6 +169,10 @@ class VideoSource:
             num_without=len(times) - len(numbers),
             table=Poses(np.arange(len(at)), points, table["yaw"], table.get("height"), at),
             notes=self._notes(at),
+            extra={
+                key: np.interp(times[numbers], at, column)
+                for key, column in extra_columns(rows, self._keys.extra_keys).items()
+            },
         )
 
     def _times(self, zero: str) -> np.ndarray:
@@ -249,17 +259,18 @@ def likely_time_scale(at: np.ndarray, times: np.ndarray, time_scale: float) -> s
     return ""
 
 
-def read_pose_table(path: Path, name: str, keys: DataKeys = DEFAULT_KEYS) -> dict[str, np.ndarray]:
-    """Poses in a .csv file with names in its first line, or in TUM's form (timestamp tx ty tz qx qy qz qw, no names).
+class TableRows(NamedTuple):
+    """The rows of a pose file as texts, and the names of its columns."""
 
-    Returns:
-        timestamp [s], x, y and yaw [rad] in the ground plane, (T,) float64 each, times rising; and `height`, the third
-        coordinate, where there is one.
+    where: str  # for messages
+    header: list[str]
+    records: list[list[str]]
+    has_names: bool  # in its first line
 
-    Raises:
-        InputError: it is no such table, a column is missing, there twice or in another unit by its name, or a value is
-            not finite.
-    """
+
+def read_rows(path: Path, name: str) -> TableRows:
+    """A .csv file with names in its first line, or one in TUM's form (timestamp tx ty tz qx qy qz qw, no names).
+    InputError where it is no such table."""
     is_beside = path.with_suffix("").as_posix().endswith(f"/{name}")  # else in the trajectory's own folder
     where = name + path.suffix if is_beside else f"{name}/{recordable_name(path.name)}"
     try:
@@ -274,9 +285,27 @@ def read_pose_table(path: Path, name: str, keys: DataKeys = DEFAULT_KEYS) -> dic
             header, *records = csv.reader(rows)
         except csv.Error as error:
             raise InputError(f"{where}: not a table: {error}") from error
-        names = _column_names(where, header, keys)
-    else:
-        names, records = list(TUM_COLUMNS), [re.split(r"[\s,]+", row.strip()) for row in rows]
+        return TableRows(where, header, records, True)
+    return TableRows(where, list(TUM_NAMES), [re.split(r"[\s,]+", row.strip()) for row in rows], False)
+
+
+def read_pose_table(path: Path, name: str, keys: DataKeys = DEFAULT_KEYS) -> dict[str, np.ndarray]:
+    """The poses in a .csv or TUM file, as `pose_table` has them. Raises InputError."""
+    return pose_table(read_rows(path, name), keys)
+
+
+def pose_table(rows: TableRows, keys: DataKeys) -> dict[str, np.ndarray]:
+    """The poses in a table.
+
+    Returns:
+        timestamp [s], x, y and yaw [rad] in the ground plane, (T,) float64 each, times rising; and `height`, the third
+        coordinate, where there is one.
+
+    Raises:
+        InputError: a column is missing, there twice or in another unit by its name, or a value is not finite.
+    """
+    where, header, records, has_names = rows
+    names = _column_names(where, header, keys) if has_names else list(TUM_COLUMNS)
     columns = _pose_columns(where, names, records, keys)
     timestamp = columns["timestamp"] * keys.time_scale
     check_values(where, "timestamp", timestamp, math.inf)  # finite also when scaled
@@ -286,6 +315,19 @@ def read_pose_table(path: Path, name: str, keys: DataKeys = DEFAULT_KEYS) -> dic
     position, height = ground_plane(where, "position", points, keys.pose_axes)
     table = {"timestamp": timestamp, "x": position[:, 0], "y": position[:, 1], "yaw": _yaw(where, columns, keys)}
     return {**table, "height": height} if height is not None and np.isfinite(height).all() else table
+
+
+def extra_columns(rows: TableRows, extra_keys: Sequence[str]) -> dict[str, np.ndarray]:
+    """(T,) float64 of each column that extra_keys names, by what stands in the first line. Raises InvalidDataError."""
+    names, columns = [name.strip() for name in rows.header], {}
+    for key in columns_asked_for(rows.where, dict.fromkeys(names), extra_keys):
+        if names.count(key) > 1:
+            raise InvalidDataError(f"{rows.where}: two columns are called {key}; take one out")
+        try:
+            columns[key] = _column(names.index(key), rows.records)
+        except (ValueError, IndexError) as error:
+            raise InvalidDataError(f"{rows.where}: {key} is no column of numbers: {error}") from error
+    return columns
 
 
 def _column_names(where: str, header: list[str], keys: DataKeys) -> list[str]:
@@ -373,7 +415,7 @@ FORMAT = Format(
     find=find_videos,
     locate=locate_video,
     open=VideoSource,
-    settings=("time_zero", "time_scale"),
+    settings=("time_zero", "time_scale", "extra_keys"),
     trajectory="<name>.mp4 with <name>.csv or .txt, or a folder with video.mp4 and poses.csv or .txt",
     signs=_signs,
     hints=_hints,

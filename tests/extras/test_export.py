@@ -77,7 +77,7 @@ def test_flat_holds_each_frame_once_in_episodes_without_gaps(robot, monkeypatch,
     assert robot.export("flat") == 0
     assert "3 trajectories: 5 episodes, 57 frames" in capsys.readouterr().out
     columns, rows = read_as_stable_worldmodel(robot.out)
-    tokens, poses = {"cls_token", "patch_tokens"}, {"position", "yaw", "frame_index", "travelled_distance"}
+    tokens, poses = {"cls_token", "patch_tokens"}, {"position", "yaw", "frame_index", "travelled_distance", "delta"}
     assert columns.keys() == tokens | poses | {"ep_idx", "step_idx"}
     assert {len(column) for column in columns.values()} == {57}
     assert [(r.start, r.stop) for r in rows] == [(0, 20), (20, 30), (30, 37), (37, 47), (47, 57)]
