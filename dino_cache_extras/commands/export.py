@@ -164,7 +164,9 @@ def _make_columns(progress: Progress, file: Any, common: list[str], num_frames: 
         del rows["travelled_distance"]
     with recorded_chunk(progress, next(iter(progress.records)), 0, deep=False) as chunk:
         rows |= {name: (chunk[name].shape[1:], chunk[name].dtype) for name in common}
-    needed = num_frames * sum(math.prod(shape) * dtype.itemsize for shape, dtype in rows.values())
+        empty = {name for name in COLUMN_SHAPES if name not in chunk}  # as in all others, most likely
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in rows.items()}
+    needed = num_frames * sum(size for name, size in sizes.items() if name not in empty)
     if needed > (free := free_bytes(folder)):
         raise RefusedError(f"{folder}: the export takes {human_bytes(needed)} and {human_bytes(free)} are free")
     return {
@@ -199,10 +201,11 @@ def _copy_rows(chunk: Any, rows: NewRows, columns: dict[str, Any], position: int
     for name, column in there.items():
         dataset = chunk[name]
         if (dataset.shape[1:], dataset.dtype) != (column.shape[1:], column.dtype):
+            what = "rows of shape {0}" if dataset.shape[1:] != column.shape[1:] else "{1} values"
+            here, before = (what.format(it.shape[1:], it.dtype) for it in (dataset, column))
             raise RefusedError(
-                f"{chunk.filename}: {name} has rows of shape {dataset.shape[1:]}, {dataset.dtype}, those before have "
-                f"{column.shape[1:]}, {column.dtype}: one column cannot hold both. Choose other --tokens, or redo the "
-                "cache"
+                f"{chunk.filename}: {name} has {here}, those before have {before.removeprefix('rows of shape ')}: one "
+                "column cannot hold both. Choose other --tokens, or redo the cache"
             )
         block = max(1, EXPORT_BLOCK_BYTES // max(1, math.prod(column.shape[1:]) * column.dtype.itemsize))
         for start in range(rows.start, rows.stop, block):

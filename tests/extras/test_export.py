@@ -302,9 +302,9 @@ def test_a_full_disk_ends_the_export_and_leaves_what_was_there(robot, capsys, la
 
 def test_a_disk_that_cannot_hold_the_export_is_refused_at_once(robot, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5000))
-    assert robot.export("flat") == 2  # 57 rows of 8 + 48 + 40 bytes
-    assert "takes 5.5 kB and 5.0 kB are free" in capsys.readouterr().err
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5500))
+    assert robot.export("flat") == 2  # 57 rows of 8 + 48 + 40 + 24 bytes
+    assert "takes 6.8 kB and 5.0 kB are free" in capsys.readouterr().err
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=6900))
     assert robot.export("flat") == 0
 
 
