@@ -18,6 +18,8 @@ The output, one folder a trajectory, one HDF5 file a chunk of travelled distance
         patch_tokens        (L, h, w, D) float16   yaw                 (L,) float64 [rad]
         register_tokens     (L, R, D) float16      frame_index         (L,) int64, row of the source's poses
         (those asked for)                          travelled_distance  (L,) float64 [m] from frame 0
+        timestamp           (L,) float64 [s]       delta               (L, 3) float64 to the next frame [m, m, rad]
+        extra/<name>        (L, ...), for each of extra_keys
     With chunk_by: frames a chunk has a number of frames, no distance, and the poses that its data have.
     Its first 512 bytes (HDF5's user block) hold a digest of all bytes that are no dataset's; each dataset has its own.
 
@@ -165,6 +167,7 @@ FRAME_PATTERN = r"(\d+)\.(?:jpg|jpeg|png|JPG|JPEG|PNG)"
 FILE_THREADS = 16  # threads that wait for files of a slow disk or a network
 READ_TOGETHER = 8  # frames that are taken from a container in one go
 MAX_POSE_NUMBERS = 50_000_000  # a pose file with more numbers is refused; they would take 400 MB
+MAX_TEXT = 10_000  # characters of a text that is stored with each chunk
 MAX_POSITION_M = 1e8  # no place on Earth is farther from any map's origin; one glitch of 1e16 m would swallow all steps
 MAX_FRAME_PIXELS = 80_000_000  # a frame that claims more pixels is refused undecoded
 LOST_MOUNT_ERRNOS = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENXIO)
@@ -437,6 +440,14 @@ def one_of(name: str, known: Sequence[str]) -> str:
     return name
 
 
+EXTRA_PREFIX = "extra/"
+
+
+def extra_dataset(key: str) -> str:
+    """The dataset in which a column that came along is stored: `commands/linear` in `extra/commands.linear`."""
+    return EXTRA_PREFIX + key.strip("/").replace("/", ".")
+
+
 class CacheSpec(BaseModel):
     """Every setting that changes what is computed, beyond rounding. Its hash, with the weights, is the fingerprint."""
 
@@ -480,6 +491,7 @@ class CacheSpec(BaseModel):
     frame_times: DataKey | None = None  # a table of the frames' times, relative to a trajectory's folder
     tf: Annotated[str, Field(pattern=r"^[^\s>]+ *-> *[^\s>]+$")] | None = None  # a bag's frames: from->to
     stamps: Literal["header", "log"] = "header"  # by which a bag's messages are brought together
+    extra_keys: tuple[DataKey, ...] = ()  # columns of the data that are stored beside the poses
 
     @field_validator("tokens")
     @classmethod
@@ -492,6 +504,19 @@ class CacheSpec(BaseModel):
     @classmethod
     def _engine_is_known(cls, name: str) -> str:
         return one_of(name, ("torch", *ENGINE_MODULES))
+
+    @field_validator("extra_keys")
+    @classmethod
+    def _extra_keys_have_names(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        datasets: dict[str, str] = {}
+        for key in keys:
+            if not (name := extra_dataset(key).removeprefix(EXTRA_PREFIX)).strip(".") or not name.isprintable():
+                raise ValueError(f"{key!r} cannot be the name of a dataset")
+            if (other := datasets.setdefault(name, key)) != key:
+                raise ValueError(f"{other} and {key} would both be stored as {extra_dataset(key)}")
+        if len(datasets) < len(keys):
+            raise ValueError("names a key twice")
+        return keys
 
     @field_validator("pixel_std")
     @classmethod
@@ -579,11 +604,11 @@ def without_guesses(settings: dict[str, Any]) -> dict[str, Any]:
 _LATER_SETTINGS = (
     "image_key", "position_key", "yaw_key", "position_scale", "chunk_by", "max_chunk_frames", "overlap_frames",
     "time_zero", "yaw_unit", "pose_axes", "time_scale", "engine", "compile",
-    "yaw_offset", "sample_hz", "max_pose_gap_s",
+    "yaw_offset", "sample_hz", "max_pose_gap_s", "extra_keys",
     "layout", "pose_file", "pose_columns", "pose_match", "poses_folder", "time_offset", "frame_times",
     "tf", "stamps",
 )  # fmt: skip
-_LATER_DEFAULTS = {key: CacheSpec.model_fields[key].default for key in _LATER_SETTINGS}
+_LATER_DEFAULTS = CacheSpec().model_dump(mode="json", include=set(_LATER_SETTINGS))
 
 
 def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
@@ -832,11 +857,13 @@ class DataKeys(NamedTuple):
     frame_times: str | None = None
     tf: str | None = None
     stamps: str = "header"
+    extra_keys: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> DataKeys:
         """Those among the settings of a recorded spec, which may be from before some of them."""
         settings = with_defaults(settings)
+        settings["extra_keys"] = tuple(settings["extra_keys"])
         return cls(**{key: settings[key] for key in cls._fields})
 
 
@@ -867,6 +894,8 @@ class Poses(NamedTuple):
     num_without: int = 0  # frames that are left out because they have no pose
     breaks: np.ndarray | None = None  # (n,) int64, ascending: frames at which the trajectory is cut, for want of poses
     notes: tuple[Note, ...] = ()
+    extra: Mapping[str, Any] = {}  # each of extra_keys -> (T, ...) numbers, as `checked_extra` takes them
+    task: str | None = None  # what the robot was told to do
 
 
 class FrameReader(Protocol):
@@ -1282,7 +1311,8 @@ _PICKLE_GLOBALS: dict[tuple[str, str], Callable[..., Any]] = {
 }
 
 
-def _parse_pose_file(file_name: str, data: bytes) -> Any:
+def _parse_pose_file(file_name: str, data: bytes, wanted: Collection[str]) -> Any:
+    """What a pose file holds. Of a .npz file only the arrays wanted are read; the others are None."""
     suffix = os.path.splitext(file_name)[1].lower()
     if suffix == ".pkl":
         return _unpickle_poses(data)
@@ -1296,7 +1326,7 @@ def _parse_pose_file(file_name: str, data: bytes) -> Any:
             with archive.open(member) as file:
                 check_claim(file, member.file_size)
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        return {key: arrays[key] for key in arrays.files if key in ("position", "yaw")}
+        return {key: arrays[key] if key in wanted else None for key in arrays.files}
 
 
 def check_claim(file: IO[bytes], size: int) -> None:
@@ -1316,7 +1346,7 @@ def read_poses(path: Path, name: str, keys: DataKeys = DEFAULT_KEYS) -> Poses:
     """Poses of a trajectory, from traj_data.pkl, .json or .npz.
 
     Args:
-        path: the pose file, a mapping with `position` (T, 2 or more) and `yaw` (T,) or (T, 1).
+        path: the pose file, a mapping with `position` (T, 2 or more), `yaw` (T,) or (T, 1), and the keys' extra_keys.
         name: the trajectory's, for messages.
 
     Raises:
@@ -1325,7 +1355,8 @@ def read_poses(path: Path, name: str, keys: DataKeys = DEFAULT_KEYS) -> Poses:
     """
     where = f"{name}/{path.name}"
     try:
-        poses = _parse_pose_file(path.name, read_file(path).tobytes())
+        wanted = ("position", "yaw", *keys.extra_keys)
+        poses = _parse_pose_file(path.name, read_file(path).tobytes(), wanted)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # hostile bytes can raise anything; whatever it is, this file is not poses
@@ -1334,7 +1365,8 @@ def read_poses(path: Path, name: str, keys: DataKeys = DEFAULT_KEYS) -> Poses:
         poses = {key: _rebuilt(value) for key, value in poses.items() if isinstance(key, str)}
     else:
         raise InputError(f"{where}: holds a {type(poses).__name__}, expected a mapping with position and yaw")
-    return checked_poses(where, poses, keys, "position", "yaw")
+    checked = checked_poses(where, poses, keys, "position", "yaw")
+    return checked._replace(extra=columns_asked_for(where, poses, keys.extra_keys))
 
 
 class Axes(NamedTuple):
@@ -1437,6 +1469,32 @@ def checked_numbers(where: str, poses: dict[str, Any], key: str, count: int) -> 
     return values
 
 
+def columns_asked_for(where: str, columns: Mapping[str, Any], extra_keys: Sequence[str]) -> dict[str, Any]:
+    """Those of a source's columns that extra_keys names. Raises InvalidDataError, naming those that there are."""
+    if missing := [key for key in extra_keys if key not in columns]:
+        raise InvalidDataError(
+            f"{where}: has no {', '.join(missing)}, which extra_keys names; its keys are "
+            f"{', '.join(map(str, columns))[:500] or '(none)'}"
+        )
+    return {key: columns[key] for key in extra_keys}
+
+
+def checked_extra(where: str, key: str, values: Any, count: int) -> np.ndarray:
+    """(count, ...) bool, whole or real numbers of a column that comes along, of its own type in this machine's byte
+    order; NaN is data. Raises InvalidDataError."""
+    try:
+        column = np.asarray(_plain_rows(values))
+    except (ValueError, OverflowError) as error:
+        raise InvalidDataError(f"{where}: {key}: {error}") from error
+    if column.dtype.kind not in "biuf" or column.dtype.itemsize > 8:
+        raise InvalidDataError(f"{where}: {key} holds {column.dtype} values; extra_keys names columns of numbers")
+    if column.ndim == 0 or len(column) != count or column.size == 0:
+        raise InvalidDataError(f"{where}: {key} is {column.shape}, expected ({count}, ...), a row for each frame")
+    if column.size > MAX_POSE_NUMBERS:
+        raise InvalidDataError(f"{where}: {key} is {column.shape}: more than {MAX_POSE_NUMBERS} numbers")
+    return column.astype(np.dtype(column.dtype.str).newbyteorder("="), copy=False)  # without h5py's mark of an enum
+
+
 def check_values(where: str, key: str, values: np.ndarray, most: float) -> None:
     """Raise InvalidDataError, naming the first, where a value is not finite or its size exceeds `most`."""
     bad = np.argwhere(~(np.isfinite(values) & (np.abs(values) <= most)))
@@ -1512,7 +1570,7 @@ class FolderSource:
         check_frames(self._listing)
         numbers = np.arange(len(frames), dtype=np.int64)
         if pose_file is None:
-            return Poses(numbers, None, None)
+            return Poses(numbers, None, None, extra=columns_asked_for(self._name, {}, self._keys.extra_keys))
         poses = read_poses(self._folder / pose_file, self._name, self._keys)
         if len(poses.position) != len(frames):
             raise InvalidDataError(
@@ -1578,7 +1636,7 @@ GNM = Format(
     find=lambda data_folder, spec: find_trajectories(data_folder, spec.frame_pattern),
     locate=lambda data_folder, name: Trajectory(name, data_folder / name),
     open=FolderSource,
-    settings=("frame_pattern",),
+    settings=("frame_pattern", "extra_keys"),
     trajectory=f"a folder with one of {', '.join(POSE_FILES)} and its frames",
     signs=_gnm_signs,
     hints=_gnm_hints,
@@ -1684,13 +1742,17 @@ def plan_chunks(
         max_m, overlap_m, min_m: 0 <= overlap_m < max_m and 0 <= min_m <= max_m.
     """
     s = travelled.tolist()
-    cuts = set(breaks)
-    jumps = [i for i in range(1, len(s)) if s[i] - s[i - 1] > max_m or i in cuts]
+    jumps = piece_starts(travelled, max_m, breaks)
     spans: list[Span] = []
     for first, end in zip([0, *jumps], [*jumps, len(s)]):
         if s[end - 1] - s[first] >= min_m:
             spans += _plan_piece(s, first, end - 1, max_m, overlap_m, min_m)
     return spans
+
+
+def piece_starts(travelled: np.ndarray, max_m: float, breaks: Sequence[int] = ()) -> list[int]:
+    """The first frame of every piece but the first, ascending: after each step longer than `max_m`, and each break."""
+    return sorted({*(np.flatnonzero(np.diff(travelled) > max_m) + 1).tolist(), *breaks})
 
 
 def _plan_piece(s: list[float], first: int, last: int, max_m: float, overlap_m: float, min_m: float) -> Iterator[Span]:
@@ -1722,6 +1784,28 @@ def plan_frame_chunks(count: int, max_frames: int, overlap: int, breaks: Sequenc
         starts = range(first, max(first + 1, end - overlap), max_frames - overlap)
         spans += [Span(start, min(start + max_frames, end)) for start in starts]
     return spans
+
+
+def to_next_frame(position: np.ndarray, yaw: np.ndarray, starts: Sequence[int]) -> np.ndarray:
+    """Where the next frame is, seen from each frame.
+
+    Args:
+        position, yaw: (T, 2) [m], (T,) [rad].
+        starts: first frames of pieces; from the frame before each there is no way on, nor from the last one.
+
+    Returns:
+        (T, 3) float64: dx [m] to where the frame's own yaw points, dy [m] to the left of that, and by how much the yaw
+        turns [rad], from -pi to pi. NaN where there is no next frame.
+    """
+    cos, sin = np.cos(yaw), np.sin(yaw)
+    dx, dy = np.diff(position, axis=0).T
+    to_next = np.full((len(yaw), 3), np.nan)
+    to_next[:-1, 0] = cos[:-1] * dx + sin[:-1] * dy
+    to_next[:-1, 1] = cos[:-1] * dy - sin[:-1] * dx
+    turned = (sin[1:] * cos[:-1] - cos[1:] * sin[:-1], cos[1:] * cos[:-1] + sin[1:] * sin[:-1])  # sin, cos of it
+    to_next[:-1, 2] = np.arctan2(*turned)
+    to_next[np.array(starts, np.int64) - 1] = np.nan
+    return to_next
 
 
 def sampled_rows(times: np.ndarray, sample_hz: float) -> np.ndarray:
@@ -1759,17 +1843,19 @@ class TrajectoryPlan:
     spans: list[Span]
     notes: tuple[Note, ...] = ()
     read: Poses | None = None  # as the source gave them, every frame
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)  # dataset name -> (T, ...): what comes along
+    task: str | None = None
 
     @property
-    def poses(self) -> dict[str, np.ndarray]:
-        """Dataset name -> (T, ...): those of POSE_SHAPES that the data hold."""
+    def datasets(self) -> dict[str, np.ndarray]:
+        """Dataset name -> (T, ...): those of POSE_SHAPES that the data hold, and what comes along."""
         poses = {
             "position": self.position,
             "yaw": self.yaw,
             "frame_index": self.frame_index,
             "travelled_distance": self.travelled,
         }
-        return {name: values for name, values in poses.items() if values is not None}
+        return {**{name: values for name, values in poses.items() if values is not None}, **self.columns}
 
     @functools.cached_property
     def stored_rows(self) -> np.ndarray:
@@ -1814,14 +1900,19 @@ def plan_trajectory(
     frame_index = poses.frame_index[kept]
     position = None if poses.position is None else poses.position[kept] * spec.position_scale
     breaks = [] if poses.breaks is None else sorted(set(np.searchsorted(kept, poses.breaks).tolist()) - {0, len(kept)})
+    yaw = None if poses.yaw is None else turned(poses.yaw[kept], spec.yaw_offset)
+    columns = columns_that_come_along(trajectory.name, poses, kept, spec)
     if by_distance:
         travelled = travelled_distance(position)
         distances = spec.max_chunk_distance_m, spec.overlap_distance_m, spec.min_chunk_distance_m
         spans = plan_chunks(travelled, *distances, breaks)
+        breaks = piece_starts(travelled, spec.max_chunk_distance_m, breaks)
     else:
         travelled, spans = None, plan_frame_chunks(len(frame_index), spec.max_chunk_frames, spec.overlap_frames, breaks)
     if not spans:
         raise InvalidDataError(f"{trajectory.name}: insufficient movement: {_why_nothing_is_stored(travelled, spec)}")
+    if position is not None and yaw is not None:
+        columns["delta"] = to_next_frame(position, yaw, breaks)
     return TrajectoryPlan(
         trajectory=trajectory,
         checksum=checksum,
@@ -1829,12 +1920,28 @@ def plan_trajectory(
         stat_checksum=checksum if checksum_kind == "stat" else source.checksum("stat"),
         frame_index=frame_index,
         position=position,
-        yaw=None if poses.yaw is None else turned(poses.yaw[kept], spec.yaw_offset),
+        yaw=yaw,
         travelled=travelled,
         spans=spans,
         notes=poses.notes,
         read=poses,
+        columns=columns,
+        task=None if poses.task is None else storable_text(poses.task),
     )
+
+
+def columns_that_come_along(name: str, poses: Poses, kept: np.ndarray, spec: CacheSpec) -> dict[str, np.ndarray]:
+    """Dataset name -> (T, ...) of kept frames: their times [s] from the trajectory's first frame, where the data have
+    times, and the columns that extra_keys names. Raises InvalidDataError."""
+    columns = {} if poses.times is None else {"timestamp": poses.times[kept] - poses.times[0]}
+    for key, values in columns_asked_for(name, poses.extra, spec.extra_keys).items():
+        columns[extra_dataset(key)] = checked_extra(name, key, values, len(poses.frame_index))[kept]
+    return columns
+
+
+def storable_text(text: str) -> str:
+    """The text as an attribute can hold it: its first MAX_TEXT characters, those that HDF5 cannot store replaced."""
+    return text[:MAX_TEXT].replace("\0", "\ufffd").encode("utf-8", "replace").decode()
 
 
 def turned(yaw: np.ndarray, offset: float) -> np.ndarray:
@@ -2534,6 +2641,7 @@ NOT_OF_ENCODER = {
     *("chunk_by", "max_chunk_frames", "overlap_frames", "yaw_offset", "sample_hz", "max_pose_gap_s", "time_zero"),
     *("layout", "pose_file", "pose_columns", "pose_match", "poses_folder", "time_offset", "frame_times"),
     *("tf", "stamps"),
+    "extra_keys",
 }
 
 
@@ -2610,8 +2718,22 @@ def attributes_digest(attributes: dict[str, Any], dataset_digests: dict[str, str
 SEAL_BYTES = 512  # HDF5's user block, before its own first byte
 
 
+def sealed_apart(data: Iterable[list[int]]) -> list[list[int]]:
+    """[offset, size] in order of offset of the datasets that a seal leaves to digests of their own: all, or where it
+    has no room for so many the largest; the others' bytes count among those that it digests."""
+    largest_first, digest = sorted(data, key=lambda piece: -piece[1]), bytes_digest().hexdigest()
+    while len(seal_of(largest_first, digest)) > SEAL_BYTES:
+        largest_first.pop()
+    return sorted(largest_first)
+
+
+def seal_of(data: list[list[int]], digest: str) -> bytes:
+    """What is written into the user block."""
+    return json.dumps({"data": data, "digest": digest}).encode().ljust(SEAL_BYTES)
+
+
 def metadata_digest(file: BinaryIO, data: list[list[int]]) -> str:
-    """Digest over all bytes of a chunk file but the seal and its datasets', [offset, size] each, in order of offset."""
+    """Digest over all bytes of a chunk file but the seal and these pieces, [offset, size] each, in order of offset."""
     running, position = bytes_digest(json.dumps(data).encode()), SEAL_BYTES
     for offset, size in [*data, [sys.maxsize, 0]]:
         file.seek(position)
@@ -2655,6 +2777,24 @@ class ChunkFile(io.FileIO):
 # What h5py's own way of writing rows and attributes makes, without its asking for types, half of the time of a chunk.
 
 
+@functools.cache
+def _storage_type(kind: np.dtype) -> tuple[Any, Any]:
+    """The type of a dataset in the file, and how it is laid out: contiguous, so that it can be memory-mapped."""
+    import h5py
+
+    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    layout.set_obj_track_times(False)
+    return h5py.h5t.py_create(kind, logical=True), layout
+
+
+def new_dataset(file: Any, name: str, shape: tuple[int, ...], kind: np.dtype) -> Any:
+    """A new dataset as an h5py.h5d.DatasetID; `file`: an h5py.h5f.FileID."""
+    import h5py
+
+    in_file, layout = _storage_type(kind)
+    return h5py.h5d.create(file, name.encode(), in_file, h5py.h5s.create_simple(shape), layout)
+
+
 def write_rows(dataset: Any, start: int, rows: np.ndarray) -> None:
     """Write (n, ...) rows from `start` on; `dataset`: an h5py.h5d.DatasetID."""
     import h5py
@@ -2695,7 +2835,7 @@ class ChunkWriter:
         self._file = h5py.File(self._raw, "w", userblock_size=SEAL_BYTES)
         length = self._span.stop - self._span.start
         self._datasets = {
-            name: self._file.create_dataset(name, (length, *shape), np.float16).id  # contiguous: can be memory-mapped
+            name: new_dataset(self._file.id, name, (length, *shape), np.dtype(np.float16))
             for name, shape in label.token_shapes.items()
         }
         self._num_bytes = {name: 2 * length * math.prod(shape) for name, shape in label.token_shapes.items()}
@@ -2710,31 +2850,40 @@ class ChunkWriter:
             self._raw.check()
 
     def finish(self) -> int:
-        """Add poses, attributes and digests, force the file to the disk; returns its size in bytes."""
-        plan, rows = self._plan, slice(*self._span)
-        for name, values in plan.poses.items():
-            inside = np.ascontiguousarray(values[rows])
-            self._datasets[name] = self._file.create_dataset(name, data=inside).id
-            self._digests[name], self._num_bytes[name] = bytes_digest(inside), inside.nbytes
+        """Add poses, columns, attributes and digests, force the file to the disk; returns its size in bytes."""
+        self._write_columns()
         digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
         for name, digest in digests.items():
             write_attribute(self._datasets[name], "digest", digest)
         attributes = self._attributes()
         for name, value in {**attributes, "attributes_digest": attributes_digest(attributes, digests)}.items():
             write_attribute(self._file.id, name, value)
-        data = sorted([dataset.get_offset(), self._num_bytes[name]] for name, dataset in self._datasets.items())
+        data = sealed_apart([it.get_offset(), self._num_bytes[name]] for name, it in self._datasets.items())
         self._datasets.clear()
         self._file.close()
         self._raw.check()
-        seal = {"data": data, "digest": metadata_digest(self._raw, data)}
+        seal = seal_of(data, metadata_digest(self._raw, data))
         self._raw.seek(0)
-        self._raw.write(json.dumps(seal).encode().ljust(SEAL_BYTES))
+        self._raw.write(seal)
         self._raw.check()
         with PROFILE("fsync"):
             os.fsync(self._raw.fileno())
         size = os.fstat(self._raw.fileno()).st_size
         self._raw.close()
         return size
+
+    def _write_columns(self) -> None:
+        """Poses, and what comes along."""
+        import h5py
+
+        columns, rows = self._plan.datasets, slice(*self._span)
+        if any(name.startswith(EXTRA_PREFIX) for name in columns):
+            h5py.h5g.create(self._file.id, EXTRA_PREFIX.rstrip("/").encode())
+        for name, values in columns.items():
+            inside = np.ascontiguousarray(values[rows])
+            self._datasets[name] = dataset = new_dataset(self._file.id, name, inside.shape, inside.dtype)
+            dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, inside)
+            self._digests[name], self._num_bytes[name] = bytes_digest(inside), inside.nbytes
 
     def _attributes(self) -> dict[str, Any]:
         plan, label = self._plan, self._label
@@ -2754,6 +2903,7 @@ class ChunkWriter:
             "trajectory_checksum": plan.checksum,
             "checksum_kind": plan.checksum_kind,
             **({"pairing": pairing} if pairing > 1 else {}),
+            **({} if plan.task is None else {"task": plan.task}),
             "versions": versions_of(label.spec),
             "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
@@ -2967,6 +3117,7 @@ def process_umask() -> int:
 
 POSE_SHAPES = {"position": (2,), "yaw": (), "frame_index": (), "travelled_distance": ()}
 POSE_TYPES = {"position": "<f8", "yaw": "<f8", "frame_index": "<i8", "travelled_distance": "<f8"}
+COLUMN_SHAPES = {"timestamp": (), "delta": (3,)}  # what comes along unasked, float64; delta may hold NaN
 
 
 # ======================================================================================================================
@@ -4916,7 +5067,7 @@ def plan_costs(_: TrajectoryReader, trajectories: list[Trajectory], job: Reading
                 num_frames=outcome.num_stored_frames,
                 num_chunks=len(outcome.spans),
                 num_rows=outcome.num_rows,
-                pose_bytes=outcome.num_rows * sum(values[:1].nbytes for values in outcome.poses.values()),
+                pose_bytes=outcome.num_rows * sum(values[:1].nbytes for values in outcome.datasets.values()),
                 pose_facts=look_at and look_at(outcome.read, job.spec),
             )
             outcome = Cost(work, outcome.notes)

@@ -56,7 +56,7 @@ def make_cache(cache_dir: Path, token: str, chunks: int, frames: int) -> dict[st
         writer.write(np.arange(*span), {name: tokens[slice(*span)]})
     record(cache_dir, spec, {"t": (spans, writer.chunk_bytes)})
     rows = {name: tokens}
-    for pose, values in plan.poses.items():
+    for pose, values in plan.datasets.items():
         rows[pose] = flat_file(cache_dir / pose, values.dtype, values.shape)
         rows[pose][:] = values
     return rows

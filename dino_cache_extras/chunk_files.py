@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import stat
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -17,6 +17,8 @@ import numpy as np
 from dino_cache import (
     CHUNK_FORMAT,
     CHUNK_FORMAT_VERSION,
+    COLUMN_SHAPES,
+    EXTRA_PREFIX,
     POSE_SHAPES,
     POSE_TYPES,
     READ_BLOCK_BYTES,
@@ -24,6 +26,7 @@ from dino_cache import (
     TOKEN_DATASETS,
     attributes_digest,
     bytes_digest,
+    extra_dataset,
     metadata_digest,
 )
 from progress_utils import (
@@ -70,7 +73,7 @@ def read_chunk_header(path: Path, *, deep: bool) -> ChunkHeader:
     with open(path, "rb") as file:
         check_metadata(file)  # first: damaged metadata can crash HDF5, or keep it in a loop
     with hdf5_errors(), h5py.File(path, locking=False) as file:  # a chunk never changes, whoever else has it open
-        attributes, stored = plain_attributes(file.attrs), dict(file.items())
+        attributes, stored = plain_attributes(file.attrs), stored_datasets(file)
         _check_attributes(attributes, {name: str(dataset.attrs.get("digest")) for name, dataset in stored.items()})
         shapes = _dataset_shapes(attributes, stored)
         datasets = {name: check_dataset(stored[name], name, shape) for name, shape in shapes}
@@ -87,6 +90,15 @@ def hdf5_errors() -> Iterator[None]:
         yield
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise DamagedChunkError(f"cannot be read as HDF5: {error}") from error
+
+
+def stored_datasets(file: h5py.File) -> dict[str, h5py.Dataset]:
+    """Every dataset of a chunk file by its name, also those in groups: `extra/action`."""
+    found = {}
+    for name, item in file.items():
+        is_group = isinstance(item, h5py.Group)
+        found |= {f"{name}/{part}": inner for part, inner in item.items()} if is_group else {name: item}
+    return found
 
 
 def check_metadata(file: BinaryIO) -> None:
@@ -126,16 +138,20 @@ def check_chunk_format(attributes: Mapping[str, Any]) -> None:
 
 
 def _dataset_shapes(
-    attributes: dict[str, Any], present: Container[str]
+    attributes: dict[str, Any], present: Mapping[str, h5py.Dataset]
 ) -> Iterator[tuple[str, tuple[int | None, ...]]]:
     """(dataset name, shape) that a chunk's attributes promise; None where only the model knows. A chunk cut by number
-    of frames has the poses that its source had, and those are covered by the digest if they are present."""
+    of frames has the poses that its source had, and those are covered by the digest if they are present; so are
+    timestamp and delta, which chunks of 0.2.0 and earlier lack. What extra_keys names has the shape that it has."""
     length = attributes["stop"] - attributes["start"]
     spec = json.loads(attributes["spec"])
     by_distance = spec.get("chunk_by", "distance") == "distance"
     for name, shape in POSE_SHAPES.items():
         if by_distance or name == "frame_index" or name in present:
             yield name, (length, *shape)
+    yield from ((name, (length, *shape)) for name, shape in COLUMN_SHAPES.items() if name in present)
+    for name in map(extra_dataset, spec.get("extra_keys", ())):
+        yield name, (length, *present[name].shape[1:])
     token_dimensions = {"cls": 1, "patch": 3, "register": 2}
     for token in spec["tokens"]:
         yield TOKEN_DATASETS[token], (length, *[None] * token_dimensions[token])
@@ -143,7 +159,7 @@ def _dataset_shapes(
 
 def check_dataset(dataset: h5py.Dataset, name: str, shape: tuple[int | None, ...]) -> StoredDataset:
     """Check a dataset's type and shape, and that it lies in one piece."""
-    expected_type = POSE_TYPES.get(name, "<f2")
+    expected_type = _type_of(dataset, name)
     fits = len(shape) == dataset.ndim and all(want in (None, got) for want, got in zip(shape, dataset.shape))
     offset = dataset.id.get_offset()
     if dataset.dtype.str != expected_type or not fits or offset is None:
@@ -159,9 +175,23 @@ def check_dataset(dataset: h5py.Dataset, name: str, shape: tuple[int | None, ...
     )
 
 
+def _type_of(dataset: h5py.Dataset, name: str) -> str:
+    """The type that a dataset must have; a column that came along keeps its own, of numbers."""
+    found = dataset.dtype
+    if name.startswith(EXTRA_PREFIX):
+        return found.str if found.kind in "biuf" and found.itemsize <= 8 else "numbers"
+    return "<f8" if name in COLUMN_SHAPES else POSE_TYPES.get(name, "<f2")
+
+
+def _may_be_nan(name: str) -> bool:
+    return name == "delta" or name.startswith(EXTRA_PREFIX)
+
+
 def _check_bytes(path: Path, name: str, dataset: StoredDataset) -> None:
-    """Read a dataset's bytes past HDF5, block by block: they must match the digest and be finite."""
+    """Read a dataset's bytes past HDF5, block by block: they must match the digest and be finite, but where NaN is
+    data."""
     running, finite, size = bytes_digest(), True, dataset.size
+    must_be_finite = dataset.dtype.startswith("<f") and not _may_be_nan(name)
     with open(path, "rb") as file:
         file.seek(dataset.offset)
         while size > 0:
@@ -169,7 +199,7 @@ def _check_bytes(path: Path, name: str, dataset: StoredDataset) -> None:
             if not block:
                 raise DamagedChunkError(f"{name} ends early")
             running.update(block)
-            finite &= dataset.dtype.startswith("<i") or bool(np.isfinite(np.frombuffer(block, dataset.dtype)).all())
+            finite &= not must_be_finite or bool(np.isfinite(np.frombuffer(block, dataset.dtype)).all())
             size -= len(block)
     if running.hexdigest() != dataset.digest:
         raise DamagedChunkError(f"the bytes of {name} do not match their digest")

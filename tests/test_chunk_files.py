@@ -36,7 +36,7 @@ FRAMES = 40  # of the trajectory in `cached`, every second one kept: 20
 SHAPE = ModelShape(patch_size=14, width=4, num_registers=3)
 TOKENS = {"cls_token": (4,), "patch_tokens": (2, 3, 4), "register_tokens": (3, 4)}
 SPANS = [(0, 9), (6, 15), (12, 20)]  # 0.25 m between kept frames: 2 m are 8 steps, an overlap of 0.5 m is 2
-POSES = {"position": (2,), "yaw": (), "frame_index": (), "travelled_distance": ()}
+POSES = {"position": (2,), "yaw": (), "frame_index": (), "travelled_distance": (), "delta": (3,)}
 ATTRIBUTES = {
     "format", "format_version", "dataset_name", "trajectory", "chunk_index", "num_chunks", "start", "stop", "spec",
     "fingerprint", "weights_digest", "trajectory_checksum", "checksum_kind", "versions", "created_at",

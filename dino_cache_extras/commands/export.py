@@ -16,7 +16,17 @@ from typing import Any
 import h5py
 import numpy as np
 
-from dino_cache import POSE_SHAPES, POSE_TYPES, TOKEN_DATASETS, ChunkFile, InputError, free_bytes, read_file
+from dino_cache import (
+    COLUMN_SHAPES,
+    POSE_SHAPES,
+    POSE_TYPES,
+    TOKEN_DATASETS,
+    ChunkFile,
+    InputError,
+    extra_dataset,
+    free_bytes,
+    read_file,
+)
 from dino_cache_extras.chunk_files import NewRows, is_cut_by_frames, pieces, recorded_chunk
 from dino_cache_extras.commands.workers import with_bar
 from progress_utils import (
@@ -34,7 +44,8 @@ FLAT_DESCRIPTION = (
     "flat: one HDF5 file in stable-worldmodel's dialect. Every dataset but ep_len and ep_offset is a column, one row "
     "a frame, one episode after the other. An episode is a piece of a trajectory that was stored without a gap: it "
     "ends where a pose jump cut the trajectory. A frame that lies in two chunks appears once. Poses that no trajectory "
-    "has (chunk_by: frames) are no columns; where only some have them, the others' rows are NaN."
+    "has (chunk_by: frames) are no columns; where only some have them, the others' rows are NaN. So are those of "
+    "timestamp and delta in chunks that have none. What extra_keys named is in extra.<name>, where every chunk has it."
 )
 VINT_DESCRIPTION = (
     "vint: a folder with one .pt file a chunk (features (L, D) float16: the CLS tokens; positions, yaws, indices) and "
@@ -126,7 +137,7 @@ def _write_flat(
     lengths = [sum(rows.stop - rows.start for rows in episode) for _, episode in found]
     parts = [(name, rows) for name, episode in found for rows in episode]
     with h5py.File(raw, "w", libver="v110") as file:  # attributes may exceed 64 kB then
-        columns = _make_columns(progress, file, token_datasets, sum(lengths), folder)
+        columns = _make_columns(progress, file, token_datasets + _common_extras(progress), sum(lengths), folder)
         _write_episodes(progress, file, [name for name, _ in found], lengths)
         position, filled = 0, set()
         for name, rows in with_bar(parts, "Exporting"):
@@ -135,25 +146,40 @@ def _write_flat(
             raw.check()
             position += rows.stop - rows.start
         for name in columns.keys() - filled:
-            del file[name]  # nothing was written to it, so that it takes no space
+            del file[_column_name(name)]  # nothing was written to it, so that it takes no space
 
 
-def _make_columns(
-    progress: Progress, file: Any, token_datasets: list[str], num_frames: int, folder: Path
-) -> dict[str, Any]:
-    """An empty column for each dataset that a chunk can have; RefusedError where the disk cannot hold them."""
+def _common_extras(progress: Progress) -> list[str]:
+    """The datasets of extra_keys that every chunk has."""
+    keys = [progress.specs[fingerprint].get("extra_keys", ()) for fingerprint in progress.fingerprints]
+    return [extra_dataset(key) for key in keys[0] if all(key in others for others in keys)]
+
+
+def _make_columns(progress: Progress, file: Any, common: list[str], num_frames: int, folder: Path) -> dict[str, Any]:
+    """Dataset -> an empty column, for each that a chunk can have and those `common` to all; RefusedError where the disk
+    cannot hold them."""
     rows = {name: (shape, np.dtype(POSE_TYPES[name])) for name, shape in POSE_SHAPES.items()}
+    rows |= {name: (shape, np.dtype(np.float64)) for name, shape in COLUMN_SHAPES.items()}
     if all(map(is_cut_by_frames, progress.specs.values())):
         del rows["travelled_distance"]
     with recorded_chunk(progress, next(iter(progress.records)), 0, deep=False) as chunk:
-        rows |= {name: (chunk[name].shape[1:], chunk[name].dtype) for name in token_datasets}
-    needed = num_frames * sum(math.prod(shape) * dtype.itemsize for shape, dtype in rows.values())
+        rows |= {name: (chunk[name].shape[1:], chunk[name].dtype) for name in common}
+        empty = {name for name in COLUMN_SHAPES if name not in chunk}  # as in all others, most likely
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in rows.items()}
+    needed = num_frames * sum(size for name, size in sizes.items() if name not in empty)
     if needed > (free := free_bytes(folder)):
         raise RefusedError(f"{folder}: the export takes {human_bytes(needed)} and {human_bytes(free)} are free")
     return {
-        name: file.create_dataset(name, (num_frames, *shape), dtype, fillvalue=math.nan if dtype.kind == "f" else None)
+        name: file.create_dataset(
+            _column_name(name), (num_frames, *shape), dtype, fillvalue=math.nan if dtype.kind == "f" else None
+        )
         for name, (shape, dtype) in rows.items()
     }
+
+
+def _column_name(dataset: str) -> str:
+    """`extra.action` of `extra/action`: that dialect knows no groups."""
+    return dataset.replace("/", ".")
 
 
 def _write_episodes(progress: Progress, file: Any, names: list[str], lengths: list[int]) -> None:
@@ -174,10 +200,12 @@ def _copy_rows(chunk: Any, rows: NewRows, columns: dict[str, Any], position: int
     there = {name: column for name, column in columns.items() if name in chunk}
     for name, column in there.items():
         dataset = chunk[name]
-        if dataset.shape[1:] != column.shape[1:]:
+        if (dataset.shape[1:], dataset.dtype) != (column.shape[1:], column.dtype):
+            what = "rows of shape {0}" if dataset.shape[1:] != column.shape[1:] else "{1} values"
+            here, before = (what.format(it.shape[1:], it.dtype) for it in (dataset, column))
             raise RefusedError(
-                f"{chunk.filename}: {name} has rows of shape {dataset.shape[1:]}, those before have "
-                f"{column.shape[1:]}: one column cannot hold both. Choose other --tokens, or redo the cache"
+                f"{chunk.filename}: {name} has {here}, those before have {before.removeprefix('rows of shape ')}: one "
+                "column cannot hold both. Choose other --tokens, or redo the cache"
             )
         block = max(1, EXPORT_BLOCK_BYTES // max(1, math.prod(column.shape[1:]) * column.dtype.itemsize))
         for start in range(rows.start, rows.stop, block):

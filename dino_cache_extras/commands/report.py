@@ -41,6 +41,7 @@ from dino_cache_extras.commands.report_facts import (
     frames_to_picture,
     night_rate,
     read_patches,
+    stored_columns,
 )
 from progress_utils import (
     Failure,
@@ -365,6 +366,8 @@ def _configuration_section(sample: CacheSample) -> str:
     if sample.facts:
         versions = json.loads(sample.facts[-1].versions)
         rows["made with"] = ", ".join(f"{name} {version}" for name, version in versions.items())
+    if columns := sample.tried(stored_columns, progress):
+        rows["stored with each frame"] = columns
     rows |= {"data folder": sample.data_folder, "data format": progress.data_format}
     cells = "".join(f"<tr><th>{_text(key)}</th><td>{_text(value)}</td></tr>" for key, value in rows.items())
     return f"<h2>Configuration</h2><table>{cells}</table>"

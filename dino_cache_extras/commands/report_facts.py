@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dino_cache_extras.chunk_files import NewRows, pieces, recorded_chunk
+from dino_cache_extras.chunk_files import NewRows, pieces, recorded_chunk, stored_datasets
 from progress_utils import Failure, Progress, RefusedError
 
 REPORT_SEED = 0
@@ -187,6 +187,16 @@ def _camera_remarks(unit: Any, to_next: Any, steps_m: Any, rows: Any) -> list[st
         if next_apart > SHUFFLED_RATIO * apart and apart > 1e-3:
             remarks.append("frames out of order? neighbours are hardly more alike than any two frames")
     return remarks
+
+
+def stored_columns(progress: Progress) -> str | None:
+    """The datasets of the latest trajectory's first chunk, each with the shape of a row and its type; and its task."""
+    if not progress.records:
+        return None
+    with recorded_chunk(progress, next(reversed(progress.records)), 0, deep=False) as chunk:
+        task = f"; task: {chunk.attrs['task']}" if "task" in chunk.attrs else ""
+        stored = stored_datasets(chunk).items()
+        return ", ".join(f"{name} {dataset.shape[1:]} {dataset.dtype}" for name, dataset in stored) + task
 
 
 def night_rate(night: list[ChunkFacts]) -> float | None:

@@ -27,6 +27,8 @@ from dino_cache import (
     Note,
     Poses,
     Trajectory,
+    checked_extra,
+    columns_asked_for,
     data_keys,
     map_files,
     read_file,
@@ -44,7 +46,7 @@ from dino_cache_extras.formats.frame_layouts import (
     rows_of_files,
 )
 from dino_cache_extras.formats.pose_files import likely_time_scale, table_apart
-from dino_cache_extras.formats.pose_rows import POSE_SUFFIXES, read_columns, rising
+from dino_cache_extras.formats.pose_rows import POSE_SUFFIXES, extra_columns, read_columns, rising
 from dino_cache_extras.formats.pose_times import SAME_TIME_S, poses_at
 from progress_utils import RefusedError
 
@@ -221,7 +223,8 @@ class FramesSource:
         self._check_pictures()
         numbers = np.arange(len(self._pictures), dtype=np.int64)
         if self._pose_file is None:
-            return Poses(numbers, None, None, times=self._times)
+            extra = columns_asked_for(self._name, {}, self._keys.extra_keys)
+            return Poses(numbers, None, None, times=self._times, extra=extra)
         table = self._read_poses()
         is_custom = self._layout_name == "custom"
         by_time = self._layout.by_time or (
@@ -265,7 +268,14 @@ class FramesSource:
             )
         times = table.times if self._times is None else self._times[numbers]
         without = len(self._pictures) - len(numbers)
-        return table._replace(frame_index=numbers, times=times, num_without=without, notes=self._notes(without))
+        notes, extra = self._notes(without), self._extra()
+        return table._replace(frame_index=numbers, times=times, num_without=without, notes=notes, extra=extra)
+
+    def _extra(self) -> dict[str, np.ndarray]:
+        """The columns that extra_keys names, by row of the file of poses."""
+        if not self._keys.extra_keys:
+            return {}
+        return extra_columns(self._place.folder / self._pose_file, self._pose_where, self._keys)
 
     def _files_of_rows(self) -> list[str] | None:
         """The pictures that the rows of a custom table name."""
@@ -285,7 +295,14 @@ class FramesSource:
             raise InputError(
                 f"{error}{likely or '. Where their clocks differ, time_offset is added to poses'}"
             ) from error
-        return poses._replace(times=self._times[poses.frame_index], notes=self._notes(poses.num_without))
+        extra = {key: self._between(key, values, table, poses) for key, values in self._extra().items()}
+        return poses._replace(times=self._times[poses.frame_index], notes=self._notes(poses.num_without), extra=extra)
+
+    def _between(self, key: str, values: np.ndarray, table: Poses, poses: Poses) -> np.ndarray:
+        """A column at the frames' times, on the line between two rows. Raises InvalidDataError."""
+        rows = checked_extra(self._pose_where, key, values, len(table.times)).reshape(len(table.times), -1)
+        between = np.stack([np.interp(poses.times, table.times, column) for column in rows.T], axis=1)
+        return between.reshape(len(between), *np.shape(values)[1:])
 
     def _notes(self, without: int) -> tuple[Note, ...]:
         what = "trajectories have pictures without a pose, which are left out"
@@ -336,7 +353,7 @@ FORMAT = Format(
     open=FramesSource,
     settings=(
         *("frame_pattern", "image_key", "time_scale", "max_pose_gap_s", "layout", "pose_file", "pose_columns"),
-        *("pose_match", "poses_folder", "time_offset", "frame_times"),
+        *("pose_match", "poses_folder", "time_offset", "frame_times", "extra_keys"),
     ),
     trajectory="a folder of pictures with a file of poses (poses.csv beside images/; KITTI, TUM, EuRoC, TartanAir)",
     signs=_signs,

@@ -38,6 +38,7 @@ from dino_cache import (
     Trajectory,
     checked_numbers,
     checked_poses,
+    columns_asked_for,
     data_keys,
     open_regular,
     read_file,
@@ -101,6 +102,7 @@ class LeRobotDataset:
             self._check_template(template)
         self._episodes: dict[int, tuple[int, dict[str, Any]]] = {}
         self._faults: dict[int, str] = {}  # of episodes whose entries contradict themselves
+        self._tasks: dict[int, str] = {}  # of episodes with one task
         self._read_parquet_meta() if self.version == "v3.0" else self._read_jsonl()
         self.data_files = DataFiles(root, self._templates["data"], episodes_in)
         self._spans: dict[str, dict[Path, VideoSpans]] = {}  # camera -> video file -> where its episodes lie in it
@@ -149,6 +151,11 @@ class LeRobotDataset:
             self._faults[number] = f"its rows are {rows[0]} to {rows[1]} of the dataset, and its length is {length}"
         self._episodes[number] = (length, place)
 
+    def _add_task(self, number: Any, tasks: Any) -> None:
+        """Take an episode's task; of several, none is the whole episode's."""
+        if isinstance(tasks, list) and len(tasks) == 1 and isinstance(tasks[0], str):
+            self._tasks[number] = tasks[0]
+
     def _read_jsonl(self) -> None:
         path, chunk_size = self.root / "meta/episodes.jsonl", self._get("chunks_size", int)
         try:
@@ -157,6 +164,7 @@ class LeRobotDataset:
                     entry = json.loads(line)
                     index, length = entry["episode_index"], entry["length"]
                     self._add(index, length, {"episode_chunk": index // chunk_size})
+                    self._add_task(index, entry.get("tasks"))
         except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError, InputError) as error:
             raise RefusedError(f"{path}: cannot be read: {error!r}") from error
 
@@ -168,7 +176,7 @@ class LeRobotDataset:
             if feature.get("dtype") == "video":
                 names = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
                 optional |= {f"videos/{key}/{name}": f"{key} {name}" for name in names}
-        optional |= {f"dataset_{name}": name for name in ("from_index", "to_index")}
+        optional |= {f"dataset_{name}": name for name in ("from_index", "to_index")} | {"tasks": "tasks"}
         files = sorted((self.root / "meta/episodes").glob("[!.]*/[!.]*.parquet"))
         if not files:
             raise self._refusal("there are no meta/episodes/*/*.parquet beside it")
@@ -179,9 +187,14 @@ class LeRobotDataset:
                 rows = parquet_columns(path, tuple(wanted)).rename_columns(list(wanted.values())).to_pylist()
                 for row in rows:
                     of_dataset = (row.pop("from_index", None), row.pop("to_index", None))
+                    self._add_task(row["index"], row.pop("tasks", None))
                     self._add(row.pop("index"), row.pop("length"), row, of_dataset)
             except (InputError, OSError, ValueError, TypeError, OverflowError) as error:
                 raise RefusedError(f"{path}: cannot be read: {error}") from error
+
+    def task(self, episode: Episode) -> str | None:
+        """What was to be done in an episode, where its entry says so."""
+        return self._tasks.get(episode.index)
 
     def episode(self, number: int) -> Episode:
         if number not in self._episodes:
@@ -377,6 +390,23 @@ def _whole_numbers(path: Path, table: pyarrow.Table, key: str) -> np.ndarray:
     return values
 
 
+def column_of_numbers(where: str, column: pyarrow.ChunkedArray) -> np.ndarray:
+    """(T, ...) of a column of numbers, or of lists of equally many, in the column's own type. A real number that is
+    null is NaN, which pandas writes so. Raises InvalidDataError."""
+    types, values, shape = open_library("pyarrow").types, column.combine_chunks(), [len(column)]
+    while types.is_list(values.type) or types.is_large_list(values.type) or types.is_fixed_size_list(values.type):
+        lengths = open_library("pyarrow.compute").list_value_length(values).unique()
+        if values.null_count or len(lengths) != 1:
+            raise InvalidDataError(f"{where}: its lists are not of one length; extra_keys names columns of numbers")
+        shape.append(lengths[0].as_py())
+        values = values.flatten()
+    if not (types.is_boolean(values.type) or types.is_integer(values.type) or types.is_floating(values.type)):
+        raise InvalidDataError(f"{where}: holds {column.type} values; extra_keys names columns of numbers")
+    if values.null_count and not types.is_floating(values.type):
+        raise InvalidDataError(f"{where}: is null in {values.null_count} places, where a {values.type} is expected")
+    return values.to_numpy(zero_copy_only=False).reshape(shape)
+
+
 class LeRobotSource:
     """lerobot: the rows of one episode, and its frames."""
 
@@ -384,6 +414,7 @@ class LeRobotSource:
         self._name, self._dataset = trajectory.name, lerobot_dataset(trajectory.path)
         self._episode = self._dataset.episode(trajectory.episode)
         self._keys, self._settings = self._dataset.resolve_keys(keys, poses_required=False), keys
+        self._extra_keys = keys.extra_keys
         self._is_video = self._dataset.features[self._keys.image]["dtype"] == "video"
         self._data_file = self._dataset.data_file(self._episode)
 
@@ -392,6 +423,7 @@ class LeRobotSource:
         """The first row of the episode in its file, and its rows."""
         wanted = {"episode_index", "frame_index", *filter(None, self._keys[1:])}
         wanted |= {"timestamp"} if self._is_video else set()
+        wanted |= self._extra_columns()
         table = parquet_columns(self._data_file, tuple(sorted(wanted)))
         rows = np.flatnonzero(_whole_numbers(self._data_file, table, "episode_index") == self._episode.index)
         count, length = len(rows), self._episode.length
@@ -404,6 +436,20 @@ class LeRobotSource:
             raise InvalidDataError(f"{self._name}: {self._data_file}: its frame_index is not 0 to {count - 1}")
         return int(rows[0]), table
 
+    def _extra_columns(self) -> set[str]:
+        """Names of columns that extra_keys names, none of them pictures. Raises InvalidDataError."""
+        if not self._extra_keys:
+            return set()
+        features = self._dataset.features
+        if pictures := [key for key in self._extra_keys if features.get(key, {}).get("dtype") in ("image", "video")]:
+            raise InvalidDataError(f"{self._where}: {pictures[0]} holds pictures; extra_keys names columns of numbers")
+        present = dict.fromkeys(sorted(parquet_names(self._data_file)))
+        return {*columns_asked_for(self._where, present, self._extra_keys)}
+
+    @property
+    def _where(self) -> str:
+        return f"{self._name} ({self._data_file})"
+
     def _column(self, key: str) -> dict[str, Any]:
         return {key: self._values(key)}
 
@@ -413,8 +459,7 @@ class LeRobotSource:
             with _parquet_errors(self._data_file):
                 return column.to_pylist()
         except (ValueError, OverflowError) as error:  # text that is no UTF-8, times that Python does not have
-            where = f"{self._name} ({self._data_file})"
-            raise InputError(f"{where}: {key}: cannot be read as {column.type}: {str(error)[:200]}") from error
+            raise InputError(f"{self._where}: {key}: cannot be read as {column.type}: {str(error)[:200]}") from error
 
     def poses(self, *, required: bool) -> Poses:
         _, *pose_keys = self._keys
@@ -422,9 +467,17 @@ class LeRobotSource:
         if required and None in pose_keys:
             raise InputError(f"{self._name}: has no position and yaw; set position_key and yaw_key")
         columns = {key: self._values(key) for key in pose_keys if key is not None}
-        poses = checked_poses(f"{self._name} ({self._data_file})", columns, self._settings, *pose_keys)
+        poses = checked_poses(self._where, columns, self._settings, *pose_keys)
         numbers = np.arange(self._episode.length, dtype=np.int64)
-        return poses._replace(frame_index=numbers, times=numbers / self._dataset.fps)
+        table = self._rows[1]
+        with _parquet_errors(self._data_file):
+            extra = {key: column_of_numbers(f"{self._where}: {key}", table[key]) for key in self._extra_keys}
+        return poses._replace(
+            frame_index=numbers,
+            times=numbers / self._dataset.fps,
+            extra=extra,
+            task=self._dataset.task(self._episode),
+        )
 
     def _times(self) -> np.ndarray:
         """(T,) [s] on its video's clock of each row. The rows must fill the episode's part of the video."""
@@ -600,7 +653,7 @@ FORMAT = Format(
     find=find_lerobot,
     locate=locate_lerobot,
     open=LeRobotSource,
-    settings=KEY_SETTINGS,
+    settings=(*KEY_SETTINGS, "extra_keys"),
     trajectory=f"an episode of a dataset with {LEROBOT_INFO}",
     signs=_signs,
     guess=guess_lerobot_keys,

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,7 +20,9 @@ from dino_cache import (
     NAMED_UNITS,
     DataKeys,
     InputError,
+    InvalidDataError,
     check_values,
+    columns_asked_for,
     ground_plane,
     read_file,
     recordable_name,
@@ -37,6 +40,7 @@ POSE_COLUMNS = {  # names in a CSV file's first line
     "yaw": ("yaw", "heading"),
     "qx": ("qx",), "qy": ("qy",), "qz": ("qz",), "qw": ("qw",),
 }  # fmt: skip
+TUM_NAMES = ("timestamp", "tx", "ty", "tz", "qx", "qy", "qz", "qw")
 TUM_COLUMNS = ("timestamp", "x", "y", "z", "qx", "qy", "qz", "qw")
 QUATERNION = ("qx", "qy", "qz", "qw")
 UNIT_SETTINGS = {"timestamp": "time_scale", "yaw": "yaw_unit"} | dict.fromkeys(("x", "y", "z"), "position_scale")
@@ -58,17 +62,18 @@ def table_apart(data_folder: Path, name: str, poses_folder: str, suffixes: Seque
     return None
 
 
-def read_pose_table(path: Path, name: str, keys: DataKeys = DEFAULT_KEYS) -> dict[str, np.ndarray]:
-    """Poses in a .csv file with names in its first line, or in TUM's form (timestamp tx ty tz qx qy qz qw, no names).
+class TableRows(NamedTuple):
+    """The rows of a pose file as texts, and the names of its columns."""
 
-    Returns:
-        timestamp [s], x, y and yaw [rad] in the ground plane, (T,) float64 each, times rising; and `height`, the third
-        coordinate, where there is one.
+    where: str  # for messages
+    header: list[str]
+    records: list[list[str]]
+    has_names: bool  # in its first line
 
-    Raises:
-        InputError: it is no such table, a column is missing, there twice or in another unit by its name, or a value is
-            not finite.
-    """
+
+def read_rows(path: Path, name: str, keys: DataKeys = DEFAULT_KEYS) -> TableRows:
+    """A .csv file with names in its first line, or one in TUM's form (timestamp tx ty tz qx qy qz qw, no names).
+    InputError where it is no such table."""
     is_beside = path.with_suffix("").as_posix().endswith(f"/{name}")  # else in the trajectory's own folder
     where = name + path.suffix if is_beside else f"{name}/{recordable_name(path.name)}"
     if keys.poses_folder is not None:
@@ -85,9 +90,27 @@ def read_pose_table(path: Path, name: str, keys: DataKeys = DEFAULT_KEYS) -> dic
             header, *records = csv.reader(rows)
         except csv.Error as error:
             raise InputError(f"{where}: not a table: {error}") from error
-        names = _column_names(where, header, keys)
-    else:
-        names, records = list(TUM_COLUMNS), [re.split(r"[\s,]+", row.strip()) for row in rows]
+        return TableRows(where, header, records, True)
+    return TableRows(where, list(TUM_NAMES), [re.split(r"[\s,]+", row.strip()) for row in rows], False)
+
+
+def read_pose_table(path: Path, name: str, keys: DataKeys = DEFAULT_KEYS) -> dict[str, np.ndarray]:
+    """The poses in a .csv or TUM file, as `pose_table` has them. Raises InputError."""
+    return pose_table(read_rows(path, name, keys), keys)
+
+
+def pose_table(rows: TableRows, keys: DataKeys) -> dict[str, np.ndarray]:
+    """The poses in a table.
+
+    Returns:
+        timestamp [s], x, y and yaw [rad] in the ground plane, (T,) float64 each, times rising; and `height`, the third
+        coordinate, where there is one.
+
+    Raises:
+        InputError: a column is missing, there twice or in another unit by its name, or a value is not finite.
+    """
+    where, header, records, has_names = rows
+    names = _column_names(where, header, keys) if has_names else list(TUM_COLUMNS)
     columns = _pose_columns(where, names, records, keys)
     timestamp = columns["timestamp"] * keys.time_scale + keys.time_offset
     check_values(where, "timestamp", timestamp, math.inf)  # finite also when scaled
@@ -102,6 +125,19 @@ def read_pose_table(path: Path, name: str, keys: DataKeys = DEFAULT_KEYS) -> dic
         "yaw": yaw_of_columns(where, columns, keys),
     }
     return {**table, "height": height} if height is not None and np.isfinite(height).all() else table
+
+
+def extra_columns(rows: TableRows, extra_keys: Sequence[str]) -> dict[str, np.ndarray]:
+    """(T,) float64 of each column that extra_keys names, by what stands in the first line. Raises InvalidDataError."""
+    names, columns = [name.strip() for name in rows.header], {}
+    for key in columns_asked_for(rows.where, dict.fromkeys(names), extra_keys):
+        if names.count(key) > 1:
+            raise InvalidDataError(f"{rows.where}: two columns are called {key}; take one out")
+        try:
+            columns[key] = _column(names.index(key), rows.records)
+        except (ValueError, IndexError) as error:
+            raise InvalidDataError(f"{rows.where}: {key} is no column of numbers: {error}") from error
+    return columns
 
 
 def _column_names(where: str, header: list[str], keys: DataKeys) -> list[str]:

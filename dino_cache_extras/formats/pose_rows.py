@@ -26,6 +26,7 @@ from dino_cache import (
     Poses,
     check_claim,
     check_values,
+    columns_asked_for,
     ground_plane,
     read_file,
     refuse_other_unit,
@@ -163,6 +164,27 @@ def read_columns(path: Path, where: str, keys: DataKeys) -> dict[str, np.ndarray
     return columns
 
 
+def extra_columns(path: Path, where: str, keys: DataKeys) -> dict[str, np.ndarray]:
+    """Those of a file's columns that extra_keys names: (T,) float64 of a table with names, by what stands in its first
+    line; arrays of an .npz file, and fields of a structured .npy file, (T, ...).
+
+    Raises:
+        InputError: it cannot be parsed.
+        InvalidDataError: it has no such column, or one that holds no numbers.
+    """
+    suffix = path.suffix.lower()
+    if suffix in (".npy", ".npz"):
+        arrays = _read_arrays(path, where, suffix)
+        fields = {name: array[name] for array in arrays.values() for name in array.dtype.names or ()}
+        return columns_asked_for(where, fields or {name: arrays[name] for name in arrays if name}, keys.extra_keys)
+    names, records = read_text_table(path, where, keys)
+    places = {name: place for place, name in enumerate(names or [])}
+    columns = columns_asked_for(where, places, keys.extra_keys)
+    if twice := [name for name in columns if names.count(name) > 1]:
+        raise InvalidDataError(f"{where}: two columns are called {twice[0]}; take one out")
+    return {name: _numbers(where, name, [record[place] for record in records]) for name, place in columns.items()}
+
+
 def _numbers(where: str, role: str, cells: list[str]) -> np.ndarray:
     try:
         return np.array([float(cell) for cell in cells])
@@ -234,14 +256,19 @@ def _counted_places(where: str, count: int, forms: Mapping[int, tuple[str, ...]]
     return {role: place for place, role in enumerate(forms[count]) if role}
 
 
-def _array_columns(path: Path, where: str, keys: DataKeys, suffix: str) -> dict[str, np.ndarray]:
+def _read_arrays(path: Path, where: str, suffix: str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file; that of an .npy file under ''. Raises InputError."""
     data = read_file(path).tobytes()
     try:
-        arrays = {"": _read_npy(data)} if suffix == ".npy" else _read_npz(data)
+        return {"": _read_npy(data)} if suffix == ".npy" else _read_npz(data)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # hostile bytes can raise anything
         raise InputError(f"{where}: cannot read poses: {str(error) or type(error).__name__}") from error
+
+
+def _array_columns(path: Path, where: str, keys: DataKeys, suffix: str) -> dict[str, np.ndarray]:
+    arrays = _read_arrays(path, where, suffix)
     if len(arrays) == 1:
         (array,) = arrays.values()
         if array.dtype.names is None and array.ndim > 1:

@@ -27,6 +27,7 @@ from dino_cache import (
     Format,
     FrameReader,
     InputError,
+    InvalidDataError,
     Poses,
     Trajectory,
     checked_poses,
@@ -71,6 +72,7 @@ class ReconSource:
         self._where = f"{trajectory.name} ({recordable_name(trajectory.path.name)})"
         given = (keys.image_key, keys.position_key, keys.yaw_key)
         self._keys, self._settings = [key or default for key, default in zip(given, RECON_KEYS)], keys
+        self._extra_keys = keys.extra_keys
         self._size = os.stat(trajectory.path).st_size
 
     @functools.cached_property
@@ -82,14 +84,34 @@ class ReconSource:
                 raise InputError(f"{self._keys[1:]} hold more than {MAX_POSE_NUMBERS} numbers")
             return len(images), {key: _comparable(values[...]) for key, values in zip(self._keys[1:], poses)}
 
+    @functools.cached_property
+    def _extra(self) -> dict[str, np.ndarray]:
+        """The datasets that extra_keys names, as they are."""
+        columns, numbers = {}, 0
+        with hdf5_errors(self._where, self._trajectory.path), open_hdf5(self._trajectory.path) as file:
+            for key in self._extra_keys:
+                if getattr(file.get(key), "shape", None) in (None, ()):
+                    raise InvalidDataError(f"{self._where}: has no rows {key}, as extra_keys has it; {_its_keys(file)}")
+                dataset = _recon_dataset(file, key)
+                numbers += dataset.size
+                if dataset.dtype.kind not in "biuf":
+                    raise InvalidDataError(f"{self._where}: {key} holds {dataset.dtype} values, expected numbers")
+                if numbers > MAX_POSE_NUMBERS:
+                    raise InvalidDataError(f"{self._where}: extra_keys name more than {MAX_POSE_NUMBERS} numbers")
+                columns[key] = dataset[...]
+        return columns
+
     def checksum(self, kind: ChecksumKind) -> str:
-        """Over the poses and the file's size (`stat`), or over the file's bytes (`content`)."""
+        """Over the poses, what extra_keys names, and the file's size (`stat`), or over the file's bytes (`content`)."""
         digest = hashlib.sha256(f"{kind} {self._keys} {self._size}".encode())
         if kind == "content":
             with open(open_regular(self._trajectory.path), "rb") as file:
                 digest = hashlib.file_digest(file, lambda: digest)
         else:
             for values in self._content[1].values():
+                digest.update(np.ascontiguousarray(values))
+            for key, values in self._extra.items():
+                digest.update(f"{key} {values.dtype} {values.shape}".encode())
                 digest.update(np.ascontiguousarray(values))
         return digest.hexdigest()[:16]
 
@@ -98,7 +120,7 @@ class ReconSource:
         poses = checked_poses(self._where, values, self._settings, *self._keys[1:])
         if count != len(poses.position):
             raise InputError(f"{self._where}: {count} images in {self._keys[0]} but {len(poses.position)} poses")
-        return poses
+        return poses._replace(extra=self._extra)
 
     def open_frames(self, numbers: Sequence[int]) -> FrameReader:
         return self
@@ -122,7 +144,7 @@ def hdf5_errors(where: str, path: Path) -> Iterator[None]:
     """Whatever h5py makes of damaged bytes as the trajectory's error; the system's as OSError."""
     try:
         yield
-    except MemoryError:
+    except (MemoryError, InvalidDataError):
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -145,12 +167,16 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
 def _recon_dataset(file: h5py.File, key: str) -> h5py.Dataset:
     dataset = file.get(key)
     if not isinstance(dataset, h5py.Dataset) or dataset.ndim == 0:
-        names: list[str] = []
-        file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-        raise InputError(f"has no {key}; its keys are {', '.join(names)[:500]}")
+        raise InputError(f"has no {key}; {_its_keys(file)}")
     if dataset.file.filename != file.filename or dataset.external or dataset.is_virtual:
         raise InputError(f"{key} lies in another file; what a file refers to is not read")
     return dataset
+
+
+def _its_keys(file: h5py.File) -> str:
+    names: list[str] = []
+    file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+    return f"its keys are {', '.join(names)[:500]}"
 
 
 def _comparable(values: np.ndarray) -> np.ndarray:
@@ -180,7 +206,7 @@ FORMAT = Format(
     find=find_recon,
     locate=locate_recon,
     open=ReconSource,
-    settings=KEY_SETTINGS,
+    settings=(*KEY_SETTINGS, "extra_keys"),
     trajectory=f"a *{RECON_SUFFIX} file in the folder itself",
     signs=_signs,
     guess=lambda data_folder, spec: {

@@ -346,10 +346,21 @@ class RosbagSource:
             what = "bags have images of the first camera without one of another near in time, which are left out"
             notes.append(Note(what, f"{len(frames.at_ns) - len(numbers)} of {len(frames.at_ns)}"))
         if chosen.position is None and chosen.tf is None:
-            return Poses(numbers.astype(np.int64), None, None, times=times, notes=tuple(notes))
+            return Poses(
+                numbers.astype(np.int64), None, None, times=times, notes=tuple(notes), extra=self._extra(numbers, clock)
+            )
         table = self._table(chosen, content, clock, int(frames.at_ns[0]))
         poses = self._poses_at(numbers, times, table, clock)
-        return poses._replace(notes=(*notes, *self._notes(poses, frames, content)))
+        notes += self._notes(poses, frames, content)
+        return poses._replace(notes=tuple(notes), extra=self._extra(poses.frame_index, clock))
+
+    def _extra(self, numbers: np.ndarray, clock: str) -> dict[str, np.ndarray]:
+        """The topics that extra_keys names, at the images of these numbers."""
+        bag, frames, gap_s = self._bag, self._frames, self._keys.max_pose_gap_s
+        return {
+            topic: numbers_at_frames(bag, topic, frames, clock, gap_s, self._where)[numbers]
+            for topic in self._keys.extra_keys
+        }
 
     def _settle_clock(self, chosen: Chosen, content: Content) -> tuple[str, list[Note]]:
         """By which times a bag is read, header or log: one for all of it."""
@@ -455,7 +466,7 @@ FORMAT = Format(
     find=find_bags,
     locate=locate_bag,
     open=RosbagSource,
-    settings=("image_key", "position_key", "tf", "stamps", "max_pose_gap_s"),
+    settings=("image_key", "position_key", "tf", "stamps", "max_pose_gap_s", "extra_keys"),
     trajectory=f"a *.bag or *.mcap file, or a folder with {METADATA_FILE} of rosbag2",
     signs=_signs,
 )

@@ -22,6 +22,7 @@ from dino_cache import (
     Note,
     Poses,
     Trajectory,
+    columns_asked_for,
     open_regular,
     read_file,
     recordable_name,
@@ -29,7 +30,14 @@ from dino_cache import (
 )
 from dino_cache_extras.formats.frame_layouts import Place, only_match, read_times
 from dino_cache_extras.formats.playlists import PLAYLIST_SUFFIX, is_playlist, segments_of
-from dino_cache_extras.formats.pose_files import likely_time_scale, poses_inside, read_pose_table, table_apart
+from dino_cache_extras.formats.pose_files import (
+    extra_columns,
+    likely_time_scale,
+    pose_table,
+    poses_inside,
+    read_rows,
+    table_apart,
+)
 from dino_cache_extras.formats.pose_rows import rising
 from dino_cache_extras.formats.video_frames import (
     SAME_TIME_S,
@@ -144,8 +152,10 @@ class VideoSource:
         if self._pose_path is None and required:
             raise InputError(f"{self._name}: no poses beside {self._path.name}; expected a .csv or .txt file")
         if self._pose_path is None:
-            return Poses(np.arange(len(times), dtype=np.int64), None, None)
-        table = read_pose_table(self._pose_path, self._name, self._keys)
+            extra = columns_asked_for(self._name, {}, self._keys.extra_keys)
+            return Poses(np.arange(len(times), dtype=np.int64), None, None, times=times, extra=extra)
+        rows = read_rows(self._pose_path, self._name, self._keys)
+        table = pose_table(rows, self._keys)
         at = table["timestamp"]
         self._check_some_between(times, at)
         if (inside := poses_inside(at, times)) < len(at) / 2:
@@ -167,6 +177,10 @@ class VideoSource:
             num_without=len(times) - len(numbers),
             table=Poses(np.arange(len(at)), points, table["yaw"], table.get("height"), at),
             notes=self._notes(at),
+            extra={
+                key: np.interp(times[numbers], at, column)
+                for key, column in extra_columns(rows, self._keys.extra_keys).items()
+            },
         )
 
     def _times(self, zero: str) -> np.ndarray:
@@ -259,7 +273,7 @@ FORMAT = Format(
     find=find_videos,
     locate=locate_video,
     open=VideoSource,
-    settings=("time_zero", "time_scale", "poses_folder", "time_offset", "frame_times"),
+    settings=("time_zero", "time_scale", "poses_folder", "time_offset", "frame_times", "extra_keys"),
     trajectory="<name>.mp4 with <name>.csv or .txt, or a folder with video.mp4 and poses.csv or .txt",
     signs=_signs,
     hints=_hints,

@@ -77,7 +77,7 @@ def test_flat_holds_each_frame_once_in_episodes_without_gaps(robot, monkeypatch,
     assert robot.export("flat") == 0
     assert "3 trajectories: 5 episodes, 57 frames" in capsys.readouterr().out
     columns, rows = read_as_stable_worldmodel(robot.out)
-    tokens, poses = {"cls_token", "patch_tokens"}, {"position", "yaw", "frame_index", "travelled_distance"}
+    tokens, poses = {"cls_token", "patch_tokens"}, {"position", "yaw", "frame_index", "travelled_distance", "delta"}
     assert columns.keys() == tokens | poses | {"ep_idx", "step_idx"}
     assert {len(column) for column in columns.values()} == {57}
     assert [(r.start, r.stop) for r in rows] == [(0, 20), (20, 30), (30, 37), (37, 47), (47, 57)]
@@ -302,9 +302,9 @@ def test_a_full_disk_ends_the_export_and_leaves_what_was_there(robot, capsys, la
 
 def test_a_disk_that_cannot_hold_the_export_is_refused_at_once(robot, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5000))
-    assert robot.export("flat") == 2  # 57 rows of 8 + 48 + 40 bytes
-    assert "takes 5.5 kB and 5.0 kB are free" in capsys.readouterr().err
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5500))
+    assert robot.export("flat") == 2  # 57 rows of 8 + 48 + 40 + 24 bytes
+    assert "takes 6.8 kB and 5.0 kB are free" in capsys.readouterr().err
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=6900))
     assert robot.export("flat") == 0
 
 

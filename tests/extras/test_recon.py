@@ -51,5 +51,5 @@ def test_poses_that_are_there_are_stored_also_in_chunks_by_number_of_frames(
     (name,) = write_recon(tmp_path / "data", [FIRST])
     assert run_bits({"chunk_by": "frames", "max_chunk_frames": 40, "overlap_frames": 0}).code == 0
     ((_, datasets),) = chunks(tmp_path / "cache", name)
-    assert {*datasets} == {"cls_token", "frame_index", "position", "yaw"}
+    assert {*datasets} == {"cls_token", "frame_index", "position", "yaw", "delta"}
     np.testing.assert_array_equal(datasets["position"], FIRST.position)

@@ -181,7 +181,7 @@ def test_the_forecast_counts_the_poses_that_there_are(run_bits, tmp_path):
 
     with_poses = told("--measure")
     (tmp_path / "data/t1/traj_data.pkl").unlink()
-    assert with_poses - told() == 48 * (2 + 1) * 8  # chunks 0-9, 8-17, 16-25, 24-33, 32-39: position and yaw
+    assert with_poses - told() == 48 * (2 + 1 + 3) * 8  # chunks 0-9, 8-17, 16-25, 24-33, 32-39: position, yaw, delta
     assert run_bits(BY_FRAMES).code == 0
     taken = sum(path.stat().st_size for path in (tmp_path / "cache/t1").iterdir())
     assert taken <= with_poses <= 2 * taken
