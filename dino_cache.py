@@ -264,6 +264,7 @@ class Fence:
         for descriptor in range(3):
             os.dup2(nowhere, descriptor)
         _limit(resource.RLIMIT_CORE, 0)
+        os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # pyarrow's own takes 1 GiB at once, of the memory allowed
         with contextlib.suppress(OSError), open("/proc/self/status", "rb") as status:
             used_kb = next(int(line.split()[1]) for line in status if line.startswith(b"VmData:"))
             _limit(resource.RLIMIT_DATA, used_kb * 1024 + limits.memory_bytes)
