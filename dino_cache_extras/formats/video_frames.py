@@ -378,10 +378,10 @@ def _rgb(frame: av.VideoFrame, pixel_aspect: Fraction, where: str) -> np.ndarray
             f"{where}: its pixels of {pixel_aspect.numerator}:{pixel_aspect.denominator} make {width}x{height} px of "
             f"{frame.width}x{frame.height} px; more than {MAX_FRAME_PIXELS} pixels are refused"
         )
+    how = {"format": "rgb24", "threads": 1}  # else each frame starts threads of its own, which live as long as it does
     if (width, height) != (frame.width, frame.height):
-        image = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
-    else:
-        image = frame.to_ndarray(format="rgb24")
+        how |= {"width": width, "height": height, "interpolation": "BICUBIC"}
+    image = frame.to_ndarray(**how)
     return _turned(image, _display_matrix(frame))
 
 
