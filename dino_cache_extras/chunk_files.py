@@ -24,7 +24,9 @@ from dino_cache import (
     TOKEN_DATASETS,
     attributes_digest,
     bytes_digest,
+    cameras_of,
     metadata_digest,
+    token_dataset,
 )
 from progress_utils import (
     CANNOT_LOOK,
@@ -70,7 +72,7 @@ def read_chunk_header(path: Path, *, deep: bool) -> ChunkHeader:
     with open(path, "rb") as file:
         check_metadata(file)  # first: damaged metadata can crash HDF5, or keep it in a loop
     with hdf5_errors(), h5py.File(path, locking=False) as file:  # a chunk never changes, whoever else has it open
-        attributes, stored = plain_attributes(file.attrs), dict(file.items())
+        attributes, stored = plain_attributes(file.attrs), stored_datasets(file)
         _check_attributes(attributes, {name: str(dataset.attrs.get("digest")) for name, dataset in stored.items()})
         shapes = _dataset_shapes(attributes, stored)
         datasets = {name: check_dataset(stored[name], name, shape) for name, shape in shapes}
@@ -100,6 +102,22 @@ def check_metadata(file: BinaryIO) -> None:
         raise DamagedChunkError(f"has no seal: {error}") from error
     if not intact:
         raise DamagedChunkError("its structure or attributes do not match their digest")
+
+
+def stored_datasets(file: h5py.File) -> dict[str, h5py.Dataset]:
+    """All datasets of a chunk file by name, those of a group as <group>/<name>."""
+    stored = {}
+    for name, item in file.items():
+        if isinstance(item, h5py.Group):
+            stored |= {f"{name}/{inner}": dataset for inner, dataset in item.items()}
+        else:
+            stored[name] = item
+    return stored
+
+
+def token_datasets(spec: Mapping[str, Any], token: str) -> list[str]:
+    """The names under which a chunk of this recorded spec has a token's datasets, one of each camera."""
+    return [token_dataset(camera, TOKEN_DATASETS[token]) for camera in cameras_of(spec.get("image_key"))]
 
 
 def plain_attributes(attributes: h5py.AttributeManager, keys: Iterable[str] | None = None) -> dict[str, Any]:
@@ -138,7 +156,8 @@ def _dataset_shapes(
             yield name, (length, *shape)
     token_dimensions = {"cls": 1, "patch": 3, "register": 2}
     for token in spec["tokens"]:
-        yield TOKEN_DATASETS[token], (length, *[None] * token_dimensions[token])
+        for name in token_datasets(spec, token):
+            yield name, (length, *[None] * token_dimensions[token])
 
 
 def check_dataset(dataset: h5py.Dataset, name: str, shape: tuple[int | None, ...]) -> StoredDataset:

@@ -36,6 +36,7 @@ from dino_cache import (
     InvalidDataError,
     Poses,
     Trajectory,
+    camera_name,
     checked_numbers,
     checked_poses,
     data_keys,
@@ -63,7 +64,7 @@ YAW_GUESSES = ("observation.filtered_heading", "yaw")
 class LeRobotKeys(NamedTuple):
     """The features that are read; None where a dataset has no base pose."""
 
-    image: str
+    image: str | tuple[tuple[str, str], ...]  # of several cameras, (name, key) of each
     position: str | None
     yaw: str | None
 
@@ -251,8 +252,10 @@ class LeRobotDataset:
         """
         images = [key for key, feature in self.features.items() if feature.get("dtype") in ("image", "video")]
         image = given.image_key or (images[0] if len(images) == 1 else first_of(IMAGE_GUESSES, images))
-        if image not in images:
-            raise InputError(f"image_key: {image}: {self.root} has the image keys {', '.join(images) or '(none)'}")
+        for key in given._replace(image_key=image).keys_of_cameras.values():
+            if key in images:
+                continue
+            raise InputError(f"image_key: {key}: {self.root} has the image keys {', '.join(images) or '(none)'}")
         others = [key for key in self.features if key not in images]
         position = given.position_key or first_of(POSITION_GUESSES, others)
         yaw = given.yaw_key or first_of(YAW_GUESSES, others)
@@ -289,7 +292,7 @@ def lerobot_dataset(root: Path) -> LeRobotDataset:
     return _LEROBOT_DATASETS[root]
 
 
-def guess_lerobot_keys(data_folder: Path, spec: CacheSpec) -> dict[str, str | None]:
+def guess_lerobot_keys(data_folder: Path, spec: CacheSpec) -> dict[str, str | dict[str, str] | None]:
     """The features that are read now: those set, else those guessed.
 
     Raises:
@@ -301,7 +304,8 @@ def guess_lerobot_keys(data_folder: Path, spec: CacheSpec) -> dict[str, str | No
         keys = dataset.resolve_keys(data_keys(spec), poses_required=spec.chunk_by == "distance")
     except InputError as error:
         raise RefusedError(str(error)) from error
-    return dict(zip(KEY_SETTINGS, keys))
+    image = dict(keys.image) if isinstance(keys.image, tuple) else keys.image
+    return dict(zip(KEY_SETTINGS, (image, *keys[1:])))
 
 
 def find_lerobot(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
@@ -314,7 +318,8 @@ def find_lerobot(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
     image, position, yaw = guess_lerobot_keys(data_folder, spec).values()
     dataset = lerobot_dataset(data_folder)
     poses = f"poses from {position} and {yaw}" if position or yaw else "no poses"
-    LOG.info("%s: LeRobot %s, frames from %s, %s", data_folder, dataset.version, image, poses)
+    images = ", ".join(image.values()) if isinstance(image, dict) else image
+    LOG.info("%s: LeRobot %s, frames from %s, %s", data_folder, dataset.version, images, poses)
     for number in dataset.episode_numbers:
         yield Trajectory(episode_name(number), data_folder, format="lerobot", episode=number)
 
@@ -384,14 +389,16 @@ class LeRobotSource:
         self._name, self._dataset = trajectory.name, lerobot_dataset(trajectory.path)
         self._episode = self._dataset.episode(trajectory.episode)
         self._keys, self._settings = self._dataset.resolve_keys(keys, poses_required=False), keys
-        self._is_video = self._dataset.features[self._keys.image]["dtype"] == "video"
+        self._images = keys._replace(image_key=self._keys.image).keys_of_cameras  # camera -> its feature
+        features = self._dataset.features
+        self._videos = [camera for camera, key in self._images.items() if features[key]["dtype"] == "video"]
         self._data_file = self._dataset.data_file(self._episode)
 
     @functools.cached_property
     def _rows(self) -> tuple[int, pyarrow.Table]:
         """The first row of the episode in its file, and its rows."""
         wanted = {"episode_index", "frame_index", *filter(None, self._keys[1:])}
-        wanted |= {"timestamp"} if self._is_video else set()
+        wanted |= {"timestamp"} if self._videos else set()
         table = parquet_columns(self._data_file, tuple(sorted(wanted)))
         rows = np.flatnonzero(_whole_numbers(self._data_file, table, "episode_index") == self._episode.index)
         count, length = len(rows), self._episode.length
@@ -426,33 +433,34 @@ class LeRobotSource:
         numbers = np.arange(self._episode.length, dtype=np.int64)
         return poses._replace(frame_index=numbers, times=numbers / self._dataset.fps)
 
-    def _times(self) -> np.ndarray:
-        """(T,) [s] on its video's clock of each row. The rows must fill the episode's part of the video."""
-        start_s, stop_s, zero_s = self._part_of_video()
+    def _times(self, camera: str | None) -> np.ndarray:
+        """(T,) [s] on a video's clock of each row. The rows must fill the episode's part of the video."""
+        name = camera_name(self._name, camera)
+        start_s, stop_s, zero_s = self._part_of_video(camera)
         times = start_s + checked_numbers(self._name, self._column("timestamp"), "timestamp", self._episode.length)
         if (np.diff(times) <= 0).any():
             raise InvalidDataError(
                 f"{self._name}: its timestamps do not rise, at row {int(np.argmin(np.diff(times))) + 1}"
             )
-        last = f"its last row is at {times[-1]:.3f} s of {recordable_name(self._video_file.name)}"
+        last = f"its last row is at {times[-1]:.3f} s of {recordable_name(self._video_file(camera).name)}"
         frame_s, is_shared = 1 / self._dataset.fps, self._dataset.version == "v3.0"
         if is_shared and times[-1] > stop_s - frame_s / 2:  # else decoding tells the first one missing
-            raise InvalidDataError(f"{self._name}: {last}, in which it ends at {stop_s:.3f} s: fewer frames than poses")
+            raise InvalidDataError(f"{name}: {last}, in which it ends at {stop_s:.3f} s: fewer frames than poses")
         if times[-1] + frame_s < stop_s - frame_s / 2:
-            raise InvalidDataError(f"{self._name}: {last}, in which it ends at {stop_s:.3f} s: more frames than poses")
+            raise InvalidDataError(f"{name}: {last}, in which it ends at {stop_s:.3f} s: more frames than poses")
         return times + zero_s
 
-    def _part_of_video(self) -> tuple[float, float, float]:
-        """Where the episode begins and ends in its video [s], and what to add for the container's clock: times are
+    def _part_of_video(self, camera: str | None) -> tuple[float, float, float]:
+        """Where the episode begins and ends in a video [s], and what to add for the container's clock: times are
         counted from the first frame shown."""
-        dataset, key = self._dataset, self._keys.image
+        dataset, key = self._dataset, self._images[camera]
         start_s, stop_s = dataset.video_span(self._episode, key)
         if dataset.version != "v3.0":
-            extent = video_extent(self._video_file)
+            extent = video_extent(self._video_file(camera))
             return 0.0, extent.last_s - extent.first_s + 1 / dataset.fps, extent.first_s
         spans = dataset.spans_beside(self._episode, key)
         if fault := spans.fault(self._name):
-            raise InvalidDataError(f"{self._name}: {fault}: its frames may be another episode's")
+            raise InvalidDataError(f"{camera_name(self._name, camera)}: {fault}: its frames may be another episode's")
         return start_s, stop_s, spans.zero_s
 
     def mispaired(self, spec: CacheSpec) -> str | None:
@@ -460,25 +468,28 @@ class LeRobotSource:
         times on the container's clock alone."""
         try:
             self._dataset.refuse_contradiction(self._episode)
-            if not self._is_video:
-                return None
-            self._times()
+            for camera in self._videos:
+                self._times(camera)
         except InvalidDataError as error:
             return f"its frames may be another's: {error}"
-        *_, zero_s = self._part_of_video()
+        return next(filter(None, (self._mispaired_video(camera, spec) for camera in self._videos)), None)
+
+    def _mispaired_video(self, camera: str | None, spec: CacheSpec) -> str | None:
+        *_, zero_s = self._part_of_video(camera)
+        video_file = self._video_file(camera)
         if abs(zero_s) > VIDEO_TOLERANCE / self._dataset.fps:
-            return f"its times were counted on the clock of {self._video_file.name}, which begins at {zero_s:.3f} s"
-        return changed_picture(self._video_file, spec)
+            return f"its times were counted on the clock of {video_file.name}, which begins at {zero_s:.3f} s"
+        return changed_picture(video_file, spec)
 
-    @property
-    def _video_file(self) -> Path:
-        return self._dataset.video_file(self._episode, self._keys.image)
+    def _video_file(self, camera: str | None) -> Path:
+        return self._dataset.video_file(self._episode, self._images[camera])
 
-    def open_frames(self, numbers: Sequence[int]) -> FrameReader:
-        if not self._is_video:
-            return ParquetFrames(self._data_file, self._keys.image, self._name, self._rows[0])
-        times = self._times()[list(numbers)].tolist()
-        return VideoFrames(self._video_file, self._name, numbers, times, VIDEO_TOLERANCE / self._dataset.fps)
+    def open_frames(self, numbers: Sequence[int], camera: str | None = None) -> FrameReader:
+        name = camera_name(self._name, camera)
+        if camera not in self._videos:
+            return ParquetFrames(self._data_file, self._images[camera], name, self._rows[0])
+        times = self._times(camera)[list(numbers)].tolist()
+        return VideoFrames(self._video_file(camera), name, numbers, times, VIDEO_TOLERANCE / self._dataset.fps)
 
     def checksum(self, kind: ChecksumKind) -> str:
         """Over the rows read, and the sizes (`stat`) or bytes (`content`) of the frames as they are stored: what is
@@ -487,22 +498,29 @@ class LeRobotSource:
         first, table = self._rows
         for key in table.column_names:
             digest.update(repr(self._values(key)).encode("utf-8", "surrogatepass"))
-        if not self._is_video:
-            _add_images(digest, self._data_file, self._keys.image, first, len(table), kind)
-        elif kind == "stat":
-            times, sizes = packet_index(self._video_file)
-            digest.update(sizes[self._is_inside(times)])
-        else:
-            first_dts = None
-            for packet, time_base in packets(self._video_file, self._name):
-                first_dts = packet.dts if first_dts is None else first_dts
-                if self._is_inside(np.array([(packet.dts - first_dts) * float(time_base)]))[0]:
-                    digest.update(bytes(packet))
+        for camera, key in self._images.items():
+            if camera in self._videos:
+                self._add_video(digest, camera, kind)
+            else:
+                _add_images(digest, self._data_file, key, first, len(table), kind)
         return digest.hexdigest()[:16]
 
-    def _is_inside(self, times: np.ndarray) -> np.ndarray:
+    def _add_video(self, digest: hashlib._Hash, camera: str | None, kind: ChecksumKind) -> None:
+        """Add the sizes (`stat`) or the bytes of the episode's packets in a video."""
+        video_file = self._video_file(camera)
+        if kind == "stat":
+            times, sizes = packet_index(video_file)
+            digest.update(sizes[self._is_inside(times, camera)])
+            return
+        first_dts = None
+        for packet, time_base in packets(video_file, self._name):
+            first_dts = packet.dts if first_dts is None else first_dts
+            if self._is_inside(np.array([(packet.dts - first_dts) * float(time_base)]), camera)[0]:
+                digest.update(bytes(packet))
+
+    def _is_inside(self, times: np.ndarray, camera: str | None) -> np.ndarray:
         """Whether packets at these times, in the order of decoding, are the episode's."""
-        start_s, stop_s = self._dataset.video_span(self._episode, self._keys.image)
+        start_s, stop_s = self._dataset.video_span(self._episode, self._images[camera])
         early_s = 0.5 / self._dataset.fps
         return (times >= start_s - early_s) & (times < stop_s - early_s)
 
