@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from formats_support import (
     VIDEO_KEY,
     chunks,
@@ -25,17 +28,25 @@ from formats_support import (
     write_lerobot,
     write_recon,
 )
+from pydantic import ValidationError
 
-from dino_cache import EncodedRows
+import dino_cache
+import progress_utils
+from dino_cache import POSE_SHAPES, CacheSpec, CacheWindows, EncodedRows, RefusedError
 from dino_cache_extras.formats import video_frames
 from support import (
+    ROOT,
     SIZE,
     BitEncoder,
+    Outcome,
     Rendered,
     chunk_files,
     encoded,
+    read_progress,
     sealed,
     stream_results,
+    tree,
+    write_gnm,
 )
 
 LEFT_KEY = "observation.images.left"
@@ -332,3 +343,316 @@ def test_a_camera_that_is_not_there_is_named(tmp_path: Path, key: str) -> None:
     (name,) = two_in_recon(tmp_path / "data", TRAJECTORIES[:1])
     results = cache(tmp_path / "data", tmp_path / "cache", "recon", {"front": "images/rgb_left", "left": key})
     assert f"has no {key}; its keys are" in str(results[name].error)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_counts_the_frames_of_all_cameras_and_foresees_what_they_take(
+    run_bits: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    two_in_recon(tmp_path / "data", TRAJECTORIES)
+    how = {"tokens": ["cls", "patch"], "max_chunk_distance_m": 20.0}
+    dry = run_bits({"image_key": IN_RECON}, "--dry-run", **how)
+    assert f"frames to encode: {2 * (40 + 27 + 33)}\n" in dry.out
+    (foreseen,) = map(int, re.findall(r"bytes they take: (\d+)", dry.out))
+    outcome = run_bits({"image_key": IN_RECON}, **how)
+    assert outcome.code == 0, outcome.err
+    taken = sum(path.stat().st_size for path in chunk_files(tmp_path / "cache"))
+    assert abs(foreseen - taken) < 0.2 * taken
+    record = read_progress(tmp_path / "cache")
+    assert record["processing_config"]["image_key"] == IN_RECON
+    assert {name: entry["spans"] for name, entry in record["trajectory_records"].items()} == {
+        "t1": [[0, 40]],
+        "t2": [[0, 27]],
+        "t3": [[0, 33]],
+    }
+    again = run_bits({"image_key": {"left": IN_RECON["left"], "front": IN_RECON["front"]}}, **how)
+    assert again.code == 0 and "Redoing" not in again.err  # in whatever order
+
+
+DYING = """
+import os, sys
+sys.path[:0] = sys.argv[1:3]
+point, config = sys.argv[3:5]
+import dino_cache
+from support import STAMP_SHAPE, BitEncoder
+dino_cache.load_encoder = lambda spec, device: (BitEncoder(spec.image_size, spec.tokens), "bits")
+dino_cache.model_shape = lambda kind: STAMP_SHAPE
+owner, name, count = point.split()
+owner, calls = getattr(dino_cache, owner), []
+original = getattr(owner, name)
+def die(*arguments, **keywords):
+    calls.append(1)
+    if len(calls) == int(count):
+        os._exit(9)
+    return original(*arguments, **keywords)
+setattr(owner, name, die)
+if __name__ == "__main__":
+    sys.exit(dino_cache.main(["--config", config]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "point", "completed", "frame_stride"),
+    [
+        ("recon", "ChunkWriter write 30", 0, 1),
+        ("lerobot v3.0", "ChunkWriter finish 6", 0, 3),
+        ("lerobot v3.0", "ChunkStore publish 2", 1, 1),
+    ],
+)
+def test_a_killed_run_is_taken_up_and_makes_what_an_undisturbed_one_makes(
+    run_bits: Callable[..., Outcome], tmp_path: Path, kind: str, point: str, completed: int, frame_stride: int
+) -> None:
+    names = KINDS[kind][2](tmp_path / "data", TRAJECTORIES)
+    how = {"frame_stride": frame_stride, "batch_size": 5, "max_chunk_distance_m": 0.9}
+    assert run_bits({"image_key": KINDS[kind][1]}, "--dry-run", **how).code == 0  # writes the config
+    command = [sys.executable, "-c", DYING, str(ROOT), str(ROOT / "tests"), point, str(tmp_path / "config.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 9, done.stderr
+    record = tmp_path / "cache/progress.json"
+    assert not record.exists() or len(read_progress(tmp_path / "cache")["completed_trajectories"]) <= completed
+    outcome = run_bits({"image_key": KINDS[kind][1]}, **how)
+    assert outcome.code == 0, outcome.err
+    for trajectory, name in zip(TRAJECTORIES, names):
+        check_both(tmp_path / "cache", name, trajectory.stamp, frame_stride)
+    assert list((tmp_path / "cache/.staging").iterdir()) == []
+    assert progress_utils.main(["verify", "--cache-dir", str(tmp_path / "cache"), "--deep"]) == 0
+
+
+def test_other_cameras_are_a_changed_configuration(run_bits: Callable[..., Outcome], tmp_path: Path) -> None:
+    two_in_recon(tmp_path / "data", TRAJECTORIES[:1])
+    assert run_bits().code == 0
+    outcome = run_bits({"image_key": IN_RECON})
+    assert outcome.code == 2
+    assert f"image_key: images/rgb_left -> {IN_RECON}" in outcome.err
+    assert run_bits({"image_key": IN_RECON}, "--force-rebuild").code == 0
+    check_both(tmp_path / "cache", "t1", 1)
+    other = {"front": IN_RECON["front"], "rear": IN_RECON["left"]}
+    assert f"image_key: {IN_RECON} -> {other}" in run_bits({"image_key": other}).err
+    assert run_bits().code == 2
+
+
+def test_a_camera_whose_data_changed_is_redone_with_its_trajectory(
+    run_bits: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    names = two_in_lerobot(tmp_path / "data", TRAJECTORIES[:2], "v2.1", "libx264")
+    assert run_bits({"image_key": IN_LEROBOT}).code == 0
+    changed = Rendered(1, 40)._replace(stamp=13)
+    video = tmp_path / f"data/videos/chunk-000/{LEFT_KEY}/episode_000000.mp4"
+    write_joined_mp4(video, [changed.frames], "libx264")
+    outcome = run_bits({"image_key": IN_LEROBOT})
+    assert outcome.code == 0, outcome.err
+    assert "1 trajectories" in outcome.err + outcome.out
+    for _, datasets in chunks(tmp_path / "cache", names[0]):
+        assert {*datasets["left/cls_token"][:, 0].astype(int)} == {13}
+        assert {*datasets["front/cls_token"][:, 0].astype(int)} == {1}
+    check_both(tmp_path / "cache", names[1], 2)
+
+
+def test_a_list_names_the_cameras_and_they_are_recorded(run_bits: Callable[..., Outcome], tmp_path: Path) -> None:
+    two_in_lerobot(tmp_path / "data", TRAJECTORIES[:1], "v2.1", "image")
+    outcome = run_bits({"image_key": [LEFT_KEY, VIDEO_KEY]})
+    assert outcome.code == 0, outcome.err
+    config = read_progress(tmp_path / "cache")["processing_config"]
+    assert config["image_key"] == IN_LEROBOT and list(config["image_key"]) == ["front", "left"]
+    assert "image_key" not in config.get("guessed_keys", ())
+    check_both(tmp_path / "cache", "episode_000000", 1)
+    refused = run_bits({"image_key": [LEFT_KEY, "observation.images.rear"]})
+    assert refused.code == 2
+    assert "image_key: observation.images.rear" in refused.err and VIDEO_KEY in refused.err
+
+
+def test_a_format_of_one_camera_refuses_several(run_bits: Callable[..., Outcome], tmp_path: Path) -> None:
+    write_gnm(tmp_path / "data", TRAJECTORIES[:1])
+    outcome = run_bits({"image_key": IN_RECON})
+    assert outcome.code == 2
+    assert "does not apply to format: gnm" in outcome.err
+    assert run_bits(image_key=IN_RECON).code == 0  # for other datasets of the config
+    assert {*chunks(tmp_path / "cache", "t1")[0][1]} > {"cls_token"}
+    (result,) = stream_results(tmp_path / "data", tmp_path / "other", BitEncoder(), image_key=IN_RECON)
+    assert "format gnm has one camera" in str(result.error)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is made of such a cache
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cached(run_bits: Callable[..., Outcome], tmp_path: Path) -> list[str]:
+    """A cache of two cameras with patch tokens; returns the options that name it."""
+    two_in_recon(tmp_path / "data", TRAJECTORIES[:2])
+    assert run_bits({"image_key": IN_RECON}, tokens=["cls", "patch"]).code == 0
+    return ["--cache-dir", str(tmp_path / "cache")]
+
+
+def test_verify_finds_a_wrong_byte_of_any_camera_and_a_run_mends_it(
+    cached: list[str], run_bits: Callable[..., Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert progress_utils.main(["verify", *cached, "--deep"]) == 0
+    path = tmp_path / "cache/t1/chunk_00001.h5"
+    with h5py.File(path) as file:
+        place = file["left/patch_tokens"].id.get_offset()
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    assert progress_utils.main(["verify", *cached]) == 0  # reads no dataset
+    assert progress_utils.main(["verify", *cached, "--deep"]) == 1
+    assert "the bytes of left/patch_tokens do not match their digest" in capsys.readouterr().out
+    assert progress_utils.main(["verify", *cached, "--deep", "--repair", "--yes"]) == 1
+    assert run_bits({"image_key": IN_RECON}, tokens=["cls", "patch"]).code == 0
+    assert progress_utils.main(["verify", *cached, "--deep"]) == 0
+    check_both(tmp_path / "cache", "t1", 1)
+
+
+def test_a_chunk_without_one_of_its_cameras_is_damaged(cached: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "cache/t1/chunk_00000.h5"
+    with h5py.File(path, "r+") as file:
+        del file["left"]
+    assert progress_utils.main(["verify", *cached]) == 1
+
+
+def test_the_record_is_made_anew_from_the_chunks(
+    cached: list[str], run_bits: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    record = read_progress(tmp_path / "cache")
+    (tmp_path / "cache/progress.json").unlink()
+    assert progress_utils.main(["rebuild", *cached, "--yes"]) == 0
+    rebuilt = read_progress(tmp_path / "cache")
+    for key in ("trajectory_records", "trajectory_checksums", "processing_config", "specs"):
+        assert rebuilt[key] == record[key]
+    before = tree(tmp_path / "cache/t1")
+    assert run_bits({"image_key": IN_RECON}, tokens=["cls", "patch"]).code == 0
+    assert tree(tmp_path / "cache/t1") == before
+
+
+def test_a_flat_export_has_columns_of_each_camera(cached: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "flat.h5"
+    assert progress_utils.main(["export", *cached, "--to", "flat", "--camera", "left", "-o", str(output)]) == 2
+    assert progress_utils.main(["export", *cached, "--to", "flat", "-o", str(output)]) == 0
+    with h5py.File(output) as file:
+        tokens = {f"{camera}.{name}" for camera in ("front", "left") for name in ("cls_token", "patch_tokens")}
+        assert {*file} == {*tokens, "ep_len", "ep_offset", "ep_idx", "step_idx", *POSE_SHAPES}
+        numbers = np.concatenate([np.arange(40), np.arange(27)])
+        np.testing.assert_array_equal(file["frame_index"], numbers)
+        for camera, stamps in (("front", (1, 2)), ("left", (9, 10))):
+            expected = np.stack([np.repeat(stamps, (40, 27)), numbers // 256, numbers % 256], 1)
+            np.testing.assert_array_equal(file[f"{camera}.cls_token"][:, :3], expected)
+            np.testing.assert_array_equal(file[f"{camera}.patch_tokens"][:, 1, 2, :3], expected)
+    assert progress_utils.main(["export", *cached, "--to", "flat", "--force", "-o", str(output)]) == 0
+
+
+def test_a_vint_export_is_of_the_camera_asked_for(
+    cached: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = ["export", *cached, "--to", "vint", "-o", str(tmp_path / "pt")]
+    for asked in ([], ["--camera", "rear"]):
+        assert progress_utils.main([*export, *asked]) == 2
+        assert "front, left" in capsys.readouterr().err
+    assert progress_utils.main([*export, "--camera", "left"]) == 0
+    read = torch.load(tmp_path / "pt" / "t1_00000.pt")
+    assert {*read["features"][:, 0].tolist()} == {9}
+    assert read["features"][:, 2].tolist() == read["indices"]
+
+
+def test_a_camera_is_not_asked_for_where_there_is_one(
+    run_bits: Callable[..., Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_gnm(tmp_path / "data", TRAJECTORIES[:1])
+    assert run_bits().code == 0
+    export = ["export", "--cache-dir", str(tmp_path / "cache"), "--to", "vint", "-o", str(tmp_path / "pt")]
+    assert progress_utils.main([*export, "--camera", "front"]) == 2
+    assert "one camera, without a name" in capsys.readouterr().err
+    assert progress_utils.main(export) == 0
+
+
+def test_trajectories_of_other_cameras_are_not_exported_together(
+    run_bits: Callable[..., Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two_in_recon(tmp_path / "data", TRAJECTORIES[:1])
+    assert run_bits().code == 0
+    two_in_recon(tmp_path / "data", TRAJECTORIES[1:2])
+    assert run_bits({"image_key": IN_RECON}, "--yes").code == 0
+    export = ["export", "--cache-dir", str(tmp_path / "cache"), "--allow-mixed", "--to", "flat"]
+    assert progress_utils.main([*export, "-o", str(tmp_path / "flat.h5")]) == 2
+    assert "front, left or one camera" in capsys.readouterr().err
+
+
+def test_windows_of_several_cameras_are_refused(cached: list[str], tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="several cameras"):
+        CacheWindows(tmp_path / "cache", window=4)
+
+
+def test_a_report_shows_the_first_camera_and_remarks_on_all(
+    cached: list[str], run_bits: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    with h5py.File(tmp_path / "data/t2.r01.hdf5", "r+") as file:
+        for row in range(5, 27):
+            file["images/rgb_right"][row] = file["images/rgb_right"][4]
+    assert run_bits({"image_key": IN_RECON}, "--force-rebuild", tokens=["cls", "patch"]).code == 0
+    assert progress_utils.main(["report", *cached, "-o", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "similarity of camera front" in page and "t1, camera front" in page
+    assert "left: frozen camera? frames 4 to " in page and "front: frozen" not in page
+    assert "cannot be shown" not in page
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Their names
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "names"),
+    [
+        (["observation.images.front", "observation.images.left"], ["front", "left"]),
+        (["/cam_front/image_raw/compressed", "/cam_left/image_raw/compressed"], ["cam_front", "cam_left"]),
+        (["images/rgb_right", "images/rgb_left"], ["rgb_left", "rgb_right"]),
+        (["a.b/c.x", "a.d.x", "a.e.f.x"], ["b_c", "d", "e_f"]),
+        (["left", "right"], ["left", "right"]),
+        (["a.left.left", "a.right.left"], ["left", "right"]),
+        (["front_left/image", "front_right/image"], ["front_left", "front_right"]),
+    ],
+)
+def test_a_list_names_cameras_by_what_tells_their_keys_apart(keys: list[str], names: list[str]) -> None:
+    assert list(CacheSpec(image_key=keys).image_key) == names
+    assert sorted(CacheSpec(image_key=keys).image_key.values()) == sorted(keys)
+
+
+@pytest.mark.parametrize(
+    ("image_key", "reason"),
+    [
+        (["image", "image.left"], "give no names"),
+        (["a.left", "a.left"], "give no names"),
+        (["a.b_c", "a.b.c"], "give no names"),
+        (["a.rear view", "a.front"], "give no names"),
+        (["a"], "two or more"),
+        ([], "two or more"),
+        (["a", 7], "two or more"),
+        ({}, "names no camera"),
+        ({"front left": "a"}, "letters, digits, _ and -"),
+        ({"front/left": "a"}, "letters, digits, _ and -"),
+        ({1: "a"}, "letters, digits, _ and -"),
+        ({"": "a"}, "letters, digits, _ and -"),
+        ({"position": "a"}, "a dataset of a chunk has it"),
+        ({"extra": "a", "left": "b"}, "a dataset of a chunk has it"),
+        ({"front": None}, "needs a key"),
+        ({"front": ""}, "needs a key"),
+        ({"front": "a", "left": "a"}, "front and left are both a"),
+        (7, "one for each camera"),
+    ],
+)
+def test_cameras_that_cannot_be_told_apart_are_refused(image_key: Any, reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        CacheSpec(image_key=image_key)
+
+
+def test_the_order_of_cameras_makes_no_other_cache_and_their_names_do() -> None:
+    one, other = CacheSpec(image_key={"b": "x", "a": "y"}), CacheSpec(image_key={"a": "y", "b": "x"})
+    assert one.to_json() == other.to_json() and json.dumps(one.to_json()) == json.dumps(other.to_json())
+    assert one.fingerprint("w") == other.fingerprint("w") != CacheSpec(image_key={"a": "x", "b": "y"}).fingerprint("w")
+    assert dino_cache.data_keys(one) == dino_cache.data_keys(other) == dino_cache.DataKeys.of(one.to_json())
+    assert dino_cache.encoder_key(one, "cpu") == dino_cache.encoder_key(CacheSpec(), "cpu")
