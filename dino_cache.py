@@ -269,6 +269,7 @@ class Fence:
         for descriptor in range(3):
             os.dup2(nowhere, descriptor)
         _limit(resource.RLIMIT_CORE, 0)
+        os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # pyarrow's own takes 1 GiB at once, of the memory allowed
         with contextlib.suppress(OSError), open("/proc/self/status", "rb") as status:
             used_kb = next(int(line.split()[1]) for line in status if line.startswith(b"VmData:"))
             _limit(resource.RLIMIT_DATA, used_kb * 1024 + limits.memory_bytes)
@@ -448,6 +449,65 @@ def extra_dataset(key: str) -> str:
     return EXTRA_PREFIX + key.strip("/").replace("/", ".")
 
 
+def cameras_of(image_key: Any) -> tuple[str | None, ...]:
+    """The names of the cameras that an `image_key` means, in order; (None,) for a single one, which has no name."""
+    return tuple(image_key) if isinstance(image_key, dict) else (None,)
+
+
+def token_dataset(camera: str | None, name: str) -> str:
+    """What a dataset of tokens is called in a chunk file."""
+    return name if camera is None else f"{camera}/{name}"
+
+
+CAMERA_NAME = re.compile(r"[A-Za-z0-9_-]+")
+NOT_CAMERAS = (  # what else lies, or may come to lie, where a camera's datasets do
+    *TOKEN_DATASETS.values(), "position", "yaw", "frame_index", "travelled_distance", "timestamp", "delta", "extra",
+)  # fmt: skip
+
+
+def named_cameras(keys: Any) -> dict[str, str]:
+    """Camera name -> its key, in order of the names, so that the order in a config file makes no other cache. `keys`: a
+    mapping, or a list, whose keys are named by the parts that tell them apart.
+
+    Raises:
+        ValueError: a name or a key cannot be used.
+    """
+    if isinstance(keys, list | tuple):
+        keys = dict(zip(_telling_parts(keys), keys))
+    if not keys:
+        raise ValueError("names no camera")
+    for name, key in keys.items():
+        if not isinstance(name, str) or not CAMERA_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} cannot be a camera's name; a name has letters, digits, _ and - alone")
+        if name in NOT_CAMERAS:
+            raise ValueError(f"{name} cannot be a camera's name, since a dataset of a chunk has it")
+        if not isinstance(key, str) or not key:
+            raise ValueError(f"{name} needs a key of the data, not {_brief(key)}")
+    for (name, key), (other, same) in itertools.combinations(keys.items(), 2):
+        if key == same:
+            raise ValueError(f"{name} and {other} are both {key}")
+    return dict(sorted(keys.items()))
+
+
+def _telling_parts(keys: Sequence[Any]) -> list[str]:
+    """What tells keys apart: each without the parts, between `.` and `/`, that all begin and end with.
+
+    Raises:
+        ValueError: that gives no names, or one name twice.
+    """
+    if len(keys) < 2 or not all(isinstance(key, str) and key for key in keys):
+        raise ValueError("a list holds the keys of two or more cameras")
+    rests = [[part for part in re.split(r"[./]", key) if part] for key in keys]
+    for place in (0, -1):
+        while all(rests) and len({parts[place] for parts in rests}) == 1:
+            for parts in rests:
+                parts.pop(place)
+    names = ["_".join(parts) for parts in rests]
+    if not all(map(CAMERA_NAME.fullmatch, names)) or len(set(names)) < len(names):
+        raise ValueError("these keys give no names; name the cameras: {front: <key>, left: <key>}")
+    return names
+
+
 class CacheSpec(BaseModel):
     """Every setting that changes what is computed, beyond rounding. Its hash, with the weights, is the fingerprint."""
 
@@ -468,7 +528,7 @@ class CacheSpec(BaseModel):
     min_chunk_distance_m: Metres = 0.3
     frame_stride: PositiveInt = 1
     frame_pattern: str = FRAME_PATTERN
-    image_key: DataKey | None = None
+    image_key: DataKey | dict[str, DataKey] | None = None  # several cameras: name -> key, in order of the names
     position_key: DataKey | None = None
     yaw_key: DataKey | None = None
     position_scale: Scale = 1.0  # metres per unit
@@ -518,6 +578,15 @@ class CacheSpec(BaseModel):
             raise ValueError("names a key twice")
         return keys
 
+    @field_validator("image_key", mode="before")
+    @classmethod
+    def _cameras_have_names(cls, key: Any) -> Any:
+        if key is None or isinstance(key, str):
+            return key
+        if not isinstance(key, dict | list | tuple):
+            raise ValueError("should be a key of the data, or one for each camera: {front: <key>, left: <key>}")
+        return named_cameras(key)
+
     @field_validator("pixel_std")
     @classmethod
     def _std_is_positive(cls, std: ChannelValues) -> ChannelValues:
@@ -562,6 +631,11 @@ class CacheSpec(BaseModel):
                 f"{self.dino_model_type}_reg and every dinov3 model have"
             )
         return self
+
+    @property
+    def cameras(self) -> tuple[str | None, ...]:
+        """Their names; (None,) for a single one."""
+        return cameras_of(self.image_key)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, key by key. Settings that came later are left out where they are at their defaults, which
@@ -839,7 +913,7 @@ class DataKeys(NamedTuple):
     """The settings of a CacheSpec that say which of the data are read, None where the format knows, and how."""
 
     frame_pattern: str = FRAME_PATTERN
-    image_key: str | None = None
+    image_key: str | tuple[tuple[str, str], ...] | None = None  # several cameras: (name, key) of each, sorted
     position_key: str | None = None
     yaw_key: str | None = None
     time_zero: str = "first_frame"
@@ -863,8 +937,15 @@ class DataKeys(NamedTuple):
     def of(cls, settings: dict[str, Any]) -> DataKeys:
         """Those among the settings of a recorded spec, which may be from before some of them."""
         settings = with_defaults(settings)
-        settings["extra_keys"] = tuple(settings["extra_keys"])
-        return cls(**{key: settings[key] for key in cls._fields})
+        keys = cls(**{key: settings[key] for key in cls._fields})
+        if isinstance(keys.image_key, dict):
+            keys = keys._replace(image_key=tuple(sorted(keys.image_key.items())))
+        return keys._replace(extra_keys=tuple(keys.extra_keys))
+
+    @property
+    def keys_of_cameras(self) -> dict[str | None, str | None]:
+        """Camera name -> its key; {None: image_key} for a single one."""
+        return dict(self.image_key) if isinstance(self.image_key, tuple) else {None: self.image_key}
 
 
 DEFAULT_KEYS = DataKeys()
@@ -872,7 +953,12 @@ DEFAULT_KEYS = DataKeys()
 
 def data_keys(spec: CacheSpec) -> DataKeys:
     """Those of a spec."""
-    return DataKeys(*(getattr(spec, key) for key in DataKeys._fields))
+    return DataKeys.of({key: getattr(spec, key) for key in DataKeys._fields})
+
+
+def camera_name(name: str, camera: str | None) -> str:
+    """A trajectory, and which of its cameras, for messages."""
+    return name if camera is None else f"{name}, camera {camera}"
 
 
 class Note(NamedTuple):
@@ -922,14 +1008,15 @@ class Source(Protocol):
         """16 hex digits that change when the data do; how closely it looks, `kind` says."""
 
     def poses(self, *, required: bool) -> Poses:
-        """Check everything but the frames' own bytes, and read the poses.
+        """Check everything but the frames' own bytes, and read the poses, of frames that every camera has.
 
         Raises:
             InputError: something is wrong, or there are no poses and they are required.
         """
 
-    def open_frames(self, numbers: Sequence[int]) -> FrameReader:
-        """A way to those frames, ascending, before any is read."""
+    def open_frames(self, numbers: Sequence[int], camera: str | None = None) -> FrameReader:
+        """A way to those frames of a camera, ascending, before any is read. A format without `image_key` among its
+        settings is not asked for a camera."""
 
 
 class FrameFile(NamedTuple):
@@ -1697,7 +1784,15 @@ def open_source(trajectory: Trajectory, keys: DataKeys) -> Source:
     Raises:
         InputError, OSError: they cannot be had.
     """
-    return format_named(trajectory.format).open(trajectory, keys)
+    kind = format_named(trajectory.format)
+    if isinstance(keys.image_key, tuple) and "image_key" not in kind.settings:
+        raise InputError(f"{trajectory.name}: image_key: format {trajectory.format} has one camera, which has no key")
+    return kind.open(trajectory, keys)
+
+
+def open_camera(source: Source, numbers: Sequence[int], camera: str | None) -> FrameReader:
+    """A way to those frames of a camera; a format that has but one need not know of any."""
+    return source.open_frames(numbers) if camera is None else source.open_frames(numbers, camera)
 
 
 # ======================================================================================================================
@@ -2669,7 +2764,7 @@ class ChunkLabel:
     spec: CacheSpec
     fingerprint: str
     weights_digest: str
-    token_shapes: dict[str, tuple[int, ...]]
+    token_shapes: dict[str, tuple[int, ...]]  # of one frame of a camera, as `token_shapes` gives them
 
     @functools.cached_property
     def spec_json(self) -> str:
@@ -2834,20 +2929,33 @@ class ChunkWriter:
         self._raw = ChunkFile(self._path, "x+")
         self._file = h5py.File(self._raw, "w", userblock_size=SEAL_BYTES)
         length = self._span.stop - self._span.start
-        self._datasets = {
-            name: new_dataset(self._file.id, name, (length, *shape), np.dtype(np.float16))
-            for name, shape in label.token_shapes.items()
+        cameras = label.spec.cameras
+        shapes = {
+            token_dataset(camera, name): (length, *shape)
+            for camera, (name, shape) in itertools.product(cameras, label.token_shapes.items())
         }
-        self._num_bytes = {name: 2 * length * math.prod(shape) for name, shape in label.token_shapes.items()}
+        for camera in filter(None, cameras):
+            h5py.h5g.create(self._file.id, camera.encode())
+        self._datasets = {
+            name: new_dataset(self._file.id, name, shape, np.dtype(np.float16)) for name, shape in shapes.items()
+        }
+        self._num_bytes = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
         self._digests = {name: bytes_digest() for name in self._datasets}
+        self._rows_left = length * len(cameras)
 
-    def write(self, first: int, tokens: dict[str, np.ndarray]) -> None:
-        """Write the kept frames from `first` on: dataset name -> (n, ...) float16."""
-        for name in self._label.token_shapes:
-            rows = np.ascontiguousarray(tokens[name])
+    @property
+    def is_whole(self) -> bool:
+        """Whether the rows of all cameras are written."""
+        return self._rows_left == 0
+
+    def write(self, first: int, tokens: dict[str, np.ndarray], camera: str | None = None) -> None:
+        """Write a camera's kept frames from `first` on: dataset name -> (n, ...) float16."""
+        for token in self._label.token_shapes:
+            name, rows = token_dataset(camera, token), np.ascontiguousarray(tokens[token])
             write_rows(self._datasets[name], first - self._span.start, rows)
             self._digests[name].update(rows)
             self._raw.check()
+        self._rows_left -= len(rows)
 
     def finish(self) -> int:
         """Add poses, columns, attributes and digests, force the file to the disk; returns its size in bytes."""
@@ -2930,8 +3038,8 @@ class TrajectoryWriter:
     def is_complete(self) -> bool:
         return len(self.chunk_bytes) == len(self.plan.spans)
 
-    def write(self, rows: np.ndarray, tokens: dict[str, np.ndarray]) -> None:
-        """Write kept frames `rows` (n,), ascending; a frame goes to every chunk whose span holds it."""
+    def write(self, rows: np.ndarray, tokens: dict[str, np.ndarray], camera: str | None = None) -> None:
+        """Write kept frames `rows` (n,) of a camera, ascending; a frame goes to every chunk whose span holds it."""
         spans = self.plan.spans
         while self._next_chunk < len(spans) and spans[self._next_chunk].start <= rows[-1]:
             self._open[self._next_chunk] = ChunkWriter(self.folder, self.plan, self._next_chunk, self._label)
@@ -2939,8 +3047,8 @@ class TrajectoryWriter:
         for index, chunk in list(self._open.items()):
             low, high = np.searchsorted(rows, spans[index])
             if low < high:
-                chunk.write(int(rows[low]), {name: values[low:high] for name, values in tokens.items()})
-            if rows[-1] >= spans[index].stop - 1:
+                chunk.write(int(rows[low]), {name: values[low:high] for name, values in tokens.items()}, camera)
+            if chunk.is_whole:
                 self.chunk_bytes.append(chunk.finish())
                 del self._open[index]
 
@@ -3277,6 +3385,7 @@ class Wanted(NamedTuple):
     stat_checksum: str
     numbers: list[int]  # of frame_index, ascending
     slot: int | None = None  # of the shared memory in which their pixels shall lie; None: they come with the answer
+    camera: str | None = None
 
 
 class Content(NamedTuple):
@@ -3289,7 +3398,7 @@ class Content(NamedTuple):
 
 
 class OpenTrajectory(NamedTuple):
-    """What is open of a trajectory."""
+    """What is open of a trajectory, or of one of its cameras."""
 
     source: Source
     frames: FrameReader | None  # None of a format whose frames need not come in one pass
@@ -3305,7 +3414,8 @@ def checksum_of(source: Source, kind: ChecksumKind) -> str:
 
 
 def open_plan(trajectory: Trajectory, job: ReadingJob) -> tuple[TrajectoryPlan, Source, FrameReader] | TrajectoryResult:
-    """Open, check and cut a trajectory, for whose chunks there must be a place in the store; a failure is a value."""
+    """Open, check and cut a trajectory, for whose chunks there must be a place in the store; a failure is a value. The
+    reader is the first camera's."""
     checksum, spec = None, job.spec
     try:
         with input_errors(trajectory.name):
@@ -3314,7 +3424,11 @@ def open_plan(trajectory: Trajectory, job: ReadingJob) -> tuple[TrajectoryPlan, 
             source = open_source(trajectory, data_keys(spec))
             checksum = checksum_of(source, job.checksum_kind)
             plan = plan_trajectory(trajectory, source, checksum, job.checksum_kind, spec)
-            return plan, source, source.open_frames(plan.stored_numbers)
+            numbers = plan.stored_numbers
+            frames, *others = [open_camera(source, numbers, camera) for camera in spec.cameras]  # checks all of them
+            for other in others:
+                other.close()
+            return plan, source, frames
     except (InputError, OSError) as error:
         return TrajectoryResult(trajectory.name, checksum, job.checksum_kind, error=FENCE.portable(error))
 
@@ -3383,7 +3497,7 @@ class TrajectoryReader:
 
     def __init__(self, job: ReadingJob, slots: FrameSlots | None = None):
         self._job, self._slots = job, slots
-        self._open: OrderedDict[str, OpenTrajectory] = OrderedDict()
+        self._open: OrderedDict[tuple[str, str | None], OpenTrajectory] = OrderedDict()  # by trajectory and camera
         self._lock = threading.RLock()
 
     @functools.cached_property
@@ -3399,10 +3513,10 @@ class TrajectoryReader:
             return opened, None
         plan, source, frames = opened
         plan = dataclasses.replace(plan, read=None)  # much to send, and only an estimate asks for it
-        self._keep(trajectory, source, frames if format_named(trajectory.format).frames == "stream" else None)
-        if not most:
-            return plan, None
-        return plan, self.read(Wanted(trajectory, plan.stat_checksum, plan.stored_numbers[:most], slot))
+        numbers, camera = plan.stored_numbers[:most], self._job.spec.cameras[0]
+        wanted = Wanted(trajectory, plan.stat_checksum, numbers, slot, camera)
+        self._keep(wanted, source, frames if format_named(trajectory.format).frames == "stream" else None)
+        return plan, self.read(wanted) if most else None
 
     def read(self, wanted: Wanted) -> Content:
         """Read and decode a group of frames, of a trajectory that may have been planned elsewhere."""
@@ -3421,7 +3535,7 @@ class TrajectoryReader:
                     count += 1
                     FENCE.getting_on()
         except (InputError, OSError) as error:
-            self._drop(name)
+            self._drop(self._place(wanted))
             return Content(count, FENCE.portable(error), None if wanted.slot is not None else pixels)
         return Content(count, None, None if wanted.slot is not None else pixels)
 
@@ -3430,10 +3544,16 @@ class TrajectoryReader:
         with input_errors(wanted.trajectory.name):
             return self._frame_reader(wanted).name(wanted.numbers[0])
 
+    @staticmethod
+    def _place(wanted: Wanted) -> tuple[str, str | None]:
+        """Under which what is open is kept; where frames come in one pass, each camera's is another."""
+        is_stream = format_named(wanted.trajectory.format).frames == "stream"
+        return wanted.trajectory.name, wanted.camera if is_stream else None
+
     def _frame_reader(self, wanted: Wanted) -> FrameReader:
         with self._lock:
-            opened = self._open.get(wanted.trajectory.name) or self._open_again(wanted)
-        return opened.frames or opened.source.open_frames(wanted.numbers)
+            opened = self._open.get(self._place(wanted)) or self._open_again(wanted)
+        return opened.frames or open_camera(opened.source, wanted.numbers, wanted.camera)
 
     def _open_again(self, wanted: Wanted) -> OpenTrajectory:
         """Open what was planned in another process, or so long ago that it is closed.
@@ -3448,27 +3568,27 @@ class TrajectoryReader:
         frames = None
         if format_named(trajectory.format).frames == "stream":
             rest = plan_trajectory(trajectory, source, checksum, "stat", spec).stored_numbers
-            frames = source.open_frames(rest[rest.index(wanted.numbers[0]) :])
-        return self._keep(trajectory, source, frames)
+            frames = open_camera(source, rest[rest.index(wanted.numbers[0]) :], wanted.camera)
+        return self._keep(wanted, source, frames)
 
-    def _keep(self, trajectory: Trajectory, source: Source, frames: FrameReader | None) -> OpenTrajectory:
+    def _keep(self, wanted: Wanted, source: Source, frames: FrameReader | None) -> OpenTrajectory:
         with self._lock:
-            self._open[trajectory.name] = opened = OpenTrajectory(source, frames)
+            self._open[self._place(wanted)] = opened = OpenTrajectory(source, frames)
             surplus = list(self._open)[:-OPEN_TRAJECTORIES]
         for closed in surplus:
             self._drop(closed)
         return opened
 
-    def _drop(self, name: str) -> None:
+    def _drop(self, place: tuple[str, str | None]) -> None:
         with self._lock:
-            opened = self._open.pop(name, None)
+            opened = self._open.pop(place, None)
         if opened is not None and opened.frames is not None:
             opened.frames.close()
 
     def close(self) -> None:
         """Close what is open."""
-        for name in list(self._open):
-            self._drop(name)
+        for place in list(self._open):
+            self._drop(place)
 
 
 class ReaderThreads:
@@ -3479,12 +3599,12 @@ class ReaderThreads:
         self._threads = ThreadPoolExecutor(count, "read", one_torch_thread)
 
     def submit(
-        self, function: Callable[..., Result], *arguments: Any, about: str, home: str | None = None
+        self, function: Callable[..., Result], *arguments: Any, about: str, home: Hashable = None
     ) -> Future[Result]:
         """Begin function(reader, *arguments)."""
         return self._threads.submit(function, self._reader, *arguments)
 
-    def leave(self, home: str) -> None:
+    def leave(self, home: Hashable) -> None:
         """All are at home here."""
 
     def close(self) -> None:
@@ -3562,7 +3682,7 @@ class _Request:
 
     call: bytes  # (function, arguments)
     about: str  # the trajectory, for messages
-    home: str | None  # that too, where one process has to read it from begin to end
+    home: Hashable  # it and a camera, where one process has to read that from begin to end; else None
     future: Future = field(default_factory=Future)
     crashes: int = 0
     kills: int = 0
@@ -3629,7 +3749,7 @@ class ReaderProcesses:
         self._limits = FenceLimits(READER_MEMORY_BYTES, READER_CPU_S)
         self._processes: list[_ReaderProcess] = []
         self._waiting: deque[_Request] = deque()
-        self._homes: dict[str, _ReaderProcess] = {}
+        self._homes: dict[Hashable, _ReaderProcess] = {}
         self._lock = threading.Lock()
         self._selector = selectors.DefaultSelector()
         self._is_closing = False
@@ -3639,7 +3759,7 @@ class ReaderProcesses:
         self._thread.start()
 
     def submit(
-        self, function: Callable[..., Result], *arguments: Any, about: str, home: str | None = None
+        self, function: Callable[..., Result], *arguments: Any, about: str, home: Hashable = None
     ) -> Future[Result]:
         """Have function(reader, *arguments) called in a process; all calls with one home in the same."""
         request = _Request(bytes(multiprocessing.reduction.ForkingPickler.dumps((function, arguments))), about, home)
@@ -3652,7 +3772,7 @@ class ReaderProcesses:
             self._hand_out()
         return request.future
 
-    def leave(self, home: str) -> None:
+    def leave(self, home: Hashable) -> None:
         """Nothing more is asked with this home."""
         with self._lock:
             self._homes.pop(home, None)
@@ -3885,10 +4005,11 @@ WRITE_BACKLOG = 2  # encoded batches that may wait for the disk; more would only
 
 
 class Rows(NamedTuple):
-    """Kept frames of one trajectory: (n,), ascending."""
+    """Kept frames of one trajectory and camera: (n,), ascending."""
 
     plan: TrajectoryPlan
     rows: np.ndarray
+    camera: str | None = None
 
 
 @dataclass(frozen=True)
@@ -3942,22 +4063,24 @@ class Hooks:
 
 
 class FrameGroup(NamedTuple):
-    """Consecutive stored frames of one trajectory, to be read or read; the pixels of those that are good."""
+    """Consecutive stored frames of one trajectory and camera, to be read or read; the pixels of those that are good."""
 
     plan: TrajectoryPlan
     rows: np.ndarray  # (n,) kept frames
     slot: int | None  # where their pixels lie; None: they come with the content
     content: Content | None = None
     pixels: np.ndarray | None = None  # (n, 3, H, W) uint8
+    camera: str | None = None
 
 
 class FrameStream:
-    """All trajectories' stored frames, in groups, read ahead and in order; failures are values."""
+    """All trajectories' stored frames, in groups, read ahead and in order; failures are values. Of several cameras,
+    each has the same frames in its turn, a group at a time."""
 
     def __init__(self, job: ReadingJob, options: RunOptions, batch_size: int, batches_ahead: int, hooks: Hooks):
         workers = available_cores() if options.decode_workers == "auto" else options.decode_workers
         shape = (3, *job.spec.image_size)
-        self._job, self._hooks = job, hooks
+        self._job, self._hooks, self._cameras = job, hooks, job.spec.cameras
         self._group_frames = max(1, min(GROUP_FRAMES, GROUP_BYTES // math.prod(shape), batch_size // 2))
         self._groups_ahead = max(2 * workers, 2 * batch_size * batches_ahead // self._group_frames)
         self._plans_ahead = max(PLANS_AHEAD, 2 * workers)
@@ -4013,21 +4136,22 @@ class FrameStream:
             if first is None and slot is not None:
                 self._slots.give_back(slot)
             if isinstance(plan, TrajectoryResult):
-                self._processes.leave(trajectory.name)
+                self._leave(trajectory)
                 yield plan
                 continue
-            begin = 0
-            if first is not None:
-                begin = self._group_frames
-                yield FrameGroup(plan, plan.stored_rows[:begin], slot, first)
-            for start in range(begin, len(plan.stored_rows), self._group_frames):
+            starts = range(0, len(plan.stored_rows), self._group_frames)
+            for start, camera in itertools.product(starts, self._cameras):
+                rows = plan.stored_rows[start : start + self._group_frames]
+                if first is not None:  # of the first camera
+                    yield FrameGroup(plan, rows, slot, first, camera=camera)
+                    first = None
+                    continue
                 if self._hooks.should_stop():
                     return
                 if trajectory.name in failed:
                     break
-                rows = plan.stored_rows[start : start + self._group_frames]
-                yield FrameGroup(plan, rows, self._take_slot(trajectory))
-            self._processes.leave(trajectory.name)
+                yield FrameGroup(plan, rows, self._take_slot(trajectory), camera=camera)
+            self._leave(trajectory)
 
     def _is_read_in_threads(self, trajectory: Trajectory) -> bool:
         return self._threads is not None and format_named(trajectory.format).frames == "files"
@@ -4051,14 +4175,19 @@ class FrameStream:
         plan = item.plan
         readers = self._threads if self._is_read_in_threads(plan.trajectory) else self._processes
         numbers = plan.frame_index[item.rows].tolist()
-        wanted = Wanted(plan.trajectory, plan.stat_checksum, numbers, item.slot)
+        wanted = Wanted(plan.trajectory, plan.stat_checksum, numbers, item.slot, item.camera)
         return self._submit(readers, TrajectoryReader.read, wanted)
 
-    @staticmethod
-    def _submit(readers: ReaderThreads | ReaderProcesses, function: Callable, first: Any, *others: Any) -> Future:
-        trajectory = first.trajectory if isinstance(first, Wanted) else first
-        home = trajectory.name if format_named(trajectory.format).frames == "stream" else None
+    def _submit(self, readers: ReaderThreads | ReaderProcesses, function: Callable, first: Any, *others: Any) -> Future:
+        of_frames = isinstance(first, Wanted)
+        trajectory, camera = (first.trajectory, first.camera) if of_frames else (first, self._cameras[0])
+        home = (trajectory.name, camera) if format_named(trajectory.format).frames == "stream" else None
         return readers.submit(function, first, *others, about=trajectory.name, home=home)
+
+    def _leave(self, trajectory: Trajectory) -> None:
+        """No more is asked of it."""
+        for camera in self._cameras:
+            self._processes.leave((trajectory.name, camera))
 
     @staticmethod
     def _content(plan: TrajectoryPlan, future: Future) -> Content:
@@ -4067,15 +4196,15 @@ class FrameStream:
         except (InputError, OSError) as error:
             return Content(0, error)
 
-    def frame_name(self, plan: TrajectoryPlan, row: int) -> str:
-        """A kept frame, for messages."""
+    def frame_name(self, plan: TrajectoryPlan, row: int, camera: str | None) -> str:
+        """A kept frame of a camera, for messages."""
         number = int(plan.frame_index[row])
         readers = self._threads if self._is_read_in_threads(plan.trajectory) else self._processes
-        wanted = Wanted(plan.trajectory, plan.stat_checksum, [number])
+        wanted = Wanted(plan.trajectory, plan.stat_checksum, [number], camera=camera)
         try:
             return self._submit(readers, TrajectoryReader.name, wanted).result()
         except (InputError, OSError, CancelledError):
-            return f"{plan.trajectory.name}: frame {number}"
+            return f"{camera_name(plan.trajectory.name, camera)}: frame {number}"
 
 
 def full_batches(
@@ -4103,7 +4232,7 @@ def full_batches(
             stop = done + min(batch_size - filled, count - done)
             taken = slice(filled, filled + stop - done)
             pixels.numpy()[taken] = group.pixels[done:stop]  # torch would wake threads for each of these copies
-            parts.append(Rows(plan, group.rows[done:stop]))
+            parts.append(Rows(plan, group.rows[done:stop], group.camera))
             filled, done = taken.stop, stop
             if filled == batch_size:
                 yield Batch(parts, pixels)
@@ -4126,11 +4255,11 @@ def _fail(plan: TrajectoryPlan, error: Exception, failed: FailedTrajectories) ->
 def cut_parts(parts: list[Rows], start: int, stop: int) -> list[Rows]:
     """Those of rows [start, stop) of all parts together."""
     cut, first = [], 0
-    for plan, rows in parts:
-        inside = rows[max(0, start - first) : max(0, stop - first)]
+    for part in parts:
+        inside = part.rows[max(0, start - first) : max(0, stop - first)]
         if len(inside):
-            cut.append(Rows(plan, inside))
-        first += len(rows)
+            cut.append(part._replace(rows=inside))
+        first += len(part.rows)
     return cut
 
 
@@ -4214,7 +4343,7 @@ class StreamWriter:
         label: ChunkLabel,
         failed: FailedTrajectories,
         before_replacing: Callable[[str], None],
-        frame_name: Callable[[TrajectoryPlan, int], str],
+        frame_name: Callable[[TrajectoryPlan, int, str | None], str],
     ):
         self._store, self._label, self._failed = store, label, failed
         self._before_replacing, self._frame_name = before_replacing, frame_name
@@ -4231,19 +4360,20 @@ class StreamWriter:
                 if self._open is not None and self._open.plan.trajectory.name == item.name:
                     self.close()
                 return [item]
-            runs = _runs_of_one_trajectory(item)
+            runs = _runs_of_one_camera(item)
             return [result for run in runs for result in self._write_rows(*run)]
 
-    def _write_rows(self, plan: TrajectoryPlan, rows: np.ndarray, encoded: EncodedRows) -> list[TrajectoryResult]:
+    def _write_rows(self, part: Rows, encoded: EncodedRows) -> list[TrajectoryResult]:
+        plan, rows, camera = part
         name = plan.trajectory.name
         if name in self._failed:
             return []
         if not encoded.finite.all():
-            frame = self._frame_name(plan, int(rows[int(np.argmin(encoded.finite))]))
+            frame = self._frame_name(plan, int(rows[int(np.argmin(encoded.finite))]), camera)
             return self._give_up(plan, InvalidDataError(f"{frame}: its features are not finite"))
         if self._open is None:
             self._open = TrajectoryWriter(self._store.new_staging_folder(), plan, self._label)
-        self._open.write(rows, encoded.tokens)
+        self._open.write(rows, encoded.tokens, camera)
         return self._publish() if self._open.is_complete else []
 
     def _publish(self) -> list[TrajectoryResult]:
@@ -4294,15 +4424,15 @@ class NoWriter:
         """Nothing is open."""
 
 
-def _runs_of_one_trajectory(batch: EncodedBatch) -> Iterator[tuple[TrajectoryPlan, np.ndarray, EncodedRows]]:
-    """Cut a batch where the trajectory changes: (plan, kept frames (n,), their rows)."""
+def _runs_of_one_camera(batch: EncodedBatch) -> Iterator[tuple[Rows, EncodedRows]]:
+    """Cut a batch where the trajectory or the camera changes: kept frames, and their rows."""
     start = 0
-    for _, parts in itertools.groupby(batch.parts, lambda part: id(part.plan)):
+    for _, parts in itertools.groupby(batch.parts, lambda part: (id(part.plan), part.camera)):
         run = list(parts)
         rows = np.concatenate([part.rows for part in run])
         stop = start + len(rows)
         tokens = {name: values[start:stop] for name, values in batch.rows.tokens.items()}
-        yield run[0].plan, rows, EncodedRows(tokens, batch.rows.finite[start:stop])
+        yield run[0]._replace(rows=rows), EncodedRows(tokens, batch.rows.finite[start:stop])
         start = stop
 
 
@@ -4478,7 +4608,7 @@ class TrajectoryState(NamedTuple):
 class Work(NamedTuple):
     """What a pending trajectory will cost: frames to encode, chunk files and their bytes. Zero where it will fail."""
 
-    num_frames: int = 0
+    num_frames: int = 0  # of all cameras
     num_chunks: int = 0
     num_rows: int = 0  # of all chunks together; frames in an overlap count once a chunk
     pose_bytes: int = 0  # of all rows
@@ -5064,7 +5194,7 @@ def plan_costs(_: TrajectoryReader, trajectories: list[Trajectory], job: Reading
         FENCE.allow()
         if isinstance(outcome, TrajectoryPlan):
             work = Work(
-                num_frames=outcome.num_stored_frames,
+                num_frames=outcome.num_stored_frames * len(job.spec.cameras),
                 num_chunks=len(outcome.spans),
                 num_rows=outcome.num_rows,
                 pose_bytes=outcome.num_rows * sum(values[:1].nbytes for values in outcome.datasets.values()),
@@ -5138,7 +5268,7 @@ def pose_lines(dataset: PreparedDataset) -> tuple[list[str], list[str]]:
 
 def cache_bytes(dataset: PreparedDataset, spec: CacheSpec, works: Iterable[Work]) -> int:
     """What the chunk files take with the tokens of `spec`, about."""
-    tokens = sum(2 * math.prod(shape) for shape in token_shapes(spec, dataset.shape).values())
+    tokens = len(spec.cameras) * sum(2 * math.prod(shape) for shape in token_shapes(spec, dataset.shape).values())
     return sum(work.num_rows * tokens + work.pose_bytes + work.num_chunks * CHUNK_OVERHEAD_BYTES for work in works)
 
 

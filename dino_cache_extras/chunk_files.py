@@ -26,8 +26,10 @@ from dino_cache import (
     TOKEN_DATASETS,
     attributes_digest,
     bytes_digest,
+    cameras_of,
     extra_dataset,
     metadata_digest,
+    token_dataset,
 )
 from progress_utils import (
     CANNOT_LOOK,
@@ -93,12 +95,14 @@ def hdf5_errors() -> Iterator[None]:
 
 
 def stored_datasets(file: h5py.File) -> dict[str, h5py.Dataset]:
-    """Every dataset of a chunk file by its name, also those in groups: `extra/action`."""
-    found = {}
+    """All datasets of a chunk file by name, those of a group as <group>/<name>: front/cls_token, extra/action."""
+    stored = {}
     for name, item in file.items():
-        is_group = isinstance(item, h5py.Group)
-        found |= {f"{name}/{part}": inner for part, inner in item.items()} if is_group else {name: item}
-    return found
+        if isinstance(item, h5py.Group):
+            stored |= {f"{name}/{inner}": dataset for inner, dataset in item.items()}
+        else:
+            stored[name] = item
+    return stored
 
 
 def check_metadata(file: BinaryIO) -> None:
@@ -112,6 +116,11 @@ def check_metadata(file: BinaryIO) -> None:
         raise DamagedChunkError(f"has no seal: {error}") from error
     if not intact:
         raise DamagedChunkError("its structure or attributes do not match their digest")
+
+
+def token_datasets(spec: Mapping[str, Any], token: str) -> list[str]:
+    """The names under which a chunk of this recorded spec has a token's datasets, one of each camera."""
+    return [token_dataset(camera, TOKEN_DATASETS[token]) for camera in cameras_of(spec.get("image_key"))]
 
 
 def plain_attributes(attributes: h5py.AttributeManager, keys: Iterable[str] | None = None) -> dict[str, Any]:
@@ -154,7 +163,8 @@ def _dataset_shapes(
         yield name, (length, *present[name].shape[1:])
     token_dimensions = {"cls": 1, "patch": 3, "register": 2}
     for token in spec["tokens"]:
-        yield TOKEN_DATASETS[token], (length, *[None] * token_dimensions[token])
+        for name in token_datasets(spec, token):
+            yield name, (length, *[None] * token_dimensions[token])
 
 
 def check_dataset(dataset: h5py.Dataset, name: str, shape: tuple[int | None, ...]) -> StoredDataset:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 import os
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import h5py
 import numpy as np
 
-from dino_cache import POSE_SHAPES, POSE_TYPES, TOKEN_DATASETS, Token, bytes_digest
+from dino_cache import POSE_SHAPES, POSE_TYPES, TOKEN_DATASETS, Token, bytes_digest, cameras_of
 from dino_cache_extras.cache_index import (
     ChunkTable,
     open_table,
@@ -49,6 +50,9 @@ def frame_shapes(
         RefusedError: a chunk lacks one of the tokens, or shapes differ.
     """
     shapes: dict[str, tuple[int, ...]] = {}
+    for chunk, header in zip(chunks, headers):
+        if (cameras := cameras_of(json.loads(header.attributes["spec"]).get("image_key"))) != (None,):
+            raise RefusedError(f"{chunk.path}: holds several cameras ({', '.join(cameras)}), which cannot be read yet")
     for (chunk, header), token in itertools.product(zip(chunks, headers), tokens):
         name = TOKEN_DATASETS[token]
         if name not in header.datasets:

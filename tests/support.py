@@ -183,17 +183,17 @@ def chunk_files(cache_dir: Path) -> list[Path]:
     return sorted(found)
 
 
+def datasets_of(file: h5py.File) -> dict[str, h5py.Dataset]:
+    """All datasets of a file by their paths in it, those of several cameras lie in groups."""
+    found: dict[str, h5py.Dataset] = {}
+    file.visititems(lambda name, item: found.update({name: item}) if isinstance(item, h5py.Dataset) else None)
+    return found
+
+
 def read_chunk(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """A chunk file's root attributes and datasets."""
     with h5py.File(path) as file:
         return dict(file.attrs), {name: dataset[...] for name, dataset in datasets_of(file).items()}
-
-
-def datasets_of(file: h5py.File) -> dict[str, h5py.Dataset]:
-    """All datasets of a file by name, also those in groups."""
-    found: dict[str, h5py.Dataset] = {}
-    file.visititems(lambda name, item: found.update({name: item}) if isinstance(item, h5py.Dataset) else None)
-    return found
 
 
 def blake2b(data: bytes) -> str:
@@ -203,8 +203,8 @@ def blake2b(data: bytes) -> str:
 def seal_of(path: Path) -> bytes:
     """The first 512 bytes that a chunk file must have: where its datasets lie, and a digest of all other bytes."""
     with h5py.File(path) as file:
-        stored = datasets_of(file).values()
-        data = sorted([it.id.get_offset(), it.nbytes] for it in stored if it.id.get_offset() is not None)
+        found = datasets_of(file).values()
+        data = sorted([it.id.get_offset(), it.nbytes] for it in found if it.id.get_offset() is not None)
     raw, rest, position = path.read_bytes(), json.dumps(data).encode(), 512
     for offset, size in data:
         rest, position = rest + raw[position:offset], offset + size
@@ -214,9 +214,8 @@ def seal_of(path: Path) -> bytes:
 def sealed(path: Path) -> dict[str, Any]:
     """A chunk file's root attributes; AssertionError where a byte of the file does not agree with its digest."""
     with h5py.File(path) as file:
-        stored = datasets_of(file)
-        digests = {name: dataset.attrs["digest"] for name, dataset in stored.items()}
-        assert digests == {name: blake2b(dataset[...].tobytes()) for name, dataset in stored.items()}
+        digests = {name: dataset.attrs["digest"] for name, dataset in datasets_of(file).items()}
+        assert digests == {name: blake2b(dataset[...].tobytes()) for name, dataset in datasets_of(file).items()}
         attributes = {key: value if isinstance(value, str) else int(value) for key, value in file.attrs.items()}
     told = attributes.pop("attributes_digest")
     assert told == blake2b(json.dumps([attributes, digests], sort_keys=True).encode())

@@ -198,7 +198,7 @@ def test_every_row_is_its_frames_whatever_fits_on_the_device(
 ):
     encoder = FakeCudaEncoder(copy.deepcopy(model), stream, fitting)
     out = encoded(encoder, frames, batch_size)
-    rows = [np.concatenate([rows for _, rows in part.parts]) for part in out]
+    rows = [np.concatenate([run.rows for run in part.parts]) for part in out]
     assert [len(numbers) for numbers in rows] == parts
     assert np.concatenate(rows).tolist() == list(range(NUM_FRAMES))
     assert all(part.rows.finite.all() for part in out)

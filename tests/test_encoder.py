@@ -260,7 +260,7 @@ def parts_on_one_core(
 
 def test_a_batch_comes_out_in_the_parts_that_a_core_takes(models, monkeypatch):
     encoded, begun = parts_on_one_core(models["small"], monkeypatch, lambda: False)
-    assert [int(row) for part in encoded for _, rows in part.parts for row in rows] == 2 * list(range(16))
+    assert [int(row) for part in encoded for run in part.parts for row in run.rows] == 2 * list(range(16))
     assert begun == 8 * [4]
 
 
@@ -269,7 +269,7 @@ def test_a_stop_waits_for_what_a_core_is_at_and_drops_the_rest(models, monkeypat
     encoded, begun = parts_on_one_core(models["small"], monkeypatch, lambda: bool(done))
     done.extend(itertools.islice(encoded, 1))
     done.extend(encoded)
-    assert [int(row) for part in done for _, rows in part.parts for row in rows] == list(range(4 * len(begun)))
+    assert [int(row) for part in done for run in part.parts for row in run.rows] == list(range(4 * len(begun)))
     assert len(begun) < 8
 
 

@@ -23,11 +23,13 @@ from dino_cache import (
     TOKEN_DATASETS,
     ChunkFile,
     InputError,
+    cameras_of,
     extra_dataset,
     free_bytes,
     read_file,
+    token_dataset,
 )
-from dino_cache_extras.chunk_files import NewRows, is_cut_by_frames, pieces, recorded_chunk
+from dino_cache_extras.chunk_files import NewRows, is_cut_by_frames, pieces, recorded_chunk, token_datasets
 from dino_cache_extras.commands.workers import with_bar
 from progress_utils import (
     Progress,
@@ -45,12 +47,13 @@ FLAT_DESCRIPTION = (
     "a frame, one episode after the other. An episode is a piece of a trajectory that was stored without a gap: it "
     "ends where a pose jump cut the trajectory. A frame that lies in two chunks appears once. Poses that no trajectory "
     "has (chunk_by: frames) are no columns; where only some have them, the others' rows are NaN. So are those of "
-    "timestamp and delta in chunks that have none. What extra_keys named is in extra.<name>, where every chunk has it."
+    "timestamp and delta in chunks that have none. What extra_keys named is in extra.<name>, where every chunk has it. "
+    "Of several cameras, each has columns of its own: front.cls_token, left.cls_token."
 )
 VINT_DESCRIPTION = (
     "vint: a folder with one .pt file a chunk (features (L, D) float16: the CLS tokens; positions, yaws, indices) and "
     "cache_metadata.json, as visualnav-transformer's feature cache has them. Chunks overlap as in the cache. "
-    "Refused where a trajectory has no poses."
+    "Refused where a trajectory has no poses. It holds one camera; --camera says which of several."
 )
 VINT_METADATA = "cache_metadata.json"
 VINT_SETTINGS = ("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m")
@@ -62,7 +65,14 @@ LONGEST_CHUNK_ID = 200  # bytes, so that a file can have it as its name
 
 
 def export(
-    cache_dir: Path, *, layout: str, output: Path, tokens: list[str] | None, allow_mixed: bool, force: bool
+    cache_dir: Path,
+    *,
+    layout: str,
+    output: Path,
+    tokens: list[str] | None,
+    allow_mixed: bool,
+    force: bool,
+    camera: str | None = None,
 ) -> int:
     """Write what is recorded in another layout; the output appears under its name when it is complete.
 
@@ -72,17 +82,26 @@ def export(
     """
     progress = load_or_refuse(cache_dir)
     _refuse_unexportable(progress, allow_mixed)
+    cameras = _cameras(progress)
     output = Path(os.path.abspath(output))
     if output.is_relative_to(os.path.abspath(cache_dir)):
         raise RefusedError(f"-o {output}: lies inside the cache; an export belongs beside it")
     if not output.parent.is_dir():
         raise RefusedError(f"-o {output}: there is no folder {output.parent}")
     if layout == "flat":
+        if camera is not None:
+            raise RefusedError(f"--camera {camera}: the flat layout holds all cameras; leave it out")
         done = _export_flat(progress, output, _exported_datasets(progress, tokens), force=force)
     else:
         if tokens not in (None, ["cls"]):
             raise RefusedError("--tokens: the vint layout holds one vector a frame, the CLS token")
-        done = _export_vint(progress, output, _exported_datasets(progress, ["cls"])[0], force=force)
+        if camera not in cameras:
+            named = ", ".join(filter(None, cameras))
+            asked = "the vint layout holds one camera" if camera is None else f"is not among them: {camera}"
+            ways = f"this cache has {named}; {asked}" if named else "this cache has one camera, without a name"
+            raise RefusedError(f"--camera: {ways}")
+        _exported_datasets(progress, ["cls"])
+        done = _export_vint(progress, output, token_dataset(camera, TOKEN_DATASETS["cls"]), force=force)
     print_lines(f"Exported {len(progress.records)} trajectories: {done} -> {output}")
     return 0
 
@@ -97,6 +116,15 @@ def _refuse_unexportable(progress: Progress, allow_mixed: bool) -> None:
         )
 
 
+def _cameras(progress: Progress) -> tuple[str | None, ...]:
+    """The names of its cameras; (None,) for a single one. RefusedError where trajectories have different ones."""
+    found = {cameras_of(progress.specs[fingerprint].get("image_key")) for fingerprint in progress.fingerprints}
+    if len(found) > 1:
+        kinds = " or ".join(sorted(", ".join(camera or "one camera" for camera in cameras) for cameras in found))
+        raise RefusedError(f"{progress.cache_dir}: its trajectories have {kinds}; no layout holds both. Redo the cache")
+    return found.pop()
+
+
 def _exported_datasets(progress: Progress, tokens: list[str] | None) -> list[str]:
     """Names of the token datasets to export: those asked for, else those that every chunk has."""
     specs = [progress.specs[fingerprint] for fingerprint in progress.fingerprints]
@@ -106,7 +134,8 @@ def _exported_datasets(progress: Progress, tokens: list[str] | None) -> list[str
             raise RefusedError(
                 f"{progress.cache_dir}: has no {token} tokens, or not in all chunks; it has {', '.join(common)}"
             )
-    return [TOKEN_DATASETS[token] for token in TOKEN_DATASETS if token in (tokens or common)]
+    chosen = [token for token in TOKEN_DATASETS if token in (tokens or common)]
+    return [name for token in chosen for name in token_datasets(specs[0], token)]
 
 
 def _export_flat(progress: Progress, output: Path, token_datasets: list[str], *, force: bool) -> str:
@@ -169,16 +198,15 @@ def _make_columns(progress: Progress, file: Any, common: list[str], num_frames: 
     needed = num_frames * sum(size for name, size in sizes.items() if name not in empty)
     if needed > (free := free_bytes(folder)):
         raise RefusedError(f"{folder}: the export takes {human_bytes(needed)} and {human_bytes(free)} are free")
+    blanks = {name: math.nan if dtype.kind == "f" else None for name, (_, dtype) in rows.items()}
     return {
-        name: file.create_dataset(
-            _column_name(name), (num_frames, *shape), dtype, fillvalue=math.nan if dtype.kind == "f" else None
-        )
+        name: file.create_dataset(_column_name(name), (num_frames, *shape), dtype, fillvalue=blanks[name])
         for name, (shape, dtype) in rows.items()
     }
 
 
 def _column_name(dataset: str) -> str:
-    """`extra.action` of `extra/action`: that dialect knows no groups."""
+    """Columns lie at the top of the file: front/cls_token is front.cls_token, extra/action extra.action."""
     return dataset.replace("/", ".")
 
 
@@ -360,6 +388,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", nargs="+", choices=("cls", "patch", "register"), help="which of them (default: all that there are)"
     )
+    parser.add_argument("--camera", metavar="NAME", help="which of several cameras (vint)")
     parser.add_argument("--allow-mixed", action="store_true", help="also of several configurations")
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
 
@@ -373,4 +402,5 @@ def run(arguments: argparse.Namespace) -> int:
         tokens=arguments.tokens,
         allow_mixed=arguments.allow_mixed,
         force=arguments.force,
+        camera=arguments.camera,
     )

@@ -22,10 +22,12 @@ from dino_cache import (
     FrameDecoder,
     InputError,
     Trajectory,
+    camera_name,
     data_keys,
     detect_format,
     format_named,
     format_names,
+    open_camera,
     open_source,
     recorded_spec,
 )
@@ -38,6 +40,7 @@ from dino_cache_extras.commands.report_facts import (
     TrajectorySample,
     colours_of_patches,
     failure_causes,
+    first_camera,
     frames_to_picture,
     night_rate,
     read_patches,
@@ -261,7 +264,9 @@ def _trajectory_card(sample: TrajectorySample) -> str:
         figures = "<p><i>No map: it has no positions.</i></p>"
     if len(sample.frame_index):
         figures += _svg(lambda axes: _draw_similarity(axes, sample), height_in=1.9)
-    return f"<figure><figcaption><b>{_text(sample.name)}</b> {parts}{jumps}</figcaption>{remarks}{figures}</figure>"
+    camera = f", similarity of camera {sample.camera}" if sample.camera else ""
+    caption = f"<figcaption><b>{_text(sample.name)}</b> {parts}{jumps}{_text(camera)}</figcaption>"
+    return f"<figure>{caption}{remarks}{figures}</figure>"
 
 
 def _draw_map(axes: Any, sample: TrajectorySample) -> None:
@@ -306,7 +311,8 @@ def _pictures_section(sample: CacheSample) -> str:
             shown, _ = "", unseen.add(str(error))
         height, width = patches.shape[:2]
         shown += f'<img class=patches alt="its patch tokens" src="{_image_as_url(rgb, "PNG")}">'
-        caption = f"<figcaption><b>{_text(name)}</b> frame {frame}, {height} x {width} patches</figcaption>"
+        title = camera_name(name, first_camera(sample.progress, name))
+        caption = f"<figcaption><b>{_text(title)}</b> frame {frame}, {height} x {width} patches</figcaption>"
         cards.append(f"<figure><div class=pair>{shown}</div>{caption}</figure>")
     notes = "".join(f"<p class=warn>{_text(note)}</p>" for note in sorted(unseen)[:3])
     about = (
@@ -334,12 +340,13 @@ def _frame_as_url(sample: CacheSample, name: str, frame: int) -> str:
 
 
 def read_frame(trajectory: Trajectory, number: int, spec: CacheSpec) -> torch.Tensor:
-    """One frame, by its number in the source, as the encoder gets it: (3, H, W) uint8. A video is read with one seek.
+    """One frame, by its number in the source, as the encoder gets it: (3, H, W) uint8; of several cameras, the first
+    one's. A video is read with one seek.
 
     Raises:
         InputError, OSError: it cannot be had.
     """
-    frames = open_source(trajectory, data_keys(spec)).open_frames([number])
+    frames = open_camera(open_source(trajectory, data_keys(spec)), [number], spec.cameras[0])
     try:
         (image,) = frames.read([number])
     finally:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dino_cache import TOKEN_DATASETS, cameras_of, token_dataset
 from dino_cache_extras.chunk_files import NewRows, pieces, recorded_chunk, stored_datasets
 from progress_utils import Failure, Progress, RefusedError
 
@@ -48,6 +49,7 @@ class TrajectorySample(NamedTuple):
     jumps: list[int]  # numbers of the chunks before which the pose jumps
     jump_frames: list[int]
     frame_index: Any  # (n,)
+    camera: str | None  # of several, the one whose features these are
     to_first: Any  # (n,) cosine similarity with the first frame
     to_next: Any  # (n,) with the frame after it
     chunks_seen: int
@@ -128,7 +130,9 @@ def _sample_trajectory(progress: Progress, name: str) -> TrajectorySample:
     found = pieces(progress, name)
     parts = [rows for piece in found for rows in piece][:REPORT_CHUNKS_OF_ONE]
     jumps = [piece[0].index for piece in found[1:] if piece[0].index < len(parts)]
-    paths, rows, pairs, steps, jump_frames = [], [], [], [], []
+    cameras = cameras_of(progress.specs[record["fingerprint"]].get("image_key"))
+    pairs: dict[str | None, list[Any]] = {camera: [] for camera in cameras}
+    paths, rows, steps, jump_frames = [], [], [], []
     for new in parts:
         with recorded_chunk(progress, name, new.index, deep=False) as chunk:
             index = chunk["frame_index"][...]
@@ -137,15 +141,19 @@ def _sample_trajectory(progress: Progress, name: str) -> TrajectorySample:
             if new.index in jumps:
                 jump_frames.append(int(index[0]))
             wanted = np.arange(max(0, new.start - 1), len(index) - 1, max(1, len(parts) * len(index) // REPORT_POINTS))
-            pairs += [_feature_pair(chunk, row) for row in wanted]
+            for camera in cameras:
+                pairs[camera] += [_feature_pair(chunk, row, camera) for row in wanted]
             rows += index[np.stack([wanted, wanted + 1], axis=1)].tolist()
             if paths:
                 steps += np.linalg.norm(paths[-1][wanted + 1] - paths[-1][wanted], axis=1).tolist()
-    pairs = np.stack(pairs) if pairs else np.zeros((0, 2, 1), np.float32)
-    unit = pairs / np.maximum(np.linalg.norm(pairs, axis=2, keepdims=True), 1e-12)  # (n, 2, D)
-    to_next = (unit[:, 0] * unit[:, 1]).sum(1)
     rows = np.array(rows, int).reshape(-1, 2)
-    remarks = _camera_remarks(unit[:, 0], to_next, np.array(steps) if paths else np.zeros(len(rows)), rows)
+    steps_m = np.array(steps) if paths else np.zeros(len(rows))
+    remarks: list[str] = []
+    for camera in reversed(cameras):  # the first one, which is shown, comes last
+        unit = _unit_pairs(pairs[camera])
+        to_next = (unit[:, 0] * unit[:, 1]).sum(1)
+        found_here = _camera_remarks(unit[:, 0], to_next, steps_m, rows)
+        remarks[:0] = [remark if camera is None else f"{camera}: {remark}" for remark in found_here]
     to_first = unit[:, 0] @ unit[0, 0] if len(rows) else to_next
     return TrajectorySample(
         name=name,
@@ -153,6 +161,7 @@ def _sample_trajectory(progress: Progress, name: str) -> TrajectorySample:
         jumps=jumps,
         jump_frames=jump_frames,
         frame_index=rows[:, 0],
+        camera=cameras[0],
         to_first=to_first,
         to_next=to_next,
         chunks_seen=len(parts),
@@ -161,9 +170,15 @@ def _sample_trajectory(progress: Progress, name: str) -> TrajectorySample:
     )
 
 
-def _feature_pair(chunk: Any, row: int) -> Any:
+def _unit_pairs(pairs: list[Any]) -> Any:
+    """(n, 2, D) float32 of n pairs (2, D), each vector of length 1."""
+    stacked = np.stack(pairs) if pairs else np.zeros((0, 2, 1), np.float32)
+    return stacked / np.maximum(np.linalg.norm(stacked, axis=2, keepdims=True), 1e-12)
+
+
+def _feature_pair(chunk: Any, row: int, camera: str | None) -> Any:
     """(2, D): a frame's vector and the next one's: the CLS token, else the mean of the tokens that there are."""
-    name = next(name for name in ("cls_token", "patch_tokens", "register_tokens") if name in chunk)
+    name = next(name for token in TOKEN_DATASETS.values() if (name := token_dataset(camera, token)) in chunk)
     tokens = chunk[name][row : row + 2].astype("float32")
     return tokens.reshape(2, -1, tokens.shape[-1]).mean(1)
 
@@ -242,10 +257,16 @@ def frames_to_picture(sample: CacheSample) -> list[tuple[str, int, int]]:
     return frames
 
 
+def first_camera(progress: Progress, name: str) -> str | None:
+    """A trajectory's first camera, whose pictures are shown."""
+    return cameras_of(progress.specs[progress.records[name]["fingerprint"]].get("image_key"))[0]
+
+
 def read_patches(progress: Progress, name: str, index: int, row: int) -> tuple[str, int, Any]:
     """Trajectory, frame's row in the source, patch tokens (h, w, D) float32."""
+    dataset = token_dataset(first_camera(progress, name), TOKEN_DATASETS["patch"])
     with recorded_chunk(progress, name, index, deep=False) as chunk:
-        return name, int(chunk["frame_index"][row]), chunk["patch_tokens"][row].astype("float32")
+        return name, int(chunk["frame_index"][row]), chunk[dataset][row].astype("float32")
 
 
 def colours_of_patches(patches: list[Any]) -> list[Any]:

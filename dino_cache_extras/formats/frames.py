@@ -86,6 +86,8 @@ def find_frames(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
 
 
 def _refuse_other_settings(keys: DataKeys) -> None:
+    if isinstance(keys.image_key, tuple):
+        raise RefusedError(f"image_key: {dict(keys.image_key)}: format frames reads one camera; give its folder")
     for key, default in OF_CUSTOM.items():
         if getattr(keys, key) != default and keys.layout not in ("auto", "custom"):
             raise RefusedError(f"{key}: {getattr(keys, key)}: is for layout: custom, and layout is {keys.layout}")

@@ -30,6 +30,7 @@ from dino_cache import (
     InvalidDataError,
     Poses,
     Trajectory,
+    camera_name,
     checked_poses,
     in_groups,
     open_regular,
@@ -73,16 +74,18 @@ class ReconSource:
         given = (keys.image_key, keys.position_key, keys.yaw_key)
         self._keys, self._settings = [key or default for key, default in zip(given, RECON_KEYS)], keys
         self._extra_keys = keys.extra_keys
+        self._images = keys._replace(image_key=self._keys[0]).keys_of_cameras  # camera -> its dataset
         self._size = os.stat(trajectory.path).st_size
 
     @functools.cached_property
-    def _content(self) -> tuple[int, dict[str, np.ndarray]]:
-        """The number of images, and the poses by key."""
+    def _content(self) -> tuple[dict[str, int], dict[str, np.ndarray]]:
+        """The number of images by key, and the poses by key."""
         with hdf5_errors(self._where, self._trajectory.path), open_hdf5(self._trajectory.path) as file:
-            images, *poses = (_recon_dataset(file, key) for key in self._keys)
+            counts = {key: len(_recon_dataset(file, key)) for key in self._images.values()}
+            poses = [_recon_dataset(file, key) for key in self._keys[1:]]
             if any(values.size > MAX_POSE_NUMBERS for values in poses):
                 raise InputError(f"{self._keys[1:]} hold more than {MAX_POSE_NUMBERS} numbers")
-            return len(images), {key: _comparable(values[...]) for key, values in zip(self._keys[1:], poses)}
+            return counts, {key: _comparable(values[...]) for key, values in zip(self._keys[1:], poses)}
 
     @functools.cached_property
     def _extra(self) -> dict[str, np.ndarray]:
@@ -116,23 +119,30 @@ class ReconSource:
         return digest.hexdigest()[:16]
 
     def poses(self, *, required: bool) -> Poses:
-        count, values = self._content
+        counts, values = self._content
         poses = checked_poses(self._where, values, self._settings, *self._keys[1:])
-        if count != len(poses.position):
-            raise InputError(f"{self._where}: {count} images in {self._keys[0]} but {len(poses.position)} poses")
+        for key, count in counts.items():
+            if count != len(poses.position):
+                raise InputError(f"{self._where}: {count} images in {key} but {len(poses.position)} poses")
         return poses._replace(extra=self._extra)
 
-    def open_frames(self, numbers: Sequence[int]) -> FrameReader:
-        return self
+    def open_frames(self, numbers: Sequence[int], camera: str | None = None) -> FrameReader:
+        return ReconFrames(self._trajectory.path, camera_name(self._where, camera), self._images[camera])
+
+
+class ReconFrames:
+    """The images of one dataset of a file."""
+
+    def __init__(self, path: Path, where: str, key: str):
+        self._path, self._where, self._key = path, where, key
 
     def name(self, number: int) -> str:
-        return f"{self._where} {self._keys[0]}[{number}]"
+        return f"{self._where} {self._key}[{number}]"
 
     def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
         for some in in_groups(numbers, READ_TOGETHER):
-            path = self._trajectory.path
-            with PROFILE("read"), hdf5_errors(self._where, path), open_hdf5(path) as file:
-                images = [_image_bytes(value) for value in _recon_dataset(file, self._keys[0])[some]]
+            with PROFILE("read"), hdf5_errors(self._where, self._path), open_hdf5(self._path) as file:
+                images = [_image_bytes(value) for value in _recon_dataset(file, self._key)[some]]
             yield from (np.frombuffer(bytearray(data), np.uint8) for data in images)
 
     def close(self) -> None:

@@ -117,13 +117,6 @@ def locate_bag(data_folder: Path, name: str) -> Trajectory:
 # Topics: which are read
 # ---------------------------------------------------------------------------------------------------------------------
 
-Camera = tuple[str | None, str | None]  # its name, None of the only one; its topic, None: to be guessed
-
-
-def cameras_of(image_key: str | tuple[tuple[str, str], ...] | None) -> tuple[Camera, ...]:
-    """The cameras that a setting names, the one whose images are the frames first."""
-    return tuple(image_key) if isinstance(image_key, tuple) else ((None, image_key),)
-
 
 class Chosen(NamedTuple):
     """The topics that are read."""
@@ -142,7 +135,7 @@ def choose_topics(bag: Bag, keys: DataKeys, where: str, *, required: bool) -> Ch
             are. Poses only have to be there if they are `required`.
     """
     images, guessed = {}, []
-    for camera, wanted in cameras_of(keys.image_key):
+    for camera, wanted in keys.keys_of_cameras.items():
         images[camera] = _topic(bag, where, "image_key", wanted, IMAGE_KINDS)
         guessed += [images[camera]] if wanted is None else []
     if keys.tf is not None:
