@@ -467,6 +467,7 @@ class CacheSpec(BaseModel):
     yaw_offset: Annotated[float, Field(strict=True, allow_inf_nan=False)] = 0.0  # [rad], added to every yaw
     sample_hz: Scale | None = None  # of the frames that are kept, before frame_stride; None: all
     max_pose_gap_s: Scale = 1.0  # between two poses; a longer one cuts the trajectory where poses are interpolated
+    integrate: StrictBool = False  # position_key and yaw_key name velocities, which are added up to poses
 
     @field_validator("tokens")
     @classmethod
@@ -564,7 +565,7 @@ def without_guesses(settings: dict[str, Any]) -> dict[str, Any]:
 _LATER_SETTINGS = (
     "image_key", "position_key", "yaw_key", "position_scale", "chunk_by", "max_chunk_frames", "overlap_frames",
     "time_zero", "yaw_unit", "pose_axes", "time_scale", "engine", "compile",
-    "yaw_offset", "sample_hz", "max_pose_gap_s",
+    "yaw_offset", "sample_hz", "max_pose_gap_s", "integrate",
 )  # fmt: skip
 _LATER_DEFAULTS = {key: CacheSpec.model_fields[key].default for key in _LATER_SETTINGS}
 
@@ -785,7 +786,7 @@ MAX_VISITS = (
 class Trajectory(NamedTuple):
     """Where a trajectory is. A small value that can be sent to another process; `open_source` opens it."""
 
-    name: str  # in gnm and video its path relative to data_folder, with `/`
+    name: str  # its path relative to data_folder, with `/`; in lerobot the dataset's, and the episode
     path: Path  # gnm: its folder; recon, video: its file; lerobot: the dataset's folder
     lacks_poses: bool = False  # frames and no pose file: not a trajectory, and worth a remark
     format: str = "gnm"
@@ -805,6 +806,7 @@ class DataKeys(NamedTuple):
     yaw_unit: str = "radians"
     pose_axes: str = "z_up"
     max_pose_gap_s: float = 1.0
+    integrate: bool = False
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> DataKeys:
@@ -904,7 +906,7 @@ def find_trajectories(data_folder: Path, frame_pattern: str = FRAME_PATTERN) -> 
         RefusedError: `data_folder` cannot be listed, is itself a trajectory, or holds a maze of links.
     """
     is_frame = re.compile(frame_pattern).fullmatch
-    for folder in walk_folders(data_folder, list_trajectories=False):
+    for folder in walk_folders(data_folder, leaf=POSE_FILES[0]):
         name, pose_file = folder.name.rstrip("/"), _first_pose_file(folder.files)
         if not name and folder.error:
             raise RefusedError(f"data_folder {data_folder}: cannot list it: {folder.error.strerror}") from folder.error
@@ -934,25 +936,25 @@ class FolderFiles(NamedTuple):
     error: OSError | None = None  # why it cannot be listed; then it has no files
 
 
-def walk_folders(data_folder: Path, *, list_trajectories: bool = True) -> Iterator[FolderFiles]:
+def walk_folders(data_folder: Path, *, leaf: str | None = None) -> Iterator[FolderFiles]:
     """`data_folder` and all below it, sorted; each before those that it holds. Caches of this tool, lost+found, and
-    what is below a gnm trajectory are left out. Links are followed, except back to a folder that holds them. Without
-    `list_trajectories`, of a folder with traj_data.pkl only that file is yielded, without listing all frames.
+    what is below a gnm trajectory are left out. Links are followed, except back to a folder that holds them. Of a
+    folder that holds the file `leaf` only that is yielded, without listing its frames or what is below it.
 
     Raises:
         RefusedError: links lead to a folder again and again.
     """
-    yield from _walk(data_folder, "", os.path.realpath(data_folder), (), Counter(), list_trajectories)
+    yield from _walk(data_folder, "", os.path.realpath(data_folder), (), Counter(), leaf)
 
 
 def _walk(
-    folder: Path, name: str, real: str, ancestors: tuple[str, ...], visits: Counter[str], list_trajectories: bool
+    folder: Path, name: str, real: str, ancestors: tuple[str, ...], visits: Counter[str], leaf: str | None
 ) -> Iterator[FolderFiles]:
     """`real`: the folder's path without links; `ancestors`: those of the folders that it was come by."""
     if real in ancestors:
         return
-    if not list_trajectories and os.path.lexists(f"{folder}/{POSE_FILES[0]}"):
-        yield FolderFiles(name, folder, [POSE_FILES[0]])
+    if leaf is not None and os.path.lexists(f"{folder}/{leaf}"):
+        yield FolderFiles(name, folder, [leaf])
         return
     try:
         with os.scandir(folder) as entries:
@@ -973,7 +975,7 @@ def _walk(
     for child in subfolders:
         path = Path(f"{folder}/{child}")
         child_real = os.path.realpath(path) if by_name[child].is_symlink() else f"{real}/{child}"
-        yield from _walk(path, f"{name}{child}/", child_real, (*ancestors, real), visits, list_trajectories)
+        yield from _walk(path, f"{name}{child}/", child_real, (*ancestors, real), visits, leaf)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -2504,6 +2506,7 @@ NOT_OF_ENCODER = {
     *("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m", "frame_stride", "frame_pattern", "resize"),
     *("image_key", "position_key", "yaw_key", "guessed_keys", "position_scale", "yaw_unit", "pose_axes", "time_scale"),
     *("chunk_by", "max_chunk_frames", "overlap_frames", "yaw_offset", "sample_hz", "max_pose_gap_s", "time_zero"),
+    "integrate",
 }
 
 

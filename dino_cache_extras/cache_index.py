@@ -202,7 +202,7 @@ NOT_OF_FEATURES = {
     *("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m", "frame_stride", "frame_pattern"),
     *("tokens", "weights", "position_key", "yaw_key", "position_scale", "yaw_unit", "pose_axes"),
     *("time_zero", "time_scale"),
-    *("chunk_by", "max_chunk_frames", "overlap_frames", "yaw_offset", "sample_hz", "max_pose_gap_s"),
+    *("chunk_by", "max_chunk_frames", "overlap_frames", "yaw_offset", "sample_hz", "max_pose_gap_s", "integrate"),
 }
 
 
