@@ -104,8 +104,9 @@ def find_lerobot(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
     """
     open_library("av")
     image, position, yaw = guess_lerobot_keys(data_folder, spec).values()
-    count = num_read = 0
-    for count, root in enumerate(find_roots(data_folder), 1):
+    num_roots = num_read = 0
+    for root in find_roots(data_folder):
+        num_roots += 1
         try:
             dataset = _LEROBOT_DATASETS.anew(root.path)
         except RefusedError:
@@ -118,8 +119,9 @@ def find_lerobot(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
             _announce(data_folder, root, dataset, image, position, yaw, spec)
         for number in dataset.episode_numbers:
             yield episode_of(root, number)
-    if count > 1:
-        LOG.info("%s: %d LeRobot datasets below it, %d of them unreadable", data_folder, count, count - num_read)
+    if num_roots > 1:
+        unread = f", {num_roots - num_read} of them unreadable" if num_read < num_roots else ""
+        LOG.info("%s: %d LeRobot datasets below it%s", data_folder, num_roots, unread)
 
 
 def _announce(data_folder: Path, root: Root, dataset: LeRobotDataset, *what: Any) -> None:
@@ -166,8 +168,8 @@ class LeRobotSource:
         folder = self._dataset.picture_folder(self._episode, key)
         dtype = self._dataset.features.get(key, {}).get("dtype")
         if dtype == "video":
-            has_video = folder is None or self._dataset.video_file(self._episode, key).exists()
-            return "video" if has_video or not holds_pictures(folder) else "files"
+            is_here = folder is None or self._dataset.has_video(self._episode, key)
+            return "video" if is_here or not holds_pictures(folder) else "files"
         if dtype == "image" and (folder is None or key in parquet_names(self._data_file) or not folder.is_dir()):
             return "rows"
         return "files"

@@ -189,6 +189,10 @@ class LeRobotDataset:
         """The video with an episode's frames."""
         return self._fill("video", episode, key)
 
+    def has_video(self, episode: Episode, key: str) -> bool:
+        """Whether the video with its frames is there."""
+        return bool(self._templates["video"]) and self.video_file(episode, key).is_file()
+
     def video_span(self, episode: Episode, key: str) -> tuple[float, float]:
         """Where in its video an episode begins and ends [s]."""
         if self.version != "v3.0":
@@ -282,7 +286,8 @@ class LeRobotDataset:
             if key is None and poses_required:
                 raise InputError(
                     f"{setting}: {self.root} has none that is known. Set position_key and yaw_key to two of "
-                    f"{', '.join(others)}; where none of them is the pose of the base, set chunk_by: frames"
+                    f"{', '.join(others)}, or to parts of one (state[0:2]); {_matrices_among(others)}where none of "
+                    "them is the pose of the base, set chunk_by: frames"
                 )
             if key is not None:
                 pose_key(setting, key, others, str(self.root))
@@ -294,6 +299,12 @@ class LeRobotDataset:
             None if key is None else pose_key(setting, key, self.features, str(self.root))
             for setting, key in (("position_key", keys.position), ("yaw_key", keys.yaw))
         )
+
+
+def _matrices_among(features: dict[str, dict[str, Any]]) -> str:
+    """What may be poses as 4 x 4 matrices, as a part of a message."""
+    found = [key for key, feature in features.items() if is_declared_matrix(PoseKey(key, key), feature)]
+    return f"position_key alone where it is a 4 x 4 pose ({', '.join(found)} has 16 numbers); " if found else ""
 
 
 def cameras_of(image_key: Any) -> dict[str | None, str]:
