@@ -17,7 +17,7 @@ from lerobot_support import RGB, matrices, matrix, write_root
 import dino_cache
 from dino_cache import AXES, CacheSpec, InputError, Poses, data_keys, open_source
 from dino_cache_extras.formats.lerobot_poses import frame_times, integrate, pose_key
-from support import FIRST, SECOND, Outcome, Rendered, cache_content, check_stamps, chunk_files, read_progress
+from support import FIRST, SECOND, Outcome, Rendered, cache_content, check_stamps, chunk_files, read_progress, write_gnm
 
 STATE = {"observation.state": {"dtype": "float32", "shape": [3], "names": ["x.pos", "y.pos", "theta"]}}
 VELOCITIES = {"observation.state": {"dtype": "float32", "shape": [3], "names": ["x.vel", "y.vel", "theta.vel"]}}
@@ -79,12 +79,12 @@ def put(rows: Any, columns: Any, value: Any) -> Callable[[np.ndarray], None]:
             ["row 5", "the last row is 0.5 0 0 1, expected 0 0 0 1", "position_key: action[0:2]"],
         ),
         (changed(put(3, 3, 2)), ["row 5", "0 0 0 2"]),
-        (changed(put(0, 0, 1.5)), ["row 5", "not at right angles, each of length 1"]),
+        (changed(put(0, 0, 1.5)), ["row 5", "not at right angles, of length 1"]),
         (changed(lambda pose: put(slice(3), 2, -pose[:3, 2])(pose)), ["row 5", "mirrored"]),
         (changed(put(1, 1, math.nan)), ["row 5", "right angles"]),
         (changed(put(0, 3, math.inf)), ["action[5, 0]", "inf"]),
         (changed(put(0, 3, 1e12)), ["action[5, 0]", "at most 1e+08"]),
-        ([pose.T.ravel().tolist() for pose in matrices(FIRST)], ["row 1", "column by column"]),
+        ([pose.T.ravel().tolist() for pose in matrices(FIRST)], ["row 0", "column by column"]),
         (np.arange(640.0).reshape(40, 16).tolist(), ["row 0", "12 13 14 15", "action[0:2]"]),  # a state, not a matrix
         ([[*pose.ravel().tolist(), 0.0][: 16 + (row == 7)] for row, pose in enumerate(matrices(FIRST))], ["action"]),
         ([[None, *pose.ravel().tolist()[1:]] for pose in matrices(FIRST)], ["action", "expected rows of numbers"]),
@@ -103,7 +103,7 @@ def test_16_numbers_that_are_no_pose_are_refused(
 
 
 def test_an_axis_that_points_up_tells_no_yaw(tmp_path: Path) -> None:
-    upright = np.eye(4)[[2, 0, 1, 3]]  # the x axis of the body points along z
+    upright = np.eye(4)[[1, 2, 0, 3]]  # the x axis of the body points along z
     write_root(tmp_path / "data", [FIRST], columns=rows_of([upright.ravel()] * 40))
     with pytest.raises(InputError, match="the x axis of the body is vertical"):
         poses_of(tmp_path / "data", position_key="action")
@@ -309,10 +309,8 @@ def test_velocities_are_added_up_over_the_timestamps(tmp_path: Path) -> None:
 def test_integrate_of_steps_by_hand() -> None:
     place, yaw = integrate(np.array([0.0, 1.0, 3.0]), np.array([[1.0, 0], [3, 0], [3, 0]]), np.array([0, math.pi, 0]))
     np.testing.assert_allclose(yaw, [0, math.pi / 2, math.pi * 3 / 2])
-    middle = math.pi / 4  # 2 m along it, then 6 m along pi
-    np.testing.assert_allclose(
-        place, [[0, 0], [2 * math.cos(middle), 2 * math.sin(middle)], [2 * math.cos(middle) - 6, 2 * math.sin(middle)]]
-    )
+    x, y = 2 * math.cos(math.pi / 4), 2 * math.sin(math.pi / 4)  # 2 m along pi / 4, then 6 m along pi
+    np.testing.assert_allclose(place, [[0, 0], [x, y], [x - 6, y]])
 
 
 @pytest.mark.parametrize(
@@ -340,8 +338,6 @@ def test_velocities_that_are_no_numbers_fail(run_bits: Callable[..., Outcome], t
 
 
 def test_integrate_is_a_setting_of_lerobot_alone(run_bits: Callable[..., Outcome], tmp_path: Path) -> None:
-    from support import write_gnm
-
     write_gnm(tmp_path / "data", [FIRST])
     outcome = run_bits({"integrate": True})
     assert outcome.code == 2

@@ -80,5 +80,5 @@ def test_tasks_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     write_episodes(tmp_path, "v2.1", [{**lerobot_entry(0, FIRST.count, 0, 0), "tasks": []}])
     add_task_index(tmp_path / "data/chunk-000/episode_000000.parquet", np.zeros(FIRST.count, int))
     (tmp_path / "meta/tasks.jsonl").write_text("[")
-    with pytest.raises(InputError, match="tasks.jsonl: cannot be read"):
+    with pytest.raises(InputError, match=r"tasks\.jsonl: cannot be read"):
         tasks(tmp_path)
