@@ -45,6 +45,7 @@ from dino_cache_extras.formats.lerobot_poses import (
     frame_times,
     part_of,
     read_poses,
+    refuse_half_velocities,
     refuse_other_kind,
 )
 from dino_cache_extras.formats.lerobot_roots import (
@@ -84,9 +85,12 @@ def guess_lerobot_keys(data_folder: Path, spec: CacheSpec) -> dict[str, str | No
         try:
             dataset = _LEROBOT_DATASETS.anew(root.path)
             keys = dataset.resolve_keys(given, poses_required=spec.chunk_by == "distance")
-            for setting, key in zip(("position_key", "yaw_key"), dataset.pose_keys(keys)):
+            pose_keys = dataset.pose_keys(keys)
+            for setting, key in zip(("position_key", "yaw_key"), pose_keys):
                 if key is not None:
                     refuse_other_kind(setting, key, integrate=spec.integrate)
+            if spec.integrate:
+                refuse_half_velocities(str(root.path), *pose_keys)
             return dict(zip(KEY_SETTINGS, keys))
         except (InputError, RefusedError) as error:
             errors.append(error)
@@ -147,8 +151,11 @@ def _opened(trajectory: Trajectory) -> LeRobotDataset:
     try:
         return lerobot_dataset(trajectory.path)
     except RefusedError as error:
-        if isinstance(error.__cause__, OSError) and error.__cause__.errno in LOST_MOUNT_ERRNOS:
-            raise error.__cause__ from None
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in LOST_MOUNT_ERRNOS:
+            raise OSError(
+                cause.errno, cause.strerror, cause.filename
+            ) from None  # anew: a cause's cause must not be itself
         raise InputError(f"{trajectory.name}: {error}") from error
 
 

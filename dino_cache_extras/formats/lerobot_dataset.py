@@ -90,7 +90,6 @@ class LeRobotDataset:
         self._faults: dict[int, str] = {}  # of episodes whose entries contradict themselves
         self._read_parquet_meta() if self.version == "v3.0" else self._read_jsonl()
         self.data_files = DataFiles(root, self._templates["data"], episodes_in)
-        self._lengths: dict[int | None, dict[int, int]] = {}  # chunk -> number -> length
         self._spans: dict[str, dict[Path, VideoSpans]] = {}  # camera -> video file -> where its episodes lie in it
         self._lock = threading.Lock()
 
@@ -247,11 +246,16 @@ class LeRobotDataset:
 
     def lengths_beside(self, episode: Episode) -> dict[int, int]:
         """Number -> length of the episodes that share its folders, in order."""
-        if not self._lengths:
-            for number in self.episode_numbers:
-                length, place = self._episodes[number]
-                self._lengths.setdefault(place.get("episode_chunk"), {})[number] = length
         return self._lengths[episode.place.get("episode_chunk")]
+
+    @functools.cached_property
+    def _lengths(self) -> dict[int | None, dict[int, int]]:
+        """Chunk -> number -> length."""
+        lengths: dict[int | None, dict[int, int]] = {}
+        for number in self.episode_numbers:
+            length, place = self._episodes[number]
+            lengths.setdefault(place.get("episode_chunk"), {})[number] = length
+        return lengths
 
     def needs_column(self, name: str, names: frozenset[str]) -> bool:
         """Whether a numbering column of a parquet file must be read, `names` being those it has: where a file is one

@@ -132,6 +132,13 @@ def refuse_other_kind(setting: str, key: PoseKey, *, integrate: bool) -> None:
         )
 
 
+def refuse_half_velocities(where: str, position: PoseKey | None, yaw: PoseKey | None) -> None:
+    """Raise InputError unless there is what integrate: true adds up."""
+    if position is None or yaw is None:
+        key = "position_key" if position is None else "yaw_key"
+        raise InputError(f"{where}: integrate: true needs velocities, and there is no {key}; set it")
+
+
 def part_of(where: str, key: PoseKey, values: list[Any]) -> list[Any]:
     """Of each row the numbers that a key names. Raises InvalidDataError where a row does not have them."""
     if key.columns is None:
@@ -170,7 +177,8 @@ def read_poses(
         for name in key.names if key is not None and key.columns is not None else ():
             refuse_other_unit(where, name, setting, settings)
     columns = {key: part_of(where, key, values_of(key.feature)) for key in {position, yaw} - {None}}
-    if settings.integrate and position is not None and yaw is not None:
+    if settings.integrate:
+        refuse_half_velocities(where, position, yaw)
         return _integrated(where, position, yaw, columns, settings, times)
     rotations = None
     if position is not None and has_16_numbers(columns[position]):

@@ -23,10 +23,12 @@ class Root(NamedTuple):
 
     name: str
     path: Path
+    error: OSError | None = None  # why a folder cannot be listed, in which roots may be
 
 
 def find_roots(data_folder: Path) -> Iterator[Root]:
-    """The dataset roots, sorted. Nothing below one is looked at: its pictures are not listed.
+    """The dataset roots, sorted, and folders that cannot be listed. Nothing below a root is looked at: its pictures
+    are not listed.
 
     Raises:
         RefusedError: `data_folder` cannot be listed, or holds a maze of links.
@@ -35,8 +37,8 @@ def find_roots(data_folder: Path) -> Iterator[Root]:
         name = folder.name.rstrip("/")
         if not name and folder.error:
             raise RefusedError(f"data_folder {data_folder}: cannot list it: {folder.error.strerror}") from folder.error
-        if folder.files == [LEROBOT_INFO]:
-            yield Root(name, folder.path)
+        if folder.error or folder.files == [LEROBOT_INFO]:
+            yield Root(name, folder.path, folder.error)
 
 
 def episode_name(number: int) -> str:
@@ -51,7 +53,7 @@ def episode_of(root: Root, number: int) -> Trajectory:
 
 
 def unreadable_root(root: Root) -> Trajectory:
-    """What stands for a root below data_folder whose meta data cannot be read."""
+    """What stands for a root below data_folder whose meta data cannot be read, or a folder that cannot be listed."""
     return Trajectory(recordable_name(root.name), root.path, format="lerobot", episode=NO_EPISODE)
 
 

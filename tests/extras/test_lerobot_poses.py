@@ -332,6 +332,14 @@ def test_what_cannot_be_integrated_is_refused(
     assert all(word in outcome.err for word in expected), outcome.err
 
 
+def test_half_of_the_velocities_are_not_taken_for_poses(run_bits: Callable[..., Outcome], tmp_path: Path) -> None:
+    """Without positions, rates would be yaws."""
+    velocity_root(tmp_path / "data", np.tile([1.0, 0.0, 0.1], (40, 1)))
+    outcome = run_bits({"yaw_key": INTEGRATE["yaw_key"], "integrate": True, "chunk_by": "frames"})
+    assert outcome.code == 2
+    assert "there is no position_key" in outcome.err
+
+
 def test_velocities_that_are_no_numbers_fail(run_bits: Callable[..., Outcome], tmp_path: Path) -> None:
     velocity_root(tmp_path / "data", np.array([[1.0, 0, 0], [math.nan, 0, 0], [1, 0, 0]]))
     assert "nan" in run_bits(INTEGRATE).err

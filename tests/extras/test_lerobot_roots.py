@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from formats_support import VIDEO_KEY, edit_features, write_lerobot
@@ -114,6 +116,32 @@ def test_a_root_whose_meta_data_cannot_be_read_fails_alone(run_bits: Callable[..
     assert failure[0] == "a"
     assert "a/meta/episodes.jsonl: cannot be read" in failure[1]["reason"]
     check_stamps(tmp_path / "cache", "b/episode_000000", 2)
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EACCES, 1), (errno.EIO, 3)])
+def test_a_folder_that_cannot_be_listed_is_told(
+    run_bits: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    for name in ("a", "b"):
+        write_lerobot(tmp_path / "data" / name / "s", [FIRST], "v2.1", "libx264")
+    is_there, scandir, open_file = os.path.lexists, os.scandir, os.open
+    lost = f"{tmp_path}/data/a/"
+
+    def refuse(function: Callable[..., Any]) -> Callable[..., Any]:
+        def instead(path: Any, *arguments: Any, **more: Any) -> Any:
+            if f"{path}/".startswith(lost):
+                raise OSError(number, os.strerror(number), str(path))
+            return function(path, *arguments, **more)
+
+        return instead
+
+    monkeypatch.setattr(os.path, "lexists", lambda path: not str(path).startswith(lost) and is_there(path))
+    monkeypatch.setattr(os, "scandir", refuse(scandir))
+    monkeypatch.setattr(os, "open", refuse(open_file))
+    outcome = run_bits({"format": "lerobot"})
+    assert outcome.code in (1, code), outcome.err
+    assert os.strerror(number) in outcome.err
+    check_stamps(tmp_path / "cache", "b/s/episode_000000", 1)
 
 
 @pytest.mark.parametrize("name", ["../b/episode_000000", "/b/episode_000000", "a/../../b/episode_000000", "a/b"])
