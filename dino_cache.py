@@ -552,6 +552,7 @@ class CacheSpec(BaseModel):
     tf: Annotated[str, Field(pattern=r"^[^\s>]+ *-> *[^\s>]+$")] | None = None  # a bag's frames: from->to
     stamps: Literal["header", "log"] = "header"  # by which a bag's messages are brought together
     extra_keys: tuple[DataKey, ...] = ()  # columns of the data that are stored beside the poses
+    integrate: StrictBool = False  # position_key and yaw_key name velocities, which are added up to poses
 
     @field_validator("tokens")
     @classmethod
@@ -678,7 +679,7 @@ def without_guesses(settings: dict[str, Any]) -> dict[str, Any]:
 _LATER_SETTINGS = (
     "image_key", "position_key", "yaw_key", "position_scale", "chunk_by", "max_chunk_frames", "overlap_frames",
     "time_zero", "yaw_unit", "pose_axes", "time_scale", "engine", "compile",
-    "yaw_offset", "sample_hz", "max_pose_gap_s", "extra_keys",
+    "yaw_offset", "sample_hz", "max_pose_gap_s", "extra_keys", "integrate",
     "layout", "pose_file", "pose_columns", "pose_match", "poses_folder", "time_offset", "frame_times",
     "tf", "stamps",
 )  # fmt: skip
@@ -901,8 +902,8 @@ MAX_VISITS = (
 class Trajectory(NamedTuple):
     """Where a trajectory is. A small value that can be sent to another process; `open_source` opens it."""
 
-    name: str  # in gnm, video and frames its path relative to data_folder, with `/`
-    path: Path  # gnm, frames: its folder; recon, video: its file; lerobot: the dataset's folder
+    name: str  # its path relative to data_folder, with `/`; in lerobot the dataset's, and the episode
+    path: Path  # gnm, frames: its folder; recon, video, rosbag: its file; lerobot: the dataset's folder
     lacks_poses: bool = False  # frames and no pose file: not a trajectory, and worth a remark
     format: str = "gnm"
     episode: int = 0  # lerobot: its number
@@ -932,6 +933,7 @@ class DataKeys(NamedTuple):
     tf: str | None = None
     stamps: str = "header"
     extra_keys: tuple[str, ...] = ()
+    integrate: bool = False
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> DataKeys:
@@ -1047,7 +1049,7 @@ def find_trajectories(data_folder: Path, frame_pattern: str = FRAME_PATTERN) -> 
         RefusedError: `data_folder` cannot be listed, is itself a trajectory, or holds a maze of links.
     """
     is_frame = re.compile(frame_pattern).fullmatch
-    for folder in walk_folders(data_folder, list_trajectories=False):
+    for folder in walk_folders(data_folder, leaf=POSE_FILES[0]):
         name, pose_file = folder.name.rstrip("/"), _first_pose_file(folder.files)
         if not name and folder.error:
             raise RefusedError(f"data_folder {data_folder}: cannot list it: {folder.error.strerror}") from folder.error
@@ -1077,25 +1079,25 @@ class FolderFiles(NamedTuple):
     error: OSError | None = None  # why it cannot be listed; then it has no files
 
 
-def walk_folders(data_folder: Path, *, list_trajectories: bool = True) -> Iterator[FolderFiles]:
+def walk_folders(data_folder: Path, *, leaf: str | None = None) -> Iterator[FolderFiles]:
     """`data_folder` and all below it, sorted; each before those that it holds. Caches of this tool, lost+found, and
-    what is below a gnm trajectory are left out. Links are followed, except back to a folder that holds them. Without
-    `list_trajectories`, of a folder with traj_data.pkl only that file is yielded, without listing all frames.
+    what is below a gnm trajectory are left out. Links are followed, except back to a folder that holds them. Of a
+    folder that holds the file `leaf` only that is yielded, without listing its frames or what is below it.
 
     Raises:
         RefusedError: links lead to a folder again and again.
     """
-    yield from _walk(data_folder, "", os.path.realpath(data_folder), (), Counter(), list_trajectories)
+    yield from _walk(data_folder, "", os.path.realpath(data_folder), (), Counter(), leaf)
 
 
 def _walk(
-    folder: Path, name: str, real: str, ancestors: tuple[str, ...], visits: Counter[str], list_trajectories: bool
+    folder: Path, name: str, real: str, ancestors: tuple[str, ...], visits: Counter[str], leaf: str | None
 ) -> Iterator[FolderFiles]:
     """`real`: the folder's path without links; `ancestors`: those of the folders that it was come by."""
     if real in ancestors:
         return
-    if not list_trajectories and os.path.lexists(f"{folder}/{POSE_FILES[0]}"):
-        yield FolderFiles(name, folder, [POSE_FILES[0]])
+    if leaf is not None and os.path.lexists(f"{folder}/{leaf}"):
+        yield FolderFiles(name, folder, [leaf])
         return
     try:
         with os.scandir(folder) as entries:
@@ -1116,7 +1118,7 @@ def _walk(
     for child in subfolders:
         path = Path(f"{folder}/{child}")
         child_real = os.path.realpath(path) if by_name[child].is_symlink() else f"{real}/{child}"
-        yield from _walk(path, f"{name}{child}/", child_real, (*ancestors, real), visits, list_trajectories)
+        yield from _walk(path, f"{name}{child}/", child_real, (*ancestors, real), visits, leaf)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -2735,8 +2737,7 @@ NOT_OF_ENCODER = {
     *("image_key", "position_key", "yaw_key", "guessed_keys", "position_scale", "yaw_unit", "pose_axes", "time_scale"),
     *("chunk_by", "max_chunk_frames", "overlap_frames", "yaw_offset", "sample_hz", "max_pose_gap_s", "time_zero"),
     *("layout", "pose_file", "pose_columns", "pose_match", "poses_folder", "time_offset", "frame_times"),
-    *("tf", "stamps"),
-    "extra_keys",
+    *("tf", "stamps", "extra_keys", "integrate"),
 }
 
 

@@ -205,7 +205,7 @@ NOT_OF_FEATURES = {
     *("chunk_by", "max_chunk_frames", "overlap_frames", "yaw_offset", "sample_hz", "max_pose_gap_s"),
     *("layout", "pose_file", "pose_columns", "pose_match", "poses_folder", "time_offset", "frame_times"),
     *("tf", "stamps"),
-    "extra_keys",
+    *("extra_keys", "integrate"),
 }
 
 

@@ -1,31 +1,20 @@
-"""LeRobot: episodes in parquet files, frames in videos or in the parquet files."""
+"""LeRobot: episodes in parquet files, frames in videos, in the parquet files, or in files of their own."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import hashlib
-import json
-import math
-import os
-import re
-import reprlib
-import string
-import sys
-import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dino_cache import (
     KEY_SETTINGS,
     LOG,
-    MAX_POSE_NUMBERS,
-    PROFILE,
-    READ_TOGETHER,
+    LOST_MOUNT_ERRNOS,
     CacheSpec,
     ChecksumKind,
     DataKeys,
@@ -34,18 +23,46 @@ from dino_cache import (
     FrameReader,
     InputError,
     InvalidDataError,
+    Note,
     Poses,
     Trajectory,
+    camera_name,
     checked_numbers,
-    checked_poses,
     columns_asked_for,
     data_keys,
-    open_regular,
-    read_file,
     recordable_name,
 )
-from dino_cache_extras.formats.common import FileCache, first_of
-from dino_cache_extras.formats.lerobot_checks import DataFiles, VideoSpan, VideoSpans, video_extent
+from dino_cache_extras.formats.lerobot_checks import video_extent
+from dino_cache_extras.formats.lerobot_dataset import LeRobotDataset
+from dino_cache_extras.formats.lerobot_files import PictureFiles, holds_pictures, picture_files
+from dino_cache_extras.formats.lerobot_parquet import (
+    ParquetFrames,
+    add_images,
+    column_of_numbers,
+    parquet_columns,
+    parquet_errors,
+    parquet_names,
+    whole_numbers,
+)
+from dino_cache_extras.formats.lerobot_poses import (
+    are_pose_matrices,
+    frame_times,
+    part_of,
+    read_poses,
+    refuse_half_velocities,
+    refuse_other_kind,
+)
+from dino_cache_extras.formats.lerobot_roots import (
+    LEROBOT_INFO,
+    OpenedRoots,
+    Root,
+    episode_name,
+    episode_of,
+    find_roots,
+    located_episode,
+    unreadable_root,
+)
+from dino_cache_extras.formats.lerobot_tasks import episode_task
 from dino_cache_extras.formats.video_frames import VIDEO_TOLERANCE, VideoFrames, changed_picture, packet_index, packets
 from progress_utils import RefusedError, open_library
 
@@ -53,398 +70,160 @@ if TYPE_CHECKING:
     import pyarrow
 
 
-ROWS_KEPT = 256  # images of a parquet file that were passed over and wait for the threads that want them
-LEROBOT_VERSIONS = ("v2.0", "v2.1", "v3.0")
-LEROBOT_INFO = "meta/info.json"
-IMAGE_GUESSES = ("observation.images.front",)
-POSITION_GUESSES = ("observation.filtered_position", "position")
-YAW_GUESSES = ("observation.filtered_heading", "yaw")
-
-
-class LeRobotKeys(NamedTuple):
-    """The features that are read; None where a dataset has no base pose."""
-
-    image: str
-    position: str | None
-    yaw: str | None
-
-
-class Episode(NamedTuple):
-    """Where an episode's rows are: all of those with its number in one parquet file."""
-
-    index: int
-    length: int
-    place: dict[
-        str, Any
-    ]  # what the templates of info.json are filled with; in v3.0 also where its videos begin and end
-
-
-class LeRobotDataset:
-    """What a dataset's meta folder says, v2.0 to v3.0.
-
-    Raises:
-        RefusedError: it is unreadable, or of an unknown version.
-    """
-
-    def __init__(self, root: Path):
-        self.root, self._info_file = root, root / LEROBOT_INFO
-        self._info = self._read_info()
-        self.version: str = self._get("codebase_version", str)
-        if self.version not in LEROBOT_VERSIONS:
-            raise self._refusal(f"codebase_version {self.version!r}; known are {', '.join(LEROBOT_VERSIONS)}")
-        self.fps: float = self._get("fps", (int, float))
-        self.features: dict[str, dict[str, Any]] = self._get("features", dict)
-        if not 0 < self.fps < math.inf or not all(isinstance(value, dict) for value in self.features.values()):
-            raise self._refusal("fps is not a rate, or features are not described")
-        self._info["video_path"] = self._info.get("video_path") or ""  # null where there are no videos
-        self._templates = {kind: self._get(f"{kind}_path", str) for kind in ("data", "video")}
-        for template in self._templates.values():
-            self._check_template(template)
-        self._episodes: dict[int, tuple[int, dict[str, Any]]] = {}
-        self._faults: dict[int, str] = {}  # of episodes whose entries contradict themselves
-        self._tasks: dict[int, str] = {}  # of episodes with one task
-        self._read_parquet_meta() if self.version == "v3.0" else self._read_jsonl()
-        self.data_files = DataFiles(root, self._templates["data"], episodes_in)
-        self._spans: dict[str, dict[Path, VideoSpans]] = {}  # camera -> video file -> where its episodes lie in it
-        self._lock = threading.Lock()
-
-    @property
-    def episode_numbers(self) -> list[int]:
-        return sorted(self._episodes)
-
-    def _refusal(self, what: str) -> RefusedError:
-        return RefusedError(f"{self._info_file}: {what}")
-
-    def _read_info(self) -> dict[str, Any]:
-        try:
-            info = json.loads(read_file(self._info_file).tobytes())
-        except (OSError, ValueError, RecursionError, InputError) as error:
-            raise self._refusal(f"cannot be read: {error}") from error
-        if not isinstance(info, dict):
-            raise self._refusal("is not a description of a dataset")
-        return info
-
-    def _get(self, key: str, kind: type | tuple[type, ...]) -> Any:
-        value = self._info.get(key)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise self._refusal(f"{key} is {reprlib.repr(value)}")
-        return value
-
-    def _check_template(self, template: str) -> None:
-        fields = ("episode_chunk", "episode_index", "video_key", "chunk_index", "file_index")
-        try:
-            parts = list(string.Formatter().parse(template))
-        except ValueError as error:
-            raise self._refusal(f"template {template!r}: {error}") from error
-        for _, name, width, conversion in parts:
-            if name is not None and (name not in fields or conversion or not re.fullmatch(r"\d{0,2}d?", width)):
-                raise self._refusal(f"template {template!r}: {name} is not known")
-
-    def _add(self, number: Any, length: Any, place: dict[str, Any], rows: tuple[Any, Any] = (None, None)) -> None:
-        """Take an episode's entry; `rows`: of the whole dataset, those that it says are the episode's."""
-        if type(number) is not int or type(length) is not int or number < 0:
-            raise self._refusal(f"episode {number!r} of {length!r} frames is among its episodes")
-        before = self._episodes.setdefault(number, (length, place))
-        if before != (length, place):
-            self._faults[number] = f"meta/episodes has it twice, as {_differences(before, (length, place))}"
-        if all(type(row) is int for row in rows) and rows[1] - rows[0] != length:
-            self._faults[number] = f"its rows are {rows[0]} to {rows[1]} of the dataset, and its length is {length}"
-        self._episodes[number] = (length, place)
-
-    def _add_task(self, number: Any, tasks: Any) -> None:
-        """Take an episode's task; of several, none is the whole episode's."""
-        if isinstance(tasks, list) and len(tasks) == 1 and isinstance(tasks[0], str):
-            self._tasks[number] = tasks[0]
-
-    def _read_jsonl(self) -> None:
-        path, chunk_size = self.root / "meta/episodes.jsonl", self._get("chunks_size", int)
-        try:
-            for line in read_file(path).tobytes().splitlines():
-                if line.strip():
-                    entry = json.loads(line)
-                    index, length = entry["episode_index"], entry["length"]
-                    self._add(index, length, {"episode_chunk": index // chunk_size})
-                    self._add_task(index, entry.get("tasks"))
-        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError, InputError) as error:
-            raise RefusedError(f"{path}: cannot be read: {error!r}") from error
-
-    def _read_parquet_meta(self) -> None:
-        columns = {"episode_index": "index", "length": "length"}
-        columns |= {f"data/{name}": f"data {name}" for name in ("chunk_index", "file_index")}
-        optional = {}
-        for key, feature in self.features.items():
-            if feature.get("dtype") == "video":
-                names = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
-                optional |= {f"videos/{key}/{name}": f"{key} {name}" for name in names}
-        optional |= {f"dataset_{name}": name for name in ("from_index", "to_index")} | {"tasks": "tasks"}
-        files = sorted((self.root / "meta/episodes").glob("[!.]*/[!.]*.parquet"))
-        if not files:
-            raise self._refusal("there are no meta/episodes/*/*.parquet beside it")
-        for path in files:
-            try:
-                present = parquet_names(path)
-                wanted = columns | {name: column for name, column in optional.items() if name in present}
-                rows = parquet_columns(path, tuple(wanted)).rename_columns(list(wanted.values())).to_pylist()
-                for row in rows:
-                    of_dataset = (row.pop("from_index", None), row.pop("to_index", None))
-                    self._add_task(row["index"], row.pop("tasks", None))
-                    self._add(row.pop("index"), row.pop("length"), row, of_dataset)
-            except (InputError, OSError, ValueError, TypeError, OverflowError) as error:
-                raise RefusedError(f"{path}: cannot be read: {error}") from error
-
-    def task(self, episode: Episode) -> str | None:
-        """What was to be done in an episode, where its entry says so."""
-        return self._tasks.get(episode.index)
-
-    def episode(self, number: int) -> Episode:
-        if number not in self._episodes:
-            raise InputError(f"{episode_name(number)}: is not among the episodes that {self._info_file} belongs to")
-        length, place = self._episodes[number]
-        return Episode(index=number, length=length, place=place)
-
-    def data_file(self, episode: Episode) -> Path:
-        """The parquet file with an episode's rows."""
-        return self._fill("data", episode, "data")
-
-    def video_file(self, episode: Episode, key: str) -> Path:
-        """The video with an episode's frames."""
-        return self._fill("video", episode, key)
-
-    def video_span(self, episode: Episode, key: str) -> tuple[float, float]:
-        """Where in its video an episode begins and ends [s]."""
-        if self.version != "v3.0":
-            return 0.0, math.inf
-        span = [episode.place.get(f"{key} {end}") for end in ("from_timestamp", "to_timestamp")]
-        if not all(type(end) in (int, float) and math.isfinite(end) for end in span):
-            raise InvalidDataError(f"{episode_name(episode.index)}: it lies from {span[0]} to {span[1]} s in its video")
-        return float(span[0]), float(span[1])
-
-    def spans_beside(self, episode: Episode, key: str) -> VideoSpans:
-        """Where the episodes of its video file lie in that; v3.0."""
-        with self._lock:
-            if key not in self._spans:
-                files: dict[Path, list[VideoSpan]] = {}
-                for number in self.episode_numbers:
-                    with contextlib.suppress(InputError):  # one without a file or a span fails for itself
-                        other = self.episode(number)
-                        span = VideoSpan(episode_name(number), *self.video_span(other, key), other.length / self.fps)
-                        files.setdefault(self.video_file(other, key), []).append(span)
-                self._spans[key] = {path: VideoSpans(path, spans, 1 / self.fps) for path, spans in files.items()}
-            return self._spans[key][self.video_file(episode, key)]
-
-    def refuse_contradiction(self, episode: Episode) -> None:
-        """Raise InputError where an episode's entries contradict each other, or its rows are in several files."""
-        if fault := self._faults.get(episode.index):
-            raise InvalidDataError(f"{episode_name(episode.index)}: {self.root}: {fault}")
-        files = self.data_files.holding(episode.index) if self.version == "v3.0" else []
-        if len(files) > 1:
-            names = [recordable_name(path.relative_to(self.root).as_posix()) for path in files[:2]]
-            raise InvalidDataError(
-                f"{episode_name(episode.index)}: {names[0]} and {names[1]} both have rows of it, and one of them must "
-                "be out of date; move that away"
-            )
-
-    def _fill(self, kind: str, episode: Episode, group: str) -> Path:
-        values = {name: episode.place.get(f"{group} {name}") for name in ("chunk_index", "file_index")}
-        values |= {"episode_chunk": episode.place.get("episode_chunk"), "video_key": group}
-        name = episode_name(episode.index)
-        try:
-            path = Path(self._templates[kind].format(**values, episode_index=episode.index))
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{name}: {kind}_path {self._templates[kind]!r} cannot be filled: {error}") from error
-        if path.is_absolute() or ".." in path.parts:
-            raise InputError(f"{name}: {kind}_path leads out of the dataset: {path}")
-        return self.root / path
-
-    def resolve_keys(self, given: DataKeys, *, poses_required: bool) -> LeRobotKeys:
-        """The features to read: those given, else those guessed.
-
-        Raises:
-            InputError: there is none, or it is not clear which; the message lists the keys that there are.
-        """
-        images = [key for key, feature in self.features.items() if feature.get("dtype") in ("image", "video")]
-        image = given.image_key or (images[0] if len(images) == 1 else first_of(IMAGE_GUESSES, images))
-        if image not in images:
-            raise InputError(f"image_key: {image}: {self.root} has the image keys {', '.join(images) or '(none)'}")
-        others = [key for key in self.features if key not in images]
-        position = given.position_key or first_of(POSITION_GUESSES, others)
-        yaw = given.yaw_key or first_of(YAW_GUESSES, others)
-        for setting, key in (("position_key", position), ("yaw_key", yaw)):
-            if key is None and poses_required:
-                raise InputError(
-                    f"{setting}: {self.root} has none that is known. Set position_key and yaw_key to two of "
-                    f"{', '.join(others)}; where none of them is the pose of the base, set chunk_by: frames"
-                )
-            if key is not None and key not in others:
-                raise InputError(f"{setting}: {key}: {self.root} has the keys {', '.join(others)}")
-        return LeRobotKeys(image, position, yaw)
-
-
-def _differences(before: tuple[int, dict], after: tuple[int, dict]) -> str:
-    """What differs between two entries of one episode, in words."""
-    first, second = ({"length": length, **place} for length, place in (before, after))
-    different = [key for key in first.keys() | second.keys() if first.get(key) != second.get(key)]
-    return ", ".join(f"{key} {first.get(key)} and {second.get(key)}" for key in sorted(different)[:3])
-
-
-def episode_name(number: int) -> str:
-    """The name of an episode as a trajectory."""
-    return f"episode_{number:06d}"
-
-
-_LEROBOT_DATASETS: dict[Path, LeRobotDataset] = {}  # as they were when their trajectories were listed
+_LEROBOT_DATASETS = OpenedRoots(LeRobotDataset, 50_000, lambda dataset: 50 + dataset.num_episodes)
 
 
 def lerobot_dataset(root: Path) -> LeRobotDataset:
-    """A dataset's meta data, read once a process; `find_lerobot` reads them anew."""
-    if root not in _LEROBOT_DATASETS:
-        _LEROBOT_DATASETS[root] = LeRobotDataset(root)
-    return _LEROBOT_DATASETS[root]
+    """A dataset's meta data, kept while they are among those used last; `find_lerobot` reads them anew."""
+    return _LEROBOT_DATASETS(root)
 
 
-def guess_lerobot_keys(data_folder: Path, spec: CacheSpec) -> dict[str, str | None]:
-    """The features that are read now: those set, else those guessed.
+def guess_lerobot_keys(data_folder: Path, spec: CacheSpec) -> dict[str, str | dict[str, str] | None]:
+    """The features that are read now, in all roots: those set, else those guessed for the first one that has them.
 
     Raises:
         RefusedError: the meta data are unreadable, or no key fits.
     """
-    _LEROBOT_DATASETS.pop(data_folder, None)
-    dataset = lerobot_dataset(data_folder)
-    try:
-        keys = dataset.resolve_keys(data_keys(spec), poses_required=spec.chunk_by == "distance")
-    except InputError as error:
-        raise RefusedError(str(error)) from error
-    return dict(zip(KEY_SETTINGS, keys))
+    given, errors = data_keys(spec), []
+    for root in find_roots(data_folder):
+        try:
+            dataset = _LEROBOT_DATASETS.anew(root.path)
+            keys = dataset.resolve_keys(given, poses_required=spec.chunk_by == "distance")
+            pose_keys = dataset.pose_keys(keys)
+            for setting, key in zip(("position_key", "yaw_key"), pose_keys):
+                if key is not None:
+                    refuse_other_kind(setting, key, integrate=spec.integrate)
+            if spec.integrate:
+                refuse_half_velocities(str(root.path), *pose_keys)
+            image = dict(keys.image) if isinstance(keys.image, tuple) else keys.image
+            return dict(zip(KEY_SETTINGS, (image, *keys[1:])))
+        except (InputError, RefusedError) as error:
+            errors.append(error)
+    if not errors:
+        lerobot_dataset(data_folder)  # raises the reason why there is no root
+    others = f"; {len(errors) - 1} other datasets below {data_folder} cannot be read so either"
+    raise RefusedError(f"{errors[0]}{others if len(errors) > 1 else ''}") from errors[0]
 
 
 def find_lerobot(data_folder: Path, spec: CacheSpec) -> Iterator[Trajectory]:
-    """The episodes of a dataset.
+    """The episodes of all datasets. A root below data_folder whose meta data cannot be read is one that fails.
 
     Raises:
-        RefusedError: its meta data are unreadable, or no key fits.
+        RefusedError: nothing can be read, or no key fits.
     """
     open_library("av")
     image, position, yaw = guess_lerobot_keys(data_folder, spec).values()
-    dataset = lerobot_dataset(data_folder)
+    num_roots = num_read = 0
+    for root in find_roots(data_folder):
+        num_roots += 1
+        try:
+            dataset = _LEROBOT_DATASETS.anew(root.path)
+        except RefusedError:
+            if not root.name:
+                raise
+            yield unreadable_root(root)
+            continue
+        num_read += 1
+        if num_read == 1:
+            _announce(data_folder, root, dataset, image, position, yaw, spec)
+        for number in dataset.episode_numbers:
+            yield episode_of(root, number)
+    if num_roots > 1:
+        unread = f", {num_roots - num_read} of them unreadable" if num_read < num_roots else ""
+        LOG.info("%s: %d LeRobot datasets below it%s", data_folder, num_roots, unread)
+
+
+def _announce(data_folder: Path, root: Root, dataset: LeRobotDataset, *what: Any) -> None:
+    """Say what is read."""
+    image, position, yaw, spec = what
     poses = f"poses from {position} and {yaw}" if position or yaw else "no poses"
-    LOG.info("%s: LeRobot %s, frames from %s, %s", data_folder, dataset.version, image, poses)
-    for number in dataset.episode_numbers:
-        yield Trajectory(episode_name(number), data_folder, format="lerobot", episode=number)
+    where = f"{data_folder}: {recordable_name(root.name)} and those beside it:" if root.name else f"{data_folder}:"
+    images = ", ".join(image.values()) if isinstance(image, dict) else image
+    LOG.info("%s LeRobot %s, frames from %s, %s", where, dataset.version, images, poses)
+    if spec.integrate:
+        LOG.warning(
+            "%s: integrate: true: POSES ARE ADDED UP from velocities (%s, %s) and drift; distances and headings are as "
+            "good as those", data_folder, position, yaw,
+        )  # fmt: skip
 
 
 def locate_lerobot(data_folder: Path, name: str) -> Trajectory:
     """The episode of that name; InputError where it is not an episode's."""
-    number = re.fullmatch(r"episode_(\d{6,18})", name)
-    if not number:
-        raise InputError(f"{name} is not the name of an episode")
-    return Trajectory(name, data_folder, format="lerobot", episode=int(number[1]))
+    return located_episode(data_folder, name)
 
 
-@contextlib.contextmanager
-def _parquet_errors(path: Path) -> Iterator[None]:
-    """pyarrow's errors as those of a trajectory; real ones of the system pass."""
-    pyarrow = open_library("pyarrow")
+def _opened(trajectory: Trajectory) -> LeRobotDataset:
+    """A trajectory's dataset. Raises InputError where its meta data cannot be used, OSError where the disk is gone."""
     try:
-        yield
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        reason = " ".join(str(error).split())[:300]
-        if "footer" in reason:
-            reason += " (a recording that was never finalised has none)"
-        raise InputError(f"{path}: cannot be read: not a whole parquet file: {reason}") from error
-
-
-def _read_columns(path: Path, columns: tuple[str, ...]) -> pyarrow.Table:
-    parquet = open_library("pyarrow.parquet")
-    os.close(open_regular(path))
-    with _parquet_errors(path), parquet.ParquetFile(path, pre_buffer=False) as file:
-        if file.metadata.num_rows > MAX_POSE_NUMBERS:
-            raise InputError(f"{path}: {file.metadata.num_rows} rows are too many")
-        present = file.schema_arrow.names
-        if missing := [name for name in columns if name not in present]:
-            raise InputError(f"{path}: has no column {', '.join(missing)}; its columns are {', '.join(present)[:500]}")
-        return file.read(columns=list(columns), use_threads=False).combine_chunks()
-
-
-def _read_names(path: Path) -> frozenset[str]:
-    os.close(open_regular(path))
-    with _parquet_errors(path), open_library("pyarrow.parquet").ParquetFile(path, pre_buffer=False) as file:
-        return frozenset(file.schema_arrow.names)
-
-
-parquet_columns = FileCache(_read_columns, 8)  # (path, columns) -> a table of them; many episodes share a file
-parquet_names = FileCache(_read_names, 8)  # path -> the names of its columns
-
-
-def episodes_in(path: Path) -> list[int]:
-    """The numbers of the episodes that have rows in a parquet file."""
-    return np.unique(_whole_numbers(path, parquet_columns(path, ("episode_index",)), "episode_index")).tolist()
-
-
-def _whole_numbers(path: Path, table: pyarrow.Table, key: str) -> np.ndarray:
-    with _parquet_errors(path):
-        values = table[key].to_numpy()
-    if values.dtype.kind not in "iuf":
-        raise InputError(f"{path}: {key} holds {table[key].type} values, expected whole numbers")
-    return values
-
-
-def column_of_numbers(where: str, column: pyarrow.ChunkedArray) -> np.ndarray:
-    """(T, ...) of a column of numbers, or of lists of equally many, in the column's own type. A real number that is
-    null is NaN, which pandas writes so. Raises InvalidDataError."""
-    types, values, shape = open_library("pyarrow").types, column.combine_chunks(), [len(column)]
-    while types.is_list(values.type) or types.is_large_list(values.type) or types.is_fixed_size_list(values.type):
-        lengths = open_library("pyarrow.compute").list_value_length(values).unique()
-        if values.null_count or len(lengths) != 1:
-            raise InvalidDataError(f"{where}: its lists are not of one length; extra_keys names columns of numbers")
-        shape.append(lengths[0].as_py())
-        values = values.flatten()
-    if not (types.is_boolean(values.type) or types.is_integer(values.type) or types.is_floating(values.type)):
-        raise InvalidDataError(f"{where}: holds {column.type} values; extra_keys names columns of numbers")
-    if values.null_count and not types.is_floating(values.type):
-        raise InvalidDataError(f"{where}: is null in {values.null_count} places, where a {values.type} is expected")
-    return values.to_numpy(zero_copy_only=False).reshape(shape)
+        return lerobot_dataset(trajectory.path)
+    except RefusedError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in LOST_MOUNT_ERRNOS:
+            raise OSError(
+                cause.errno, cause.strerror, cause.filename
+            ) from None  # anew: a cause's cause must not be itself
+        raise InputError(f"{trajectory.name}: {error}") from error
 
 
 class LeRobotSource:
     """lerobot: the rows of one episode, and its frames."""
 
     def __init__(self, trajectory: Trajectory, keys: DataKeys):
-        self._name, self._dataset = trajectory.name, lerobot_dataset(trajectory.path)
+        self._name, self._dataset = trajectory.name, _opened(trajectory)
         self._episode = self._dataset.episode(trajectory.episode)
         self._keys, self._settings = self._dataset.resolve_keys(keys, poses_required=False), keys
-        self._extra_keys = keys.extra_keys
-        self._is_video = self._dataset.features[self._keys.image]["dtype"] == "video"
+        self._pose_keys = self._dataset.pose_keys(self._keys)
+        self._cameras = keys._replace(image_key=self._keys.image).keys_of_cameras  # camera -> its feature
+        self._names = {key: camera_name(self._name, camera) for camera, key in self._cameras.items()}
         self._data_file = self._dataset.data_file(self._episode)
+
+    def _kind(self, key: str) -> str:
+        """Where the frames of an image key are: in a `video`, in `rows` of the parquet file, or in `files`."""
+        folder = self._dataset.picture_folder(self._episode, key)
+        dtype = self._dataset.features.get(key, {}).get("dtype")
+        if dtype == "video":
+            is_here = folder is None or self._dataset.has_video(self._episode, key)
+            return "video" if is_here or not holds_pictures(folder) else "files"
+        if dtype == "image" and (folder is None or key in parquet_names(self._data_file) or not folder.is_dir()):
+            return "rows"
+        return "files"
+
+    @functools.cached_property
+    def _kinds(self) -> dict[str, str]:
+        return {key: self._kind(key) for key in self._cameras.values()}
 
     @functools.cached_property
     def _rows(self) -> tuple[int, pyarrow.Table]:
         """The first row of the episode in its file, and its rows."""
-        wanted = {"episode_index", "frame_index", *filter(None, self._keys[1:])}
-        wanted |= {"timestamp"} if self._is_video else set()
-        wanted |= self._extra_columns()
-        table = parquet_columns(self._data_file, tuple(sorted(wanted)))
-        rows = np.flatnonzero(_whole_numbers(self._data_file, table, "episode_index") == self._episode.index)
+        names = parquet_names(self._data_file)
+        numbering = [name for name in ("episode_index", "frame_index") if self._dataset.needs_column(name, names)]
+        wanted = {*numbering, *(key.feature for key in self._pose_keys if key is not None)}
+        is_timed = self._settings.integrate or "files" in self._kinds.values()
+        if "video" in self._kinds.values() or (is_timed and "timestamp" in names):
+            wanted.add("timestamp")
+        wanted |= self._extra_columns(names)
+        table = parquet_columns(self._data_file, tuple(sorted(wanted) or sorted(names)[:1]))
+        rows = np.arange(len(table))
+        if "episode_index" in numbering:
+            rows = np.flatnonzero(whole_numbers(self._data_file, table, "episode_index") == self._episode.index)
         count, length = len(rows), self._episode.length
         if count != length or count == 0 or rows[-1] - rows[0] != count - 1:
             raise InvalidDataError(
                 f"{self._name}: {self._data_file} has {count} rows of it in one piece, expected {length}"
             )
         table = table.slice(rows[0], count)
-        if not np.array_equal(_whole_numbers(self._data_file, table, "frame_index"), np.arange(count)):
+        if "frame_index" in numbering and not np.array_equal(
+            whole_numbers(self._data_file, table, "frame_index"), np.arange(count)
+        ):
             raise InvalidDataError(f"{self._name}: {self._data_file}: its frame_index is not 0 to {count - 1}")
         return int(rows[0]), table
 
-    def _extra_columns(self) -> set[str]:
+    def _extra_columns(self, present: Collection[str]) -> set[str]:
         """Names of columns that extra_keys names, none of them pictures. Raises InvalidDataError."""
-        if not self._extra_keys:
-            return set()
-        features = self._dataset.features
-        if pictures := [key for key in self._extra_keys if features.get(key, {}).get("dtype") in ("image", "video")]:
+        keys, features = self._settings.extra_keys, self._dataset.features
+        if pictures := [key for key in keys if features.get(key, {}).get("dtype") in ("image", "video")]:
             raise InvalidDataError(f"{self._where}: {pictures[0]} holds pictures; extra_keys names columns of numbers")
-        present = dict.fromkeys(sorted(parquet_names(self._data_file)))
-        return {*columns_asked_for(self._where, present, self._extra_keys)}
+        return {*columns_asked_for(self._where, dict.fromkeys(sorted(present)), keys)}
 
     @property
     def _where(self) -> str:
@@ -456,56 +235,90 @@ class LeRobotSource:
     def _values(self, key: str) -> list[Any]:
         column = self._rows[1][key]
         try:
-            with _parquet_errors(self._data_file):
+            with parquet_errors(self._data_file):
                 return column.to_pylist()
         except (ValueError, OverflowError) as error:  # text that is no UTF-8, times that Python does not have
             raise InputError(f"{self._where}: {key}: cannot be read as {column.type}: {str(error)[:200]}") from error
 
     def poses(self, *, required: bool) -> Poses:
-        _, *pose_keys = self._keys
+        position, yaw = self._pose_keys
         self._dataset.refuse_contradiction(self._episode)
-        if required and None in pose_keys:
+        if required and None in self._pose_keys:
             raise InputError(f"{self._name}: has no position and yaw; set position_key and yaw_key")
-        columns = {key: self._values(key) for key in pose_keys if key is not None}
-        poses = checked_poses(self._where, columns, self._settings, *pose_keys)
-        numbers = np.arange(self._episode.length, dtype=np.int64)
+        for setting, key in (("position_key", position), ("yaw_key", yaw)):
+            if key is not None:
+                refuse_other_kind(setting, key, integrate=self._settings.integrate)
+        for key, kind in self._kinds.items():
+            if kind == "files":
+                self._picture_files(key)
+        times = self.times()
+        poses = read_poses(self._where, position, yaw, self._values, self._settings, times)
         table = self._rows[1]
-        with _parquet_errors(self._data_file):
-            extra = {key: column_of_numbers(f"{self._where}: {key}", table[key]) for key in self._extra_keys}
-        return poses._replace(
-            frame_index=numbers,
-            times=numbers / self._dataset.fps,
-            extra=extra,
-            task=self._dataset.task(self._episode),
-        )
+        with parquet_errors(self._data_file):
+            extra = {key: column_of_numbers(f"{self._where}: {key}", table[key]) for key in self._settings.extra_keys}
+        task, notes = self._told()
+        numbers = np.arange(self._episode.length, dtype=np.int64)
+        return poses._replace(frame_index=numbers, times=times, extra=extra, task=task, notes=(*poses.notes, *notes))
 
-    def _times(self) -> np.ndarray:
+    def _told(self) -> tuple[str | None, list[Note]]:
+        """The episode's task, and what is to be said where it cannot be read: nothing else needs it."""
+        try:
+            return self.task(), []
+        except InputError as error:
+            return None, [Note("episodes have a task that cannot be read, and none is stored", str(error))]
+
+    def times(self) -> np.ndarray:
+        """(T,) [s] of the rows, from the episode's begin."""
+        first, table = self._rows
+        stamps = None
+        if "timestamp" in table.column_names:
+            stamps = self._values("timestamp")
+        elif "timestamp" in parquet_names(self._data_file):  # not in the checksum: it has never been for images in rows
+            column = parquet_columns(self._data_file, ("timestamp",)).slice(first, len(table))["timestamp"]
+            with contextlib.suppress(ValueError, OverflowError), parquet_errors(self._data_file):
+                stamps = column.to_pylist()
+        return frame_times(stamps, self._episode.length, self._dataset.fps)
+
+    def task(self) -> str | None:
+        """What the robot was told to do."""
+        return episode_task(self._dataset, self._episode)
+
+    def _picture_files(self, key: str) -> PictureFiles:
+        """An image key's frames where they are files. Raises InvalidDataError where they are not as many as rows."""
+        folder = self._dataset.picture_folder(self._episode, key)
+        lengths = self._dataset.lengths_beside(self._episode)
+        files = picture_files(self._name, folder, self._dataset.root, self._episode.index, lengths)
+        return PictureFiles(folder, self._names[key], files)
+
+    def _video_times(self, key: str) -> np.ndarray:
         """(T,) [s] on its video's clock of each row. The rows must fill the episode's part of the video."""
-        start_s, stop_s, zero_s = self._part_of_video()
+        start_s, stop_s, zero_s = self._part_of_video(key)
+        name = self._names[key]
         times = start_s + checked_numbers(self._name, self._column("timestamp"), "timestamp", self._episode.length)
         if (np.diff(times) <= 0).any():
             raise InvalidDataError(
                 f"{self._name}: its timestamps do not rise, at row {int(np.argmin(np.diff(times))) + 1}"
             )
-        last = f"its last row is at {times[-1]:.3f} s of {recordable_name(self._video_file.name)}"
+        file = recordable_name(self._dataset.video_file(self._episode, key).name)
+        last = f"its last row is at {times[-1]:.3f} s of {file}"
         frame_s, is_shared = 1 / self._dataset.fps, self._dataset.version == "v3.0"
         if is_shared and times[-1] > stop_s - frame_s / 2:  # else decoding tells the first one missing
-            raise InvalidDataError(f"{self._name}: {last}, in which it ends at {stop_s:.3f} s: fewer frames than poses")
+            raise InvalidDataError(f"{name}: {last}, in which it ends at {stop_s:.3f} s: fewer frames than poses")
         if times[-1] + frame_s < stop_s - frame_s / 2:
-            raise InvalidDataError(f"{self._name}: {last}, in which it ends at {stop_s:.3f} s: more frames than poses")
+            raise InvalidDataError(f"{name}: {last}, in which it ends at {stop_s:.3f} s: more frames than poses")
         return times + zero_s
 
-    def _part_of_video(self) -> tuple[float, float, float]:
+    def _part_of_video(self, key: str) -> tuple[float, float, float]:
         """Where the episode begins and ends in its video [s], and what to add for the container's clock: times are
         counted from the first frame shown."""
-        dataset, key = self._dataset, self._keys.image
+        dataset = self._dataset
         start_s, stop_s = dataset.video_span(self._episode, key)
         if dataset.version != "v3.0":
-            extent = video_extent(self._video_file)
+            extent = video_extent(dataset.video_file(self._episode, key))
             return 0.0, extent.last_s - extent.first_s + 1 / dataset.fps, extent.first_s
         spans = dataset.spans_beside(self._episode, key)
-        if fault := spans.fault(self._name):
-            raise InvalidDataError(f"{self._name}: {fault}: its frames may be another episode's")
+        if fault := spans.fault(episode_name(self._episode.index)):
+            raise InvalidDataError(f"{self._names[key]}: {fault}: its frames may be another episode's")
         return start_s, stop_s, spans.zero_s
 
     def mispaired(self, spec: CacheSpec) -> str | None:
@@ -513,147 +326,86 @@ class LeRobotSource:
         times on the container's clock alone."""
         try:
             self._dataset.refuse_contradiction(self._episode)
-            if not self._is_video:
-                return None
-            self._times()
+            for key in self._videos:
+                self._video_times(key)
         except InvalidDataError as error:
             return f"its frames may be another's: {error}"
-        *_, zero_s = self._part_of_video()
-        if abs(zero_s) > VIDEO_TOLERANCE / self._dataset.fps:
-            return f"its times were counted on the clock of {self._video_file.name}, which begins at {zero_s:.3f} s"
-        return changed_picture(self._video_file, spec)
+        for key, file in self._videos.items():
+            *_, zero_s = self._part_of_video(key)
+            if abs(zero_s) > VIDEO_TOLERANCE / self._dataset.fps:
+                return f"its times were counted on the clock of {file.name}, which begins at {zero_s:.3f} s"
+            if changed := changed_picture(file, spec):
+                return changed
+        return None
 
     @property
-    def _video_file(self) -> Path:
-        return self._dataset.video_file(self._episode, self._keys.image)
+    def _videos(self) -> dict[str, Path]:
+        """Image key -> video, of those whose frames are in one."""
+        return {
+            key: self._dataset.video_file(self._episode, key) for key, kind in self._kinds.items() if kind == "video"
+        }
 
-    def open_frames(self, numbers: Sequence[int]) -> FrameReader:
-        if not self._is_video:
-            return ParquetFrames(self._data_file, self._keys.image, self._name, self._rows[0])
-        times = self._times()[list(numbers)].tolist()
-        return VideoFrames(self._video_file, self._name, numbers, times, VIDEO_TOLERANCE / self._dataset.fps)
+    def open_frames(self, numbers: Sequence[int], camera: str | None = None) -> FrameReader:
+        """Frames of one camera; `camera`: which, where image_key names several."""
+        key = self._cameras[camera]
+        kind = self._kinds[key]
+        if kind == "rows":
+            return ParquetFrames(self._data_file, key, self._names[key], self._rows[0])
+        if kind == "files":
+            return self._picture_files(key)
+        times = self._video_times(key)[list(numbers)].tolist()
+        tolerance = VIDEO_TOLERANCE / self._dataset.fps
+        return VideoFrames(self._videos[key], self._names[key], numbers, times, tolerance)
 
     def checksum(self, kind: ChecksumKind) -> str:
         """Over the rows read, and the sizes (`stat`) or bytes (`content`) of the frames as they are stored: what is
         appended to a file that episodes share is not theirs."""
         digest = hashlib.sha256(f"{kind} {self._keys} {self._episode}".encode())
-        first, table = self._rows
+        _, table = self._rows
+        position, has_matrices = self._pose_keys[0], False
         for key in table.column_names:
-            digest.update(repr(self._values(key)).encode("utf-8", "surrogatepass"))
-        if not self._is_video:
-            _add_images(digest, self._data_file, self._keys.image, first, len(table), kind)
-        elif kind == "stat":
-            times, sizes = packet_index(self._video_file)
-            digest.update(sizes[self._is_inside(times)])
-        else:
-            first_dts = None
-            for packet, time_base in packets(self._video_file, self._name):
-                first_dts = packet.dts if first_dts is None else first_dts
-                if self._is_inside(np.array([(packet.dts - first_dts) * float(time_base)]))[0]:
-                    digest.update(bytes(packet))
+            values = self._values(key)
+            digest.update(repr(values).encode("utf-8", "surrogatepass"))
+            if position is not None and key == position.feature:
+                has_matrices = are_pose_matrices(part_of(self._name, position, values))
+        if has_matrices:  # of caches from before, which took the first two of 16 numbers for x and y, nothing stays
+            digest.update(b"4 x 4")
+        for key in self._cameras.values():
+            self._add_frames(digest, key, kind)
         return digest.hexdigest()[:16]
 
-    def _is_inside(self, times: np.ndarray) -> np.ndarray:
+    def _add_frames(self, digest: hashlib._Hash, key: str, kind: ChecksumKind) -> None:
+        if self._kinds[key] == "rows":
+            first, table = self._rows
+            add_images(digest, self._data_file, key, first, len(table), kind)
+        elif self._kinds[key] == "files":
+            self._picture_files(key).add_to(digest, kind)
+        elif kind == "stat":
+            times, sizes = packet_index(self._videos[key])
+            digest.update(sizes[self._is_inside(times, key)])
+        else:
+            first_dts = None
+            for packet, time_base in packets(self._videos[key], self._name):
+                first_dts = packet.dts if first_dts is None else first_dts
+                if self._is_inside(np.array([(packet.dts - first_dts) * float(time_base)]), key)[0]:
+                    digest.update(bytes(packet))
+
+    def _is_inside(self, times: np.ndarray, key: str) -> np.ndarray:
         """Whether packets at these times, in the order of decoding, are the episode's."""
-        start_s, stop_s = self._dataset.video_span(self._episode, self._keys.image)
+        start_s, stop_s = self._dataset.video_span(self._episode, key)
         early_s = 0.5 / self._dataset.fps
         return (times >= start_s - early_s) & (times < stop_s - early_s)
 
 
-def _add_images(digest: hashlib._Hash, path: Path, key: str, first: int, count: int, kind: ChecksumKind) -> None:
-    """Add the sizes of the row groups that hold these rows (`stat`), or the rows' images (`content`)."""
-    with _parquet_errors(path), open_library("pyarrow.parquet").ParquetFile(path, pre_buffer=False) as file:
-        groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
-        starts = np.cumsum([0, *(group.num_rows for group in groups)])
-        held = [i for i in range(len(groups)) if starts[i] < first + count and starts[i + 1] > first]
-        if kind == "stat":
-            digest.update(repr([(groups[index].num_rows, groups[index].total_byte_size) for index in held]).encode())
-            return
-        row = int(starts[held[0]])
-        for batch in file.iter_batches(READ_TOGETHER, held, [key], use_threads=False):
-            inside = batch.slice(max(0, first - row), max(0, first + count - max(row, first)))
-            digest.update(repr(inside.column(0).to_pylist()).encode())
-            row += len(batch)
-
-
-class ParquetFrames:
-    """Image bytes in a column of a parquet file, {bytes, path} a row."""
-
-    def __init__(self, path: Path, key: str, name: str, first_row: int):
-        self._path, self._key, self._name, self._first_row = path, key, name, first_row
-
-    def name(self, number: int) -> str:
-        return f"{self._name}: frame {number} ({recordable_name(self._path.name)})"
-
-    def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        for number in numbers:
-            with PROFILE("read"):
-                image = parquet_rows(self._path, self._key).get(self._first_row + number)
-            data = image.get("bytes") if isinstance(image, dict) else image
-            if not isinstance(data, bytes) or not data:
-                raise InputError(f"{self.name(number)}: {self._key} holds no image bytes there")
-            yield np.frombuffer(bytearray(data), np.uint8)
-
-    def close(self) -> None:
-        """The file is shared with other episodes."""
-
-
-class ParquetRows:
-    """A column read row by row, each once and roughly in order: many episodes share a file, and it is gone through
-    once. Rows passed over are kept for a while, for threads that come later."""
-
-    def __init__(self, path: Path, key: str):
-        self._path, self._key = path, key
-        with _parquet_errors(path):
-            self._file = open_library("pyarrow.parquet").ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
-        if key not in self._file.schema_arrow.names:
-            raise InputError(f"{path}: has no column {key}")
-        metadata = self._file.metadata
-        counts = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-        self._group_starts = np.concatenate([[0], np.cumsum(counts)]).astype(int)
-        self._kept: OrderedDict[int, Any] = OrderedDict()
-        self._next_row, self._batches = sys.maxsize, iter(())  # nothing is read yet
-        self._lock = threading.Lock()
-
-    def get(self, row: int) -> Any:
-        """One row's value."""
-        with self._lock, _parquet_errors(self._path):
-            if row not in self._kept:
-                group = int(np.searchsorted(self._group_starts, row, side="right")) - 1
-                if row < self._next_row or self._group_starts[group] > self._next_row:
-                    self._start_at(group)
-                while row not in self._kept:
-                    self._read_batch()
-            return self._kept.pop(row)
-
-    def _start_at(self, group: int) -> None:
-        groups = list(range(group, len(self._group_starts) - 1))
-        self._next_row = int(self._group_starts[group])
-        self._batches = self._file.iter_batches(READ_TOGETHER, groups, [self._key], use_threads=False)
-
-    def _read_batch(self) -> None:
-        batch = next(self._batches, None)
-        if batch is None:
-            raise InputError(f"{self._path}: ends before its last row")
-        for value in batch.column(0).to_pylist():
-            self._kept[self._next_row] = value
-            self._next_row += 1
-        while len(self._kept) > ROWS_KEPT:
-            self._kept.popitem(last=False)
-
-
-parquet_rows = FileCache(ParquetRows, 4)
-
-
 def _signs(folder: FolderFiles, is_top: bool) -> list[str]:
-    return [LEROBOT_INFO] if is_top and (folder.path / LEROBOT_INFO).is_file() else []
+    return [LEROBOT_INFO] if (folder.path / LEROBOT_INFO).is_file() else []
 
 
 FORMAT = Format(
     find=find_lerobot,
     locate=locate_lerobot,
     open=LeRobotSource,
-    settings=(*KEY_SETTINGS, "extra_keys"),
+    settings=(*KEY_SETTINGS, "integrate", "extra_keys"),
     trajectory=f"an episode of a dataset with {LEROBOT_INFO}",
     signs=_signs,
     guess=guess_lerobot_keys,
