@@ -535,7 +535,7 @@ def test_a_flat_export_has_columns_of_each_camera(cached: list[str], tmp_path: P
     assert progress_utils.main(["export", *cached, "--to", "flat", "-o", str(output)]) == 0
     with h5py.File(output) as file:
         tokens = {f"{camera}.{name}" for camera in ("front", "left") for name in ("cls_token", "patch_tokens")}
-        assert {*file} == {*tokens, "ep_len", "ep_offset", "ep_idx", "step_idx", *POSE_SHAPES}
+        assert {*file} == {*tokens, "ep_len", "ep_offset", "ep_idx", "step_idx", "delta", *POSE_SHAPES}
         numbers = np.concatenate([np.arange(40), np.arange(27)])
         np.testing.assert_array_equal(file["frame_index"], numbers)
         for camera, stamps in (("front", (1, 2)), ("left", (9, 10))):

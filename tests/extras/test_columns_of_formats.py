@@ -254,12 +254,24 @@ def test_the_task_of_an_episode_is_an_attribute(tmp_path: Path, version: str) ->
     assert {sealed(path)["task"] for path in paths} == {"drive"}
 
 
-@pytest.mark.parametrize("tasks", [["go", "stop"], [], [7], "go", None])
-def test_what_is_not_one_task_is_no_attribute(tmp_path: Path, tasks: Any) -> None:
+@pytest.mark.parametrize(("tasks", "task"), [(["go", "stop"], "go\nstop"), ([], None), ([7], None), ("go", "go")])
+def test_an_episode_may_have_several_tasks_or_none(tmp_path: Path, tasks: Any, task: str | None) -> None:
     write_lerobot(tmp_path / "data", [FIRST], "v2.1", "image")
     path = tmp_path / "data/meta/episodes.jsonl"
     path.write_text(json.dumps({**json.loads(path.read_text()), "tasks": tasks}))
+    (tmp_path / "data/meta/tasks.jsonl").unlink(missing_ok=True)
     cache(tmp_path / "data", tmp_path / "cache", "lerobot v2.1 images")
+    assert read_chunk(chunk_files(tmp_path / "cache")[0])[0].get("task") == task
+
+
+def test_a_task_that_cannot_be_read_costs_no_trajectory(tmp_path: Path, run_bits: Callable[..., Outcome]) -> None:
+    write_lerobot(tmp_path / "data", [FIRST], "v2.1", "image")
+    path = tmp_path / "data/meta/episodes.jsonl"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tasks": []}))
+    (tmp_path / "data/meta/tasks.jsonl").write_text("{")
+    outcome = run_bits({"format": "lerobot"})
+    assert outcome.code == 0, outcome.err
+    assert "episodes have a task that cannot be read" in outcome.out + outcome.err
     assert "task" not in read_chunk(chunk_files(tmp_path / "cache")[0])[0]
 
 
