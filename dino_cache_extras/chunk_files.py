@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import stat
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -37,6 +38,9 @@ from progress_utils import (
     progress_command,
     read_or_refuse,
 )
+
+COLUMN_SHAPES = {"timestamp": (), "delta": (3,)}  # dataset -> shape of a frame's; a chunk may have them
+EXTRA_PREFIX = "extra/"  # of the names of datasets that hold columns of the source
 
 
 class StoredDataset(NamedTuple):
@@ -70,7 +74,7 @@ def read_chunk_header(path: Path, *, deep: bool) -> ChunkHeader:
     with open(path, "rb") as file:
         check_metadata(file)  # first: damaged metadata can crash HDF5, or keep it in a loop
     with hdf5_errors(), h5py.File(path, locking=False) as file:  # a chunk never changes, whoever else has it open
-        attributes, stored = plain_attributes(file.attrs), dict(file.items())
+        attributes, stored = plain_attributes(file.attrs), stored_datasets(file)
         _check_attributes(attributes, {name: str(dataset.attrs.get("digest")) for name, dataset in stored.items()})
         shapes = _dataset_shapes(attributes, stored)
         datasets = {name: check_dataset(stored[name], name, shape) for name, shape in shapes}
@@ -78,6 +82,17 @@ def read_chunk_header(path: Path, *, deep: bool) -> ChunkHeader:
         for name, dataset in datasets.items():
             _check_bytes(path, name, dataset)
     return ChunkHeader(attributes, status.st_size, datasets)
+
+
+def stored_datasets(file: h5py.File) -> dict[str, h5py.Dataset]:
+    """Name -> dataset of a chunk file; those of a group, as extra/action or front/cls_token, by both names."""
+    found: dict[str, h5py.Dataset] = {}
+    for name, item in file.items():
+        if isinstance(item, h5py.Group):
+            found |= {f"{name}/{inner}": dataset for inner, dataset in item.items()}
+        else:
+            found[name] = item
+    return found
 
 
 @contextlib.contextmanager
@@ -126,10 +141,11 @@ def check_chunk_format(attributes: Mapping[str, Any]) -> None:
 
 
 def _dataset_shapes(
-    attributes: dict[str, Any], present: Container[str]
+    attributes: dict[str, Any], present: Mapping[str, h5py.Dataset]
 ) -> Iterator[tuple[str, tuple[int | None, ...]]]:
     """(dataset name, shape) that a chunk's attributes promise; None where only the model knows. A chunk cut by number
-    of frames has the poses that its source had, and those are covered by the digest if they are present."""
+    of frames has the poses that its source had, and any may have columns and cameras: what is present is covered by the
+    digest."""
     length = attributes["stop"] - attributes["start"]
     spec = json.loads(attributes["spec"])
     by_distance = spec.get("chunk_by", "distance") == "distance"
@@ -137,13 +153,27 @@ def _dataset_shapes(
         if by_distance or name == "frame_index" or name in present:
             yield name, (length, *shape)
     token_dimensions = {"cls": 1, "patch": 3, "register": 2}
-    for token in spec["tokens"]:
-        yield TOKEN_DATASETS[token], (length, *[None] * token_dimensions[token])
+    for prefix, token in itertools.product(camera_prefixes(present), spec["tokens"]):
+        yield prefix + TOKEN_DATASETS[token], (length, *[None] * token_dimensions[token])
+    for name in present:
+        if name in COLUMN_SHAPES:
+            yield name, (length, *COLUMN_SHAPES[name])
+        elif name.startswith(EXTRA_PREFIX):
+            yield name, (length, *present[name].shape[1:])
 
 
-def check_dataset(dataset: h5py.Dataset, name: str, shape: tuple[int | None, ...]) -> StoredDataset:
-    """Check a dataset's type and shape, and that it lies in one piece."""
-    expected_type = POSE_TYPES.get(name, "<f2")
+def camera_prefixes(names: Iterable[str]) -> list[str]:
+    """What stands before the names of the tokens' datasets: of each camera its name and /, of one camera nothing."""
+    tokens = (name for name in names if name.rpartition("/")[2] in TOKEN_DATASETS.values())
+    return sorted({name[: len(name) - len(name.rpartition("/")[2])] for name in tokens}) or [""]
+
+
+def check_dataset(
+    dataset: h5py.Dataset, name: str, shape: tuple[int | None, ...], dtype: str | None = None
+) -> StoredDataset:
+    """Check a dataset's type and shape, and that it lies in one piece. `dtype`: the one that it must have; None: by its
+    name, any number in extra/."""
+    expected_type = dtype or dataset_type(name) or dataset.dtype.str
     fits = len(shape) == dataset.ndim and all(want in (None, got) for want, got in zip(shape, dataset.shape))
     offset = dataset.id.get_offset()
     if dataset.dtype.str != expected_type or not fits or offset is None:
@@ -159,9 +189,23 @@ def check_dataset(dataset: h5py.Dataset, name: str, shape: tuple[int | None, ...
     )
 
 
+def dataset_type(name: str) -> str | None:
+    """The type that a dataset of this name has; None where that is the source's, in extra/."""
+    if name.startswith(EXTRA_PREFIX):
+        return None
+    return "<f8" if name in COLUMN_SHAPES else POSE_TYPES.get(name, "<f2")
+
+
+def may_hold_nan(name: str) -> bool:
+    """Whether NaN in a dataset of this name says that there is nothing: no next frame in delta, no value in extra/."""
+    return name == "delta" or name.startswith(EXTRA_PREFIX)
+
+
 def _check_bytes(path: Path, name: str, dataset: StoredDataset) -> None:
-    """Read a dataset's bytes past HDF5, block by block: they must match the digest and be finite."""
+    """Read a dataset's bytes past HDF5, block by block: they must match the digest and be finite, but where NaN means
+    something."""
     running, finite, size = bytes_digest(), True, dataset.size
+    any_value = dataset.dtype.startswith("<i") or may_hold_nan(name)
     with open(path, "rb") as file:
         file.seek(dataset.offset)
         while size > 0:
@@ -169,7 +213,7 @@ def _check_bytes(path: Path, name: str, dataset: StoredDataset) -> None:
             if not block:
                 raise DamagedChunkError(f"{name} ends early")
             running.update(block)
-            finite &= dataset.dtype.startswith("<i") or bool(np.isfinite(np.frombuffer(block, dataset.dtype)).all())
+            finite &= any_value or bool(np.isfinite(np.frombuffer(block, dataset.dtype)).all())
             size -= len(block)
     if running.hexdigest() != dataset.digest:
         raise DamagedChunkError(f"the bytes of {name} do not match their digest")
