@@ -27,6 +27,8 @@ from progress_utils import DamagedChunkError, RefusedError, progress_command
 
 POSE_NAMES = ("position", "yaw", "frame_index", "travelled_distance")  # in a sample, where all chunks have them
 
+COLUMN_TYPES = {"|b1", "|i1", "|u1", *(f"<{kind}" for kind in ("i2", "i4", "i8", "u2", "u4", "u8", "f2", "f4", "f8"))}
+
 
 class FrameType(NamedTuple):
     """Of one frame's values in a dataset: shape and type as stored."""
@@ -134,6 +136,10 @@ def column_types(table: ChunkTable, columns: Sequence[str]) -> dict[str, FrameTy
         for name in wanted:
             if name not in there:
                 lacking.setdefault((chunk.cache_dir, name), []).extend(range(number, end))
+            elif there[name].dtype not in COLUMN_TYPES:
+                raise RefusedError(
+                    f"{chunk.path}: extra: {name} is of type {there[name].dtype}, which a tensor cannot have; leave it out"
+                )
             elif types.setdefault(name, there[name]) != there[name]:
                 found, before = there[name], types[name]
                 raise RefusedError(

@@ -425,6 +425,7 @@ def test_a_cache_without_poses_is_refused_by_name(tmp_path):
         ("waypoints: -1 must be", {"waypoints": -1}),
         ("waypoint_step: 0 must be", {"waypoints": 2, "waypoint_step": 0}),
         (r"goal_steps: \(5, 2\) must be", {"goal_steps": (5, 2)}),
+        (r"goal_steps: \(1, 2.5\) must be whole numbers", {"goal_steps": (1, 2.5)}),
         ("goal, goal_steps: ", {"goal_steps": (1, 5), "goal": (0.0, 1.0)}),
         ("negatives: 1.5 must be a share", {"goal_steps": (1, 5), "negatives": 1.5}),
         ("negatives: they are goals; give goal_steps too", {"negatives": 0.1}),

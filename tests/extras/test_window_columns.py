@@ -120,6 +120,15 @@ def test_columns_that_do_not_fit_into_one_batch_are_refused(tmp_path):
     assert "extra/gear" in CacheWindows(cache, 3, extra="gear")[0]
 
 
+@pytest.mark.parametrize("dtype", [">f4", "<f16", "<c8"])
+def test_columns_that_no_tensor_can_hold_are_refused(tmp_path, dtype):
+    column = robot(1)
+    column.columns["extra/odd"] = np.ones(30, dtype)
+    cache = write_cache(tmp_path / "c", {"a": column})
+    with pytest.raises(RefusedError, match=rf"{cache}/a/chunk_00000.h5: extra: extra/odd is of type {dtype}"):
+        CacheWindows(cache, 3, extra="odd")
+
+
 def test_a_column_that_is_called_as_ours_is_told_apart(tmp_path):
     with_both = robot(1)
     with_both.columns["extra/timestamp"] = np.arange(30, dtype=np.int64) * 1000
