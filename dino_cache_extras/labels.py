@@ -10,8 +10,8 @@ from __future__ import annotations
 import collections
 import json
 import math
-import numbers
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -56,7 +56,7 @@ class LabelRules(NamedTuple):
         if self.waypoint_step < 1:
             raise RefusedError(f"waypoint_step: {self.waypoint_step} must be at least 1")
         steps = self.goal_steps
-        if steps is not None and not (all(isinstance(it, numbers.Integral) for it in steps) and steps[0] <= steps[1]):
+        if steps is not None and not (all(isinstance(it, Integral) for it in steps) and steps[0] <= steps[1]):
             raise RefusedError(f"goal_steps: {steps} must be whole numbers (low, high) with low <= high [kept frames]")
         if self.goal_steps is not None and goal is not None:
             raise RefusedError("goal, goal_steps: a goal is drawn by metres or by steps; give one of them")

@@ -6,9 +6,9 @@ import contextlib
 import functools
 import itertools
 import math
-import numbers
 import os
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -408,7 +408,7 @@ class CacheWindows:
         tokens, extra, cameras = _names(tokens), _names(extra), None if cameras is None else _names(cameras)
         counts = {"window": window, "stride": stride, "frame_step": frame_step}
         _check_arguments(counts, tokens, {"extra": extra, "cameras": cameras}, goal)
-        lengths = normalise if isinstance(normalise, numbers.Real) else tuple(normalise)
+        lengths = normalise if isinstance(normalise, Real) else tuple(normalise)
         rules = LabelRules(waypoints, waypoint_step, lengths, goal_steps, negatives)
         dtype = dtype or torch.float16
         if not dtype.is_floating_point:
