@@ -138,7 +138,7 @@ def column_types(table: ChunkTable, columns: Sequence[str]) -> dict[str, FrameTy
                 lacking.setdefault((chunk.cache_dir, name), []).extend(range(number, end))
             elif there[name].dtype not in COLUMN_TYPES:
                 raise RefusedError(
-                    f"{chunk.path}: extra: {name} is of type {there[name].dtype}, which no tensor can have; leave it out"
+                    f"{chunk.path}: extra: {name} is of type {there[name].dtype}, which no tensor has; leave it out"
                 )
             elif types.setdefault(name, there[name]) != there[name]:
                 found, before = there[name], types[name]
