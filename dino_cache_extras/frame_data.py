@@ -95,7 +95,7 @@ def chosen_prefixes(
     """
     there = [camera_prefixes(header.datasets) for header in headers]
     for chunk, prefixes in zip(chunks, there):
-        if ("" in prefixes) != ("" in there[0]) or (cameras is None and prefixes != there[0]):
+        if cameras is None and prefixes != there[0]:
             raise RefusedError(
                 f"{chunk.cache_dir}: cameras: it has {_named(prefixes)}, and {chunks[0].cache_dir} has "
                 f"{_named(there[0])}; read these caches apart, or name cameras that all of them have"
