@@ -6,6 +6,8 @@
     commands/         verify, rebuild, export, report                           progress_utils.COMMAND_MODULES
     chunk_files.py    reading a chunk file, and checking it against its record
     cache_index.py    a record as a table of chunks
+    frame_data.py     which datasets of a frame a reader gives
+    labels.py         waypoints and goals of windows
     windows.py        CacheWindows, to train on                                 dino_cache.DOORS
     images.py         encode_images, features of a few pictures                 dino_cache.DOORS
     measure.py        --dry-run --measure, the speed of decoding and encoding

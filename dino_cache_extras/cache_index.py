@@ -148,7 +148,7 @@ class ChunkTable:
     """The chunks of several caches, one after another, numbered from 0."""
 
     def __init__(self, cache_dirs: list[Path], indexes: list[CacheIndex]):
-        self._cache_dirs, self._indexes = cache_dirs, indexes
+        self.cache_dirs, self._indexes = cache_dirs, indexes
         self._chunks = np.concatenate([index.chunks for index in indexes])
         self.cache = np.repeat(np.arange(len(indexes)), [len(index.chunks) for index in indexes])
         self.start, self.stop = self._chunks[:, 3], self._chunks[:, 4]
@@ -164,7 +164,7 @@ class ChunkTable:
         cache = self.cache[number]
         index = self._indexes[cache]
         return RecordedChunk(
-            cache_dir=self._cache_dirs[cache],
+            cache_dir=self.cache_dirs[cache],
             trajectory=index.names[place],
             chunk_index=chunk_index,
             start=start,
@@ -176,8 +176,14 @@ class ChunkTable:
 
     def one_of_each_configuration(self) -> list[RecordedChunk]:
         """A chunk of each fingerprint in each cache, in order."""
-        _, first = np.unique(self.cache << 32 | self._chunks[:, 1], return_index=True)
-        return [self[number] for number in first.tolist()]
+        return [self[number] for number in self._configurations(return_index=True).tolist()]
+
+    def configuration(self) -> np.ndarray:
+        """(n,) number of each chunk's, in `one_of_each_configuration`."""
+        return self._configurations(return_inverse=True)
+
+    def _configurations(self, **what: bool) -> np.ndarray:
+        return np.unique(self.cache << 32 | self._chunks[:, 1], **what)[1]
 
 
 def open_table(cache_dirs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> ChunkTable:

@@ -85,6 +85,17 @@ def read_chunk_header(path: Path, *, deep: bool) -> ChunkHeader:
     return ChunkHeader(attributes, status.st_size, datasets)
 
 
+def stored_datasets(file: h5py.File) -> dict[str, h5py.Dataset]:
+    """Name -> dataset of a chunk file; those of a group, as extra/action or front/cls_token, by both names."""
+    found: dict[str, h5py.Dataset] = {}
+    for name, item in file.items():
+        if isinstance(item, h5py.Group):
+            found |= {f"{name}/{inner}": dataset for inner, dataset in item.items()}
+        else:
+            found[name] = item
+    return found
+
+
 @contextlib.contextmanager
 def hdf5_errors() -> Iterator[None]:
     """Turn what h5py raises of bad bytes into DamagedChunkError."""
@@ -92,17 +103,6 @@ def hdf5_errors() -> Iterator[None]:
         yield
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise DamagedChunkError(f"cannot be read as HDF5: {error}") from error
-
-
-def stored_datasets(file: h5py.File) -> dict[str, h5py.Dataset]:
-    """All datasets of a chunk file by name, those of a group as <group>/<name>: front/cls_token, extra/action."""
-    stored = {}
-    for name, item in file.items():
-        if isinstance(item, h5py.Group):
-            stored |= {f"{name}/{inner}": dataset for inner, dataset in item.items()}
-        else:
-            stored[name] = item
-    return stored
 
 
 def check_metadata(file: BinaryIO) -> None:
@@ -167,9 +167,19 @@ def _dataset_shapes(
             yield name, (length, *[None] * token_dimensions[token])
 
 
-def check_dataset(dataset: h5py.Dataset, name: str, shape: tuple[int | None, ...]) -> StoredDataset:
-    """Check a dataset's type and shape, and that it lies in one piece."""
-    expected_type = _type_of(dataset, name)
+def camera_prefixes(names: Iterable[str]) -> list[str]:
+    """What stands before the names of the tokens' datasets: of each camera its name and /, of one camera nothing."""
+    tokens = (name for name in names if name.rpartition("/")[2] in TOKEN_DATASETS.values())
+    tokens = (name for name in tokens if not name.startswith(EXTRA_PREFIX))
+    return sorted({name[: len(name) - len(name.rpartition("/")[2])] for name in tokens}) or [""]
+
+
+def check_dataset(
+    dataset: h5py.Dataset, name: str, shape: tuple[int | None, ...], dtype: str | None = None
+) -> StoredDataset:
+    """Check a dataset's type and shape, and that it lies in one piece. `dtype`: the one that it must have; None: by its
+    name, any number in extra/."""
+    expected_type = dtype or dataset_type(name) or _type_of_numbers(dataset)
     fits = len(shape) == dataset.ndim and all(want in (None, got) for want, got in zip(shape, dataset.shape))
     offset = dataset.id.get_offset()
     if dataset.dtype.str != expected_type or not fits or offset is None:
@@ -185,23 +195,29 @@ def check_dataset(dataset: h5py.Dataset, name: str, shape: tuple[int | None, ...
     )
 
 
-def _type_of(dataset: h5py.Dataset, name: str) -> str:
-    """The type that a dataset must have; a column that came along keeps its own, of numbers."""
-    found = dataset.dtype
+def dataset_type(name: str) -> str | None:
+    """The type that a dataset of this name has; None where that is the source's, in extra/."""
     if name.startswith(EXTRA_PREFIX):
-        return found.str if found.kind in "biuf" and found.itemsize <= 8 else "numbers"
+        return None
     return "<f8" if name in COLUMN_SHAPES else POSE_TYPES.get(name, "<f2")
 
 
-def _may_be_nan(name: str) -> bool:
+def _type_of_numbers(dataset: h5py.Dataset) -> str:
+    """A dataset's own type, where that is one of numbers."""
+    found = dataset.dtype
+    return found.str if found.kind in "biuf" and found.itemsize <= 8 else "numbers"
+
+
+def may_hold_nan(name: str) -> bool:
+    """Whether NaN in a dataset of this name says that there is nothing: no next frame in delta, no value in extra/."""
     return name == "delta" or name.startswith(EXTRA_PREFIX)
 
 
 def _check_bytes(path: Path, name: str, dataset: StoredDataset) -> None:
-    """Read a dataset's bytes past HDF5, block by block: they must match the digest and be finite, but where NaN is
-    data."""
+    """Read a dataset's bytes past HDF5, block by block: they must match the digest and be finite, but where NaN means
+    something."""
     running, finite, size = bytes_digest(), True, dataset.size
-    must_be_finite = dataset.dtype.startswith("<f") and not _may_be_nan(name)
+    must_be_finite = dataset.dtype.startswith("<f") and not may_hold_nan(name)
     with open(path, "rb") as file:
         file.seek(dataset.offset)
         while size > 0:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-import json
 import math
 import os
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import h5py
 import numpy as np
 
-from dino_cache import POSE_SHAPES, POSE_TYPES, TOKEN_DATASETS, Token, bytes_digest, cameras_of
+from dino_cache import EXTRA_PREFIX, POSE_SHAPES, POSE_TYPES, TOKEN_DATASETS, Token
 from dino_cache_extras.cache_index import (
     ChunkTable,
     open_table,
@@ -32,6 +33,8 @@ from dino_cache_extras.chunk_files import (
     plain_attributes,
     refuse_outdated,
 )
+from dino_cache_extras.frame_data import POSE_NAMES, FrameType, column_types, pose_types, token_types
+from dino_cache_extras.labels import Goals, LabelRules, Labels, draw, jump_lengths, refuse_without_poses
 from progress_utils import DamagedChunkError, RefusedError
 
 if TYPE_CHECKING:
@@ -39,52 +42,6 @@ if TYPE_CHECKING:
 
 
 MAX_OPEN_CHUNKS = 128  # chunk files that a reader holds open; 256 open files is the least that systems grant a process
-
-
-def frame_shapes(
-    chunks: list[RecordedChunk], headers: list[ChunkHeader], tokens: Sequence[Token]
-) -> dict[str, tuple[int, ...]]:
-    """Dataset name -> shape of one frame's tokens, the same in all these chunks.
-
-    Raises:
-        RefusedError: a chunk lacks one of the tokens, or shapes differ.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for chunk, header in zip(chunks, headers):
-        if (cameras := cameras_of(json.loads(header.attributes["spec"]).get("image_key"))) != (None,):
-            raise RefusedError(f"{chunk.path}: holds several cameras ({', '.join(cameras)}), which cannot be read yet")
-    for (chunk, header), token in itertools.product(zip(chunks, headers), tokens):
-        name = TOKEN_DATASETS[token]
-        if name not in header.datasets:
-            held = [token for token, dataset in TOKEN_DATASETS.items() if dataset in header.datasets]
-            raise RefusedError(
-                f"{chunk.path}: tokens: {token} is asked for, and this cache holds {', '.join(held)}; ask for those, "
-                f"or make one with tokens: [{', '.join([*held, token])}]"
-            )
-        shape = header.datasets[name].shape[1:]
-        if shapes.setdefault(name, shape) != shape:
-            raise RefusedError(
-                f"{chunk.path}: {name} of a frame is {shape}, in {chunks[0].path} {shapes[name]}: they do not fit into "
-                "one batch. Read these caches apart"
-            )
-    return shapes
-
-
-def common_poses(
-    chunks: list[RecordedChunk], headers: list[ChunkHeader], *, distances_needed: bool
-) -> dict[str, tuple[int, ...]]:
-    """Dataset name -> shape of one frame's pose, of those that all these chunks have.
-
-    Raises:
-        RefusedError: distances are needed, and a chunk has none.
-    """
-    for chunk, header in zip(chunks, headers):
-        if distances_needed and "travelled_distance" not in header.datasets:
-            raise RefusedError(
-                f"{chunk.path}: goal: is drawn by travelled distance, and this cache has none: it was cut with "
-                "chunk_by: frames. Read it without goal, or make one with chunk_by: distance"
-            )
-    return {name: shape for name, shape in POSE_SHAPES.items() if all(name in header.datasets for header in headers)}
 
 
 class SampleField(NamedTuple):
@@ -98,21 +55,30 @@ class SampleField(NamedTuple):
 
 
 def sample_fields(
-    shapes: dict[str, tuple[int, ...]], window: int, dtype: torch.dtype, *, with_goal: bool
+    types: dict[str, FrameType], window: int, dtype: torch.dtype, *, with_goal: bool
 ) -> list[SampleField]:
-    """The keys of a sample, in order. `shapes`: dataset name -> shape of one frame, tokens of `dtype` and poses."""
+    """The keys of a sample, in order. `types`: dataset name -> one frame's values; tokens become `dtype`."""
     import torch
 
-    types = {name: getattr(torch, np.dtype(stored).name) for name, stored in POSE_TYPES.items()}
+    kinds = {name: dtype if is_tokens(name) else torch_type(stored.dtype) for name, stored in types.items()}
     fields = [SampleField("index", None, (), torch.int64)]
-    fields += [SampleField(name, name, (window, *shape), types.get(name, dtype)) for name, shape in shapes.items()]
+    fields += [SampleField(name, name, (window, *stored.shape), kinds[name]) for name, stored in types.items()]
     if with_goal:
         fields += [
-            SampleField(f"goal_{name}", name, shape, types.get(name, dtype), is_goal=True)
-            for name, shape in shapes.items()
+            SampleField(f"goal_{name}", name, stored.shape, kinds[name], is_goal=True) for name, stored in types.items()
         ]
         fields.append(SampleField("goal_valid", None, (), torch.bool))
     return fields
+
+
+def is_tokens(dataset: str) -> bool:
+    return dataset.rpartition("/")[2] in TOKEN_DATASETS.values() and not dataset.startswith(EXTRA_PREFIX)
+
+
+def torch_type(stored: str) -> torch.dtype:
+    import torch
+
+    return getattr(torch, np.dtype(stored).name)
 
 
 class OpenChunk:
@@ -136,7 +102,7 @@ class OpenChunk:
         if hasattr(self, "_descriptor"):
             os.close(self._descriptor)
 
-    def check(self, chunk: RecordedChunk, shapes: dict[str, tuple[int, ...]]) -> list[int]:
+    def check(self, chunk: RecordedChunk, types: dict[str, FrameType]) -> list[int]:
         """Compare the file with its record; returns its datasets' offsets, -1 for a pose that its trajectory does not
         have. DamagedChunkError where anything differs."""
         with open(self._descriptor, "rb", closefd=False) as file:
@@ -147,16 +113,20 @@ class OpenChunk:
                 refuse_outdated(chunk, attributes)
                 return [
                     -1  # that it was never there, the seal has vouched for
-                    if name in POSE_SHAPES and name not in content
-                    else check_dataset(content[name], name, (self._length, *shape)).offset
-                    for name, shape in shapes.items()
+                    if name in POSE_NAMES and name not in content
+                    else check_dataset(content[name], name, (self._length, *stored.shape), stored.dtype).offset
+                    for name, stored in types.items()
                 ]
 
     def read_poses(self, offsets: dict[str, int]) -> None:
         """Read all poses, in one piece: they are small and lie one after another. `offsets`: of all datasets. A pose
         that the trajectory does not have is NaN."""
         self._offsets = offsets
-        shapes = {name: (self._length, *shape) for name, shape in POSE_SHAPES.items() if name in offsets}
+        shapes = {
+            name: (self._length, *shape)
+            for name, shape in POSE_SHAPES.items()
+            if name in POSE_NAMES and name in offsets
+        }
         there = {name: shape for name, shape in shapes.items() if offsets[name] >= 0}
         begin = min(offsets[name] for name in there)
         piece = bytearray(max(offsets[name] + 8 * math.prod(shape) for name, shape in there.items()) - begin)
@@ -191,23 +161,36 @@ class ChunkFiles:
     opening it once more takes microseconds.
     """
 
-    def __init__(self, table: ChunkTable, shapes: dict[str, tuple[int, ...]]):
-        self._table, self._shapes = table, shapes
+    def __init__(self, table: ChunkTable, types: dict[str, FrameType]):
+        self._table, self._types = table, types
         self._checked = np.zeros(len(table), np.int64)  # identity of the file that was checked; 0: none was
-        self._offsets = np.zeros((len(table), len(shapes)), np.int64)
+        self._offsets = np.zeros((len(table), len(types)), np.int64)
         self.open = functools.lru_cache(MAX_OPEN_CHUNKS)(self._open)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ChunkFiles, (self._table, self._shapes)
+        return ChunkFiles, (self._table, self._types)
 
     def _open(self, number: int) -> OpenChunk:
         chunk = self._table[number]
         opened = OpenChunk(chunk)
         if opened.identity != self._checked[number]:
-            self._offsets[number] = opened.check(chunk, self._shapes)
+            self._offsets[number] = opened.check(chunk, self._types)
             self._checked[number] = opened.identity
-        opened.read_poses(dict(zip(self._shapes, self._offsets[number].tolist())))
+        opened.read_poses(dict(zip(self._types, self._offsets[number].tolist())))
         return opened
+
+    @contextlib.contextmanager
+    def reading(self, number: int) -> Iterator[None]:
+        """Says of what goes wrong with a chunk's file which it is and what to do."""
+        try:
+            yield
+        except (DamagedChunkError, OSError) as error:
+            raise reading_error(self._table[number], error) from error
+
+    def poses_of(self, number: int) -> dict[str, np.ndarray]:
+        """Dataset name -> (L, ...) of a chunk."""
+        with self.reading(number):
+            return self.open(number).poses
 
 
 class WindowBatch(Sequence):
@@ -224,29 +207,43 @@ class WindowBatch(Sequence):
         flat = torch.empty(0, dtype=torch.uint8).set_(storage)
         pieces = {field.key: flat[begin : begin + size] for field, begin, size in zip(fields, begins, sizes)}
         self.whole = {field.key: pieces[field.key].view(field.dtype).view(count, *field.shape) for field in fields}
-        self._poses = [(field, self.whole[field.key].numpy()) for field in fields if field.dataset in POSE_SHAPES]
-        self._tokens = [
-            (
-                field,
-                memoryview(pieces[field.key].numpy()),
-                None if field.dtype == torch.float16 else torch.empty(field.shape, dtype=torch.float16),
-            )
-            for field in fields
-            if field.dataset in TOKEN_DATASETS.values()
+        self._poses = [
+            [
+                (field, self.whole[field.key].numpy())
+                for field in fields
+                if field.dataset in POSE_NAMES and field.is_goal is is_goal
+            ]
+            for is_goal in (False, True)
+        ]
+        self._rows = [
+            [
+                (field, memoryview(pieces[field.key].numpy()), self._as_stored(field))
+                for field in fields
+                if field.dataset is not None and field.dataset not in POSE_NAMES and field.is_goal is is_goal
+            ]
+            for is_goal in (False, True)
         ]
         self._count = count
 
-    def fill(self, place: int, chunk: OpenChunk, rows: range, goal_row: int) -> None:
-        """Read sample number `place` from a chunk's rows."""
-        window, goal = slice(rows.start, rows.stop, rows.step), range(goal_row, goal_row + 1)
-        for part, values in self._poses:
-            values[place] = chunk.poses[part.dataset][goal_row if part.is_goal else window]
-        for part, memory, stored in self._tokens:
+    @staticmethod
+    def _as_stored(field: SampleField) -> torch.Tensor | None:
+        """Where tokens are read to that are then converted."""
+        import torch
+
+        is_other = is_tokens(field.dataset) and field.dtype != torch.float16
+        return torch.empty(field.shape, dtype=torch.float16) if is_other else None
+
+    def fill(self, place: int, chunk: OpenChunk, rows: range, *, is_goal: bool = False) -> None:
+        """Read the window of sample number `place`, or its goal, one row, from a chunk's rows."""
+        chosen = rows.start if is_goal else slice(rows.start, rows.stop, rows.step)
+        for field, values in self._poses[is_goal]:
+            values[place] = chunk.poses[field.dataset][chosen]
+        for field, memory, stored in self._rows[is_goal]:
             size = len(memory) // self._count
             into = memory[place * size : (place + 1) * size] if stored is None else memoryview(stored.numpy()).cast("B")
-            chunk.read_rows(part.dataset, goal if part.is_goal else rows, into)
+            chunk.read_rows(field.dataset, rows, into)
             if stored is not None:
-                self.whole[part.key][place].copy_(stored)
+                self.whole[field.key][place].copy_(stored)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return list, (self._samples,)
@@ -285,8 +282,23 @@ def plan_windows(
         yield first, count
 
 
-def _check_arguments(counts: dict[str, int], tokens: Sequence[str], goal: tuple[float, float] | None) -> None:
+def _names(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _check_arguments(
+    counts: dict[str, int],
+    tokens: Sequence[str],
+    names: dict[str, Sequence[str] | None],
+    goal: tuple[float, float] | None,
+) -> None:
     """Refuse arguments of CacheWindows that make no sense."""
+    for argument, given in names.items():
+        for name in given or ():
+            if given.count(name) > 1:
+                raise RefusedError(f"{argument}: {name!r} is given twice")
+    if names["cameras"] == ():
+        raise RefusedError("cameras: name one, or leave it out for all; tokens=() leaves all tokens out")
     for name, value in counts.items():
         if value < 1:
             raise RefusedError(f"{name}: {value} must be at least 1")
@@ -319,7 +331,16 @@ class CacheWindows:
         travelled_distance (W,) float64 [m] from the trajectory's frame 0; of a cache cut with chunk_by: frames, no
             travelled_distance, and only the poses that the first trajectory has, NaN in those that lack them
         index () int64: the sample's own, for `source`
-        goal_<each of these> of one later frame, without the axis W, and goal_valid () bool: with `goal`
+        timestamp (W,) float64 [s], delta (W, 3) float64, extra/<name> (W, ...) as stored: with `extra`; delta holds dx,
+            dy [m] and dyaw [rad] to the next kept frame in the frame's own axes, NaN where there is none
+        goal_<each of these> of another frame, without the axis W, and goal_valid () bool: with `goal` or `goal_steps`
+        waypoints (n, 4) float32, waypoint_mask (n,) bool: with `waypoints`
+        goal_distance () int64 [kept frames], is_negative () bool, goal_pose (4,) float32: with `goal_steps`; goal_pose
+            where all chunks have position and yaw
+        label_unit_m () float32 [m]: with `normalise`, what x and y of waypoints and goal_pose were divided by
+
+    Of several cameras, tokens are front/cls_token, left/cls_token, ...: keys are the datasets' names in a chunk file.
+    Waypoints and goal_pose are x, y, and cosine and sine of the turn, from the window's last frame: x forward, y left.
 
     Windows are in order of cache, trajectory name and frame; `plan_windows` says where they start. Caches are indexed
     by their progress.json alone. A chunk file is opened when it is first read, by the process that reads it, and
@@ -340,10 +361,23 @@ class CacheWindows:
             all workers and samplers agree.
         allow_mixed: take trajectories and caches made with different settings.
         seed: of the goals.
+        extra: columns: timestamp, delta, and names of those in extra/. Asking makes the start look into a chunk of each
+            trajectory, since not all may have them.
+        cameras: of caches with several, in this order; None: all, which must be the same in all caches.
+        waypoints: how many; the poses `waypoint_step`, 2 * `waypoint_step`, ... kept frames after the window's last
+            frame, also beyond its chunk. Where its trajectory ends or is cut before (waypoint_mask False), the last
+            waypoint is repeated.
+        normalise: divide x and y of waypoints and goal_pose by `waypoint_step` times this length of a step [m], or by
+            one for each cache; True: by the cache's mean step, see `step_lengths`. False: metres.
+        goal_steps: (low, high) [kept frames]. The goal is drawn, uniformly, from the frames so far after the window's
+            last one, or before where negative, of its trajectory as far as that is not cut; where there is none
+            (goal_valid False) it is that part's last frame, or its first.
+        negatives: share of goals that are drawn, uniformly, from the frames of the cache's other trajectories instead:
+            is_negative is True, goal_distance the high one of `goal_steps`, goal_pose NaN.
 
     Raises:
-        RefusedError: a cache is empty, mixed, newer than this program, or lacks what is asked for (tokens; distances
-            for goals); the file is named.
+        RefusedError: a cache is empty, mixed, newer than this program, or lacks what is asked for (tokens, cameras,
+            columns, poses; distances for goals); the file or folder is named.
         DamagedChunkError: when read, a chunk file is missing, damaged, or not the one recorded.
         StorageError: when read, a chunk file cannot be read.
     """
@@ -360,27 +394,61 @@ class CacheWindows:
         goal: tuple[float, float] | None = None,
         allow_mixed: bool = False,
         seed: int = 0,
+        extra: str | Sequence[str] = (),
+        cameras: str | Sequence[str] | None = None,
+        waypoints: int = 0,
+        waypoint_step: int = 1,
+        normalise: bool | float | Sequence[float] = False,
+        goal_steps: tuple[int, int] | None = None,
+        negatives: float = 0.0,
     ):
         import torch
 
-        tokens = (tokens,) if isinstance(tokens, str) else tuple(tokens)
-        _check_arguments({"window": window, "stride": stride, "frame_step": frame_step}, tokens, goal)
+        tokens, extra, cameras = _names(tokens), _names(extra), None if cameras is None else _names(cameras)
+        counts = {"window": window, "stride": stride, "frame_step": frame_step}
+        _check_arguments(counts, tokens, {"extra": extra, "cameras": cameras}, goal)
+        lengths = normalise if isinstance(normalise, Real) else tuple(normalise)
+        rules = LabelRules(waypoints, waypoint_step, lengths, goal_steps, negatives)
         dtype = dtype or torch.float16
         if not dtype.is_floating_point:
             raise RefusedError(f"dtype: {dtype} is no floating type")
         self._table = open_table(cache_dirs)
+        rules.check(goal, len(self._table.cache_dirs))
         chunks = self._table.one_of_each_configuration()
         headers = [recorded_header(chunk) for chunk in chunks]
         if not allow_mixed:
             refuse_mixed(chunks, headers)
-        poses = common_poses(chunks, headers, distances_needed=goal is not None)
-        shapes = {**frame_shapes(chunks, headers, tokens), **poses}
-        self._files = ChunkFiles(self._table, shapes)
-        self._fields = sample_fields(shapes, window, dtype, with_goal=goal is not None)
+        if rules.waypoints:
+            refuse_without_poses([chunk.cache_dir for chunk in chunks], headers, "waypoints")
+        types = {
+            **token_types(chunks, headers, tokens, cameras),
+            **pose_types(chunks, headers, distances_needed=goal is not None),
+            **column_types(self._table, extra),
+        }
+        self._files = ChunkFiles(self._table, types)
+        self._fields = sample_fields(types, window, dtype, with_goal=goal is not None or goal_steps is not None)
         self._length, self._stride, self._frame_step = (window - 1) * frame_step + 1, stride, frame_step
         self._goal, self._seed = goal, seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # it reaches workers that are at work already
         self._first_row, self._first_index = self._place_windows()
+        self._labels = self._make_labels(rules, headers, types)
+
+    def _make_labels(self, rules: LabelRules, headers: list[ChunkHeader], types: dict[str, FrameType]) -> Labels | None:
+        """None where none are asked for. Adds their keys."""
+        if not rules.is_asked:
+            return None
+        jumps = jump_lengths(headers, self._table.configuration())
+        with_poses = {"position", "yaw"} <= types.keys()
+        labels = Labels(self._table, self._files.poses_of, rules, jumps, with_poses=with_poses, seed=self._seed)
+        self._fields += [SampleField(key, None, shape, torch_type(dtype)) for key, shape, dtype in labels.fields()]
+        return labels
+
+    @property
+    def step_lengths(self) -> dict[Path, float]:
+        """Cache folder -> the length of a step [m] that `normalise` divides by; empty without. Keep it with a model
+        that was trained on these labels, and pass it on as `normalise`: the mean step changes when a cache grows."""
+        lengths = None if self._labels is None else self._labels.step_length_m
+        return {} if lengths is None else dict(zip(self._table.cache_dirs, lengths.tolist()))
 
     def _place_windows(self) -> tuple[np.ndarray, np.ndarray]:
         """Of each chunk the first window's first row in the file, and its index."""
@@ -428,21 +496,33 @@ class CacheWindows:
         batch = WindowBatch(self._fields, len(numbers))
         batch.whole["index"].copy_(torch.as_tensor(indices))
         for place in np.lexsort((rows, numbers)).tolist():
+            number = int(numbers[place])
             try:
-                self._read_window(batch, place, int(indices[place]), int(numbers[place]), int(rows[place]))
+                self._read_window(batch, place, int(indices[place]), number, int(rows[place]))
             except (DamagedChunkError, OSError) as error:
-                raise reading_error(self._table[int(numbers[place])], error) from error
+                raise reading_error(self._table[number], error) from error
+        if self._labels is not None:
+            goals = self._labels.fill(batch.whole, numbers, rows + self._length - 1, indices, int(self._epoch))
+            if goals is not None:
+                self._read_goals(batch, goals)
         return batch
+
+    def _read_goals(self, batch: WindowBatch, goals: Goals) -> None:
+        """Read the goals that labels say, file by file."""
+        for place in np.lexsort((goals.row, goals.number)).tolist():
+            number, row = int(goals.number[place]), int(goals.row[place])
+            with self._files.reading(number):
+                batch.fill(place, self._files.open(number), range(row, row + 1), is_goal=True)
 
     def _read_window(self, batch: WindowBatch, place: int, index: int, number: int, row: int) -> None:
         """Read window number `index`, at `row` of a chunk, into the batch."""
         chunk = self._files.open(number)
         rows = range(row, row + self._length, self._frame_step)
-        goal_row = rows[-1]
+        batch.fill(place, chunk, rows)
         if self._goal is not None:
             goal_row, is_valid = self._choose_goal(chunk, rows[-1], index)
             batch.whole["goal_valid"][place] = is_valid
-        batch.fill(place, chunk, rows, goal_row)
+            batch.fill(place, chunk, range(goal_row, goal_row + 1), is_goal=True)
 
     @staticmethod
     def collate(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -467,5 +547,4 @@ class CacheWindows:
         count = int(np.searchsorted(distance, self._goal[1], side="right")) - first
         if count <= 0:
             return last_row + min(first, len(distance) - 1), False
-        draw = bytes_digest(f"{self._seed} {int(self._epoch)} {index}".encode()).digest()
-        return last_row + first + (int.from_bytes(draw) * count >> 8 * len(draw)), True
+        return last_row + first + draw(count, self._seed, int(self._epoch), index), True
