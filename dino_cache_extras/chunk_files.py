@@ -159,7 +159,8 @@ def _dataset_shapes(
         if by_distance or name == "frame_index" or name in present:
             yield name, (length, *shape)
     yield from ((name, (length, *shape)) for name, shape in COLUMN_SHAPES.items() if name in present)
-    for name in map(extra_dataset, spec.get("extra_keys", ())):
+    extras = dict.fromkeys(map(extra_dataset, spec.get("extra_keys", ())))
+    for name in extras | dict.fromkeys(name for name in present if name.startswith(EXTRA_PREFIX)):
         yield name, (length, *present[name].shape[1:])
     token_dimensions = {"cls": 1, "patch": 3, "register": 2}
     for token in spec["tokens"]:

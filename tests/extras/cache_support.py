@@ -17,16 +17,6 @@ FINGERPRINT, CHECKSUM = "0" * 16, "c" * 16
 WIDTH = 4  # of the CLS tokens
 
 
-class PlanWithColumns(TrajectoryPlan):
-    """A plan whose poses have more datasets beside them."""
-
-    columns: dict[str, np.ndarray]
-
-    @property
-    def poses(self) -> dict[str, np.ndarray]:
-        return {**super().poses, **self.columns}
-
-
 @dataclasses.dataclass
 class Robot:
     """A trajectory of T frames, T by the longest of what is given. CLS tokens say (stamp, frame // 256, frame % 256,
@@ -54,9 +44,9 @@ def write_cache(cache_dir: Path, robots: dict[str, Robot], cameras: Sequence[str
     """A cache of these trajectories; returns its folder. `settings` are the spec's."""
     defaults = {"dino_model_type": "small", "weights": "random", "precision": "fp32", "image_size": (28, 42)}
     cut = {"max_chunk_distance_m": 2.0, "overlap_distance_m": 0.5, "min_chunk_distance_m": 0.0}
-    spec = CacheSpec(**{**defaults, **cut, **settings})
-    names = [f"{camera}/cls_token" for camera in cameras] or ["cls_token"]
-    label = ChunkLabel("robot", spec, FINGERPRINT, "0" * 32, dict.fromkeys(names, (WIDTH,)))
+    keys = {"image_key": {camera: f"images/{camera}" for camera in cameras}} if cameras else {}
+    spec = CacheSpec(**{**defaults, **cut, **keys, **settings})
+    label = ChunkLabel("robot", spec, FINGERPRINT, "0" * 32, {"cls_token": (WIDTH,)})
     progress = Progress(cache_dir, "robot")
     progress.processing_config = progress.specs[FINGERPRINT] = spec.to_json()
     for name, robot in robots.items():
@@ -65,7 +55,8 @@ def write_cache(cache_dir: Path, robots: dict[str, Robot], cameras: Sequence[str
         writer = TrajectoryWriter(folder, plan, label)
         for row in plan.stored_rows:
             rows = np.array([row])
-            writer.write(rows, {key: tokens_of(robot.stamp, rows, place) for place, key in enumerate(names)})
+            for place, camera in enumerate(cameras or [None]):
+                writer.write(rows, {"cls_token": tokens_of(robot.stamp, rows, place)}, camera)
         record = {"fingerprint": FINGERPRINT, "spans": [list(span) for span in plan.spans], "bytes": writer.chunk_bytes}
         progress.complete(name, CHECKSUM, {**record, "checksum_kind": "stat"})
     progress.save()
@@ -83,8 +74,15 @@ def plan_of(name: str, robot: Robot, spec: CacheSpec) -> TrajectoryPlan:
     else:
         spans = dino_cache.plan_frame_chunks(robot.length, spec.max_chunk_frames, spec.overlap_frames)
     numbers = np.arange(robot.length) * spec.frame_stride
-    plan = PlanWithColumns(
-        Trajectory(name, Path(name)), CHECKSUM, "stat", CHECKSUM, numbers, robot.position, robot.yaw, travelled, spans
+    return TrajectoryPlan(
+        trajectory=Trajectory(name, Path(name)),
+        checksum=CHECKSUM,
+        checksum_kind="stat",
+        stat_checksum=CHECKSUM,
+        frame_index=numbers,
+        position=robot.position,
+        yaw=robot.yaw,
+        travelled=travelled,
+        spans=spans,
+        columns=robot.columns,
     )
-    object.__setattr__(plan, "columns", robot.columns)
-    return plan

@@ -32,7 +32,7 @@ from pydantic import ValidationError
 
 import dino_cache
 import progress_utils
-from dino_cache import POSE_SHAPES, CacheSpec, CacheWindows, EncodedRows, RefusedError
+from dino_cache import POSE_SHAPES, CacheSpec, CacheWindows, EncodedRows
 from dino_cache_extras.formats import video_frames
 from support import (
     ROOT,
@@ -581,9 +581,11 @@ def test_trajectories_of_other_cameras_are_not_exported_together(
     assert "front, left or one camera" in capsys.readouterr().err
 
 
-def test_windows_of_several_cameras_are_refused(cached: list[str], tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match="several cameras"):
-        CacheWindows(tmp_path / "cache", window=4)
+def test_windows_have_every_cameras_tokens(cached: list[str], tmp_path: Path) -> None:
+    windows = CacheWindows(tmp_path / "cache", window=4, tokens=("cls",))
+    with h5py.File(chunk_files(tmp_path / "cache")[0]) as file:
+        for camera in ("front", "left"):
+            np.testing.assert_array_equal(windows[0][f"{camera}/cls_token"], file[f"{camera}/cls_token"][:4])
 
 
 def test_a_report_shows_the_first_camera_and_remarks_on_all(

@@ -268,6 +268,9 @@ def test_a_task_that_cannot_be_read_costs_no_trajectory(tmp_path: Path, run_bits
     write_lerobot(tmp_path / "data", [FIRST], "v2.1", "image")
     path = tmp_path / "data/meta/episodes.jsonl"
     path.write_text(json.dumps({**json.loads(path.read_text()), "tasks": []}))
+    rows = tmp_path / "data/data/chunk-000/episode_000000.parquet"
+    numbers = pyarrow.array([0] * FIRST.count)
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(rows).append_column("task_index", numbers), rows)
     (tmp_path / "data/meta/tasks.jsonl").write_text("{")
     outcome = run_bits({"format": "lerobot"})
     assert outcome.code == 0, outcome.err

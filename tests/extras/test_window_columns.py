@@ -193,6 +193,6 @@ def test_caches_with_different_cameras_are_read_by_those_that_both_have(tmp_path
     with pytest.raises(
         RefusedError, match=rf"^{second}: cameras: it has front, rear, and {first} has front, left; read"
     ):
-        CacheWindows([first, second], 3)
-    windows = CacheWindows([first, second], 3, cameras=["front"])
+        CacheWindows([first, second], 3, allow_mixed=True)
+    windows = CacheWindows([first, second], 3, cameras=["front"], allow_mixed=True)
     assert [int(windows[index]["front/cls_token"][0, 0]) for index in (0, len(windows) - 1)] == [1, 2]
