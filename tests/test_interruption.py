@@ -293,6 +293,7 @@ WITH_IGNORED = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_a_signal_that_came_ignored_stays_ignored(tmp_path, run_here, number):
     config, cache = make_dataset(tmp_path, names=2)
@@ -312,6 +313,7 @@ def test_a_signal_that_came_ignored_stays_ignored(tmp_path, run_here, number):
     check_finished(cache, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_stops_a_run_whose_console_is_dead_and_the_next_one_resumes(tmp_path, run_here, number, code):
     config, cache = make_dataset(tmp_path, names=6)

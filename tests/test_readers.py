@@ -345,6 +345,7 @@ def many_lists() -> bytes:
     return b"\x80\x04}(\x8c\x08position](" + b"]" * 10_000_000 + b"e\x8c\x03yaw](K\x01eu."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("poses", "limit", "reason"),
     [
@@ -380,6 +381,7 @@ def ticks(pid: int) -> int:
     return 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_run_whose_reader_is_stuck(robot, signal_number):
     robot.add("t0", "t1")
@@ -394,6 +396,7 @@ def test_a_signal_ends_a_run_whose_reader_is_stuck(robot, signal_number):
     wait_until(lambda: is_gone(stuck[0]), 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["threads", "processes"])
 def test_a_progressive_picture_with_hundreds_of_scans_is_refused_undecoded(robot, mode):
     robot.add("t0", "t1")
@@ -410,6 +413,7 @@ def test_a_progressive_picture_with_hundreds_of_scans_is_refused_undecoded(robot
     assert "scans of 8000x8000 px" in read_progress(robot.cache)["failures"]["t1"]["reason"]
 
 
+@pytest.mark.slow
 def test_a_failure_by_crash_is_tried_as_often_as_any_and_a_change_of_the_data_is_seen(robot):
     robot.add("t0", "t1")
     robot.configure(max_attempts=2)
@@ -422,6 +426,7 @@ def test_a_failure_by_crash_is_tried_as_often_as_any_and_a_change_of_the_data_is
     robot.check("t0", "t1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["threads", "processes"])
 def test_poses_are_not_parsed_in_the_runs_own_process(robot, mode):
     robot.add("t0")

@@ -27,6 +27,7 @@ from dino_cache import (
     recordable_name,
 )
 from dino_cache_extras.formats.common import FileCache
+from dino_cache_extras.formats.playlists import Segments, is_playlist, segments_of
 from progress_utils import available_cores, open_library
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 
 VIDEO_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"  # FFmpeg's names of the containers that are opened
+SEGMENTS = "mpegts"  # its name of what a playlist's segments are
 VIDEO_THREADS = 4  # threads of one video's decoder, at most
 VIDEO_TOLERANCE = 0.25  # a frame's time may differ from its pose's by this part of the time between two frames
 SEEK_BEYOND_S = 2.0  # a first frame later than this is sought; before it, decoding from the start is as quick
@@ -64,16 +66,18 @@ def video_errors(where: str) -> Iterator[None]:
 
 
 def open_video(path: Path, where: str) -> tuple[av.container.InputContainer, av.VideoStream]:
-    """A video file and its first video stream. What the file refers to (playlists, other files) is not opened; texts in
-    it that are not UTF-8 do not matter.
+    """A video file and its first video stream. What the file refers to (other files) is not opened, but the segments of
+    a playlist beside it; texts in it that are not UTF-8 do not matter.
 
     Raises:
         InputError, OSError: it is no video, or cannot be read.
     """
     os.close(open_regular(path))
-    options = {"protocol_whitelist": "file", "format_whitelist": VIDEO_CONTAINERS}
+    is_listed = is_playlist(path)
+    options = {"protocol_whitelist": "file", "format_whitelist": SEGMENTS if is_listed else VIDEO_CONTAINERS}
     with video_errors(where):
-        container = open_library("av").open(os.fspath(path), options=options, metadata_errors="replace")
+        file, kind = (Segments(segments_of(path)), SEGMENTS) if is_listed else (os.fspath(path), None)
+        container = open_library("av").open(file, format=kind, options=options, metadata_errors="replace")
         try:
             if not container.streams.video:
                 raise InputError(f"{where}: has no video stream")
@@ -106,14 +110,16 @@ def _read_times(path: Path) -> VideoTimes:
     container, stream = open_video(path, where)
     with video_errors(where), container:
         is_avi, codec_name, time_base = container.format.name == AVI, _codec_of(stream, where).name, stream.time_base
-        shown, stamps, first, is_cut = [], [], None, False
+        shown, stamps, first, is_cut, before = [], [], None, False, None
         for packet in container.demux(stream):
             FENCE.getting_on()
             if not packet.size or (codec_name in VP8_DECODERS and _is_hidden_vp8(packet)):
                 continue
             if packet.pts is None:
                 raise _without_times(where)
-            first = first or packet
+            if is_playlist(path) and before is not None and (packet.dts or 0) < before:
+                raise InputError(f"{where}: its clock goes back between segments, so frames cannot be told by time")
+            first, before = first or packet, packet.dts
             is_cut = is_cut or not first.is_keyframe or (packet.pts < first.pts and not is_avi)
             if not packet.is_discard:
                 shown.append(float((packet.dts if is_avi else packet.pts) * time_base))
@@ -378,10 +384,11 @@ def _rgb(frame: av.VideoFrame, pixel_aspect: Fraction, where: str) -> np.ndarray
             f"{where}: its pixels of {pixel_aspect.numerator}:{pixel_aspect.denominator} make {width}x{height} px of "
             f"{frame.width}x{frame.height} px; more than {MAX_FRAME_PIXELS} pixels are refused"
         )
-    how = {"format": "rgb24", "threads": 1}  # else each frame starts threads of its own, which live as long as it does
     if (width, height) != (frame.width, frame.height):
-        how |= {"width": width, "height": height, "interpolation": "BICUBIC"}
-    image = frame.to_ndarray(**how)
+        size = {"width": width, "height": height, "interpolation": "BICUBIC"}
+        image = frame.to_ndarray(format="rgb24", threads=1, **size)
+    else:
+        image = frame.to_ndarray(format="rgb24", threads=1)  # others would stay until the frame is collected
     return _turned(image, _display_matrix(frame))
 
 

@@ -812,3 +812,51 @@ def test_pictures_are_read_in_threads_and_in_processes(tmp_path: Path, readers: 
     results = frames_cache(tmp_path / "data", tmp_path / "cache", readers=readers)
     assert results[name].error is None
     assert check_stamps(tmp_path / "cache", name, 1) > FIRST.count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Columns that come along
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_speeds(folder: Path, drive: Drive, rows: list[list[float]], name: str) -> None:
+    for row, picture in enumerate(drive.pictures):
+        put(folder / f"images/{row}{drive.ending}", picture)
+    put(folder / name, table(rows, ",", "timestamp,x,y,yaw,speed"))
+
+
+@pytest.mark.parametrize("frame_stride", [1, 3])
+def test_a_column_of_the_poses_comes_along(run_bits: Callable[..., Outcome], tmp_path: Path, frame_stride: int) -> None:
+    drive = drive_of(FIRST)
+    rows = [[row / HZ, *drive.position[row], drive.yaw[row], row / 4] for row in range(drive.count)]
+    write_speeds(tmp_path / "data/t1", drive, rows, "poses.csv")
+    assert run_bits({"extra_keys": ["speed"], "frame_stride": frame_stride}).code == 0
+    for (start, stop), datasets in chunks(tmp_path / "cache", "t1"):
+        np.testing.assert_array_equal(datasets["extra/speed"], np.arange(start, stop) * frame_stride / 4)
+
+
+def test_a_column_is_interpolated_where_poses_are(run_bits: Callable[..., Outcome], tmp_path: Path) -> None:
+    """Poses at every other picture, the pictures' times their numbers."""
+    drive = drive_of(FIRST)
+    rows = [[row, *drive.position[row], drive.yaw[row], row / 4] for row in range(0, drive.count, 2)]
+    write_speeds(tmp_path / "data/t1", drive, rows, "poses.csv")
+    settings = {"layout": "custom", "pose_match": "time", "max_pose_gap_s": 2.0, "extra_keys": ["speed"]}
+    assert run_bits(settings).code == 0
+    for (start, stop), datasets in chunks(tmp_path / "cache", "t1"):
+        np.testing.assert_allclose(datasets["extra/speed"], np.arange(start, stop) / 4, atol=1e-12)
+
+
+def test_a_column_that_is_not_there_is_named_with_those_that_are(
+    run_bits: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    write_custom(tmp_path / "data", [drive_of(FIRST)])
+    assert run_bits({"extra_keys": ["speed"]}).code == 1
+    (failure,) = read_progress(tmp_path / "cache")["failures"].values()
+    assert "has no speed, which extra_keys names; its keys are timestamp, x, y, yaw" in failure["reason"]
+
+
+def test_several_cameras_are_refused(run_bits: Callable[..., Outcome], tmp_path: Path) -> None:
+    write_custom(tmp_path / "data", [drive_of(FIRST)])
+    outcome = run_bits({"format": "frames", "image_key": {"front": "images", "left": "left"}})
+    assert outcome.code == 2
+    assert "format frames reads one camera" in outcome.err

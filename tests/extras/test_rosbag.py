@@ -68,7 +68,7 @@ def notes(path: Path, **settings: Any) -> dict[str, str]:
 def assert_same_chunks(found: list, expected: list) -> None:
     assert [span for span, _ in found] == [span for span, _ in expected]
     for (_, datasets), (_, of_folder) in zip(found, expected):
-        assert datasets.keys() == of_folder.keys()
+        assert datasets.keys() == {*of_folder, "timestamp"}
         for name in ("cls_token", "frame_index"):
             np.testing.assert_array_equal(datasets[name], of_folder[name])
         for name in ("position", "travelled_distance"):
@@ -261,7 +261,7 @@ def test_images_without_poses_are_for_chunks_by_frames(run_bits: Callable[..., O
     assert run_bits({"chunk_by": "frames", "max_chunk_frames": 10, "overlap_frames": 2}).code == 0
     read = chunks(tmp_path / "cache", "t2")
     assert [span for span, _ in read] == [(0, 10), (8, 18), (16, 26), (24, 27)]
-    assert {*read[0][1]} == {"cls_token", "frame_index"}
+    assert {*read[0][1]} == {"cls_token", "frame_index", "timestamp"}
 
 
 @pytest.mark.parametrize("kind", ["PoseStamped", "PoseWithCovarianceStamped", "TransformStamped"])
@@ -571,6 +571,44 @@ def test_other_cameras_give_the_image_nearest_in_time(tmp_path: Path) -> None:
         assert [frame.tobytes() for frame in frames] == [trajectory.jpegs[number] for number in kept]
     (detail,) = [note.detail for note in poses.notes if "without one of another" in note.what]
     assert detail == "3 of 40"
+
+
+@pytest.mark.parametrize("kind", ["bag lz4", "mcap of ROS2"])
+def test_each_cameras_tokens_are_those_of_its_own_cache(
+    run_bits: Callable[..., Outcome], tmp_path: Path, kind: str
+) -> None:
+    left, events = Rendered(7, 40), drive_of(FIRST)
+    events += [compressed(stamp, left.jpegs[number], topic="/left") for number, stamp in enumerate(stamps(40))]
+    write(kind, tmp_path / "data", "t1", sorted(events, key=lambda event: event.log_ns))
+    cameras = {"front": CAMERA, "left": "/left"}
+    assert run_bits({"image_key": cameras}).code == 0
+    both = chunks(tmp_path / "cache", "t1")
+    for camera, topic in cameras.items():
+        assert run_bits({"image_key": topic, "cache_dir": str(tmp_path / camera)}).code == 0
+        for (span, datasets), (own_span, own) in zip(both, chunks(tmp_path / camera, "t1"), strict=True):
+            assert span == own_span
+            np.testing.assert_array_equal(datasets[f"{camera}/cls_token"], own["cls_token"])
+            np.testing.assert_array_equal(datasets["position"], own["position"])
+    assert {int(stamp) for _, datasets in both for stamp in datasets["left/cls_token"][:, 0]} == {7}
+
+
+@pytest.mark.parametrize("frame_stride", [1, 3])
+def test_a_topic_comes_along(run_bits: Callable[..., Outcome], tmp_path: Path, frame_stride: int) -> None:
+    events = drive_of(FIRST)
+    events += [twist(stamp + 25_000_000, number) for number, stamp in enumerate(stamps(40))]
+    write("bag", tmp_path / "data", "t1", sorted(events, key=lambda event: event.log_ns))
+    assert run_bits({"extra_keys": ["/cmd_vel"], "frame_stride": frame_stride}).code == 0
+    for (start, stop), datasets in chunks(tmp_path / "cache", "t1"):
+        numbers = np.arange(start, stop) * frame_stride
+        np.testing.assert_array_equal(datasets["extra/cmd_vel"][:, 0], numbers)
+        np.testing.assert_array_equal(datasets["extra/cmd_vel"][:, 5], numbers / 2)
+        np.testing.assert_allclose(datasets["timestamp"], numbers / FPS, atol=1e-9)
+
+
+def test_a_topic_that_is_not_there_fails_its_bag(run_bits: Callable[..., Outcome], tmp_path: Path) -> None:
+    write("bag", tmp_path / "data", "t1", drive_of(FIRST))
+    assert run_bits({"extra_keys": ["/cmd_vel"]}).code == 1
+    assert "extra_keys: it has no topic /cmd_vel" in read_progress(tmp_path / "cache")["failures"]["t1"]["reason"]
 
 
 def test_nearest_rows_by_hand() -> None:

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from dino_cache import CacheSpec, EncodedRows, Hooks, InputError, format_named
 from dino_cache_extras.commands import report
-from dino_cache_extras.formats import video, video_frames
+from dino_cache_extras.formats import video_frames
+from dino_cache_extras.formats.pose_files import read_pose_table
 from support import BitEncoder, Rendered, check_stamps, stream_results
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,7 +238,7 @@ def test_csv_and_tum_hold_the_same_poses(rows: list[tuple[int, float, float, flo
             for t, (_, x, y, yaw) in zip(times.tolist(), rows)
         ]
         tum.write_text("\n".join(["# timestamp tx ty tz qx qy qz qw", "", *lines]))
-        by_name, by_place = (video.read_pose_table(path, "t") for path in (table, tum))
+        by_name, by_place = (read_pose_table(path, "t") for path in (table, tum))
     for key, column in zip(("timestamp", "x", "y", "yaw"), (times, *zip(*(row[1:] for row in rows)))):
         np.testing.assert_array_equal(by_name[key], column)
         np.testing.assert_allclose(by_place[key], column, rtol=0, atol=1e-9)
@@ -250,7 +251,7 @@ def test_any_bytes_for_poses_are_read_or_refused(data: bytes, suffix: str) -> No
         path = Path(folder) / f"a{suffix}"
         path.write_bytes(data)
         try:
-            table = video.read_pose_table(path, "t")
+            table = read_pose_table(path, "t")
         except InputError as error:
             assert str(error).startswith(f"t/a{suffix}: ")
         else:
