@@ -50,6 +50,7 @@ import glob
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import io
 import itertools
 import json
@@ -2065,8 +2066,23 @@ def _why_nothing_is_stored(travelled: np.ndarray, spec: CacheSpec) -> str:
 # ======================================================================================================================
 
 MAX_SCANNED_PIXELS = 2_000_000_000  # of all scans of a progressive JPEG, which take some 2 ns each; more are refused
+RGB_MODE = 3  # torchvision.io.ImageReadMode.RGB
 MIN_SCAN_BYTES = 8  # that a scan takes in a file, at least
 MAX_SCALED_PIXELS = 64  # a frame scaled to cover the input may have so many times the input's pixels; 1x9000 px fails
+
+
+def open_jpeg_decoder() -> Callable[[torch.Tensor, int, bool], torch.Tensor]:
+    """torchvision's decoder: bytes (N,) uint8, a mode, whether to turn it as EXIF says -> (3, h, w) uint8. Its library
+    alone is loaded, in 2 ms: the package imports torch's compiler with it, which takes as long as torch itself."""
+    import torch
+
+    package = importlib.util.find_spec("torchvision")
+    libraries = sorted(Path(package.origin).parent.glob("image*.so")) if package and package.origin else []
+    if libraries:
+        torch.ops.load_library(str(libraries[0]))
+    else:
+        open_library("torchvision.io")
+    return torch.ops.image.decode_jpeg
 
 
 class FrameDecoder:
@@ -2083,16 +2099,13 @@ class FrameDecoder:
         import PIL.Image
         import PIL.ImageOps
         import torch
-        from torchvision.io import ImageReadMode
-        from torchvision.transforms import InterpolationMode
-        from torchvision.transforms.v2 import functional
 
-        self._torch = torch
+        self._torch, self._decode_jpeg = torch, open_jpeg_decoder()
         self._open_picture = functools.partial(PIL.Image.open, formats=self.IMAGE_TYPES)
         self._transpose = PIL.ImageOps.exif_transpose
-        self._rgb_mode = ImageReadMode.RGB.value
-        self._resize = functools.partial(functional.resize, interpolation=InterpolationMode.BICUBIC, antialias=True)
-        self._center_crop, self._interpolate = functional.center_crop, torch.nn.functional.interpolate
+        self._resize = functools.partial(
+            torch.nn.functional.interpolate, mode="bicubic", align_corners=False, antialias=True
+        )
         self._height, self._width = spec.image_size
         self._crops = spec.resize == "crop"
 
@@ -2107,7 +2120,7 @@ class FrameDecoder:
             self._check_header(picture, data)
             if picture.format in ("JPEG", "MPO"):  # MPO: JPEG with a second picture behind it, as some cameras write
                 # What torchvision.io.decode_jpeg calls, which warns at every call; turned as EXIF says
-                image = self._torch.ops.image.decode_jpeg(self._torch.from_numpy(data), self._rgb_mode, True)
+                image = self._decode_jpeg(self._torch.from_numpy(data), RGB_MODE, True)
             else:
                 self._open_picture(io.BytesIO(data)).verify()  # a PNG's checksums, which decoding does not look at
                 image = self._torch.from_numpy(self._to_rgb(picture)).permute(2, 0, 1)
@@ -2154,23 +2167,21 @@ class FrameDecoder:
     def _fit(self, image: torch.Tensor, name: str) -> torch.Tensor:
         """(3, h, w) to (3, H, W): stretched, or scaled to cover and cut at the centre."""
         if not self._crops:
-            return self._resized(image, [self._height, self._width])
+            return self._resized(image, self._height, self._width)
         height, width = image.shape[-2:]
         scale = max(self._height / height, self._width / width)
-        covering = [max(self._height, round(height * scale)), max(self._width, round(width * scale))]
+        covering = max(self._height, round(height * scale)), max(self._width, round(width * scale))
         if math.prod(covering) > MAX_SCALED_PIXELS * self._height * self._width:
             raise InputError(f"{name}: {width}x{height} px is too narrow to crop to {self._width}x{self._height}")
-        fitted = self._resized(image, covering)
-        if covering == [self._height, self._width]:
-            return fitted
-        return self._center_crop(fitted, [self._height, self._width])
+        fitted = self._resized(image, *covering)
+        top, left = (round((have - want) / 2) for have, want in zip(covering, (self._height, self._width)))
+        return fitted[:, top : top + self._height, left : left + self._width]
 
-    def _resized(self, image: torch.Tensor, size: list[int]) -> torch.Tensor:
-        """What torchvision's resize makes, at once where it would only call torch's: for a small frame, it costs more
-        than the resizing."""
-        if not image.is_contiguous() or list(image.shape[-2:]) == size:
-            return self._resize(image, size)
-        return self._interpolate(image[None], size, mode="bicubic", align_corners=False, antialias=True)[0]
+    def _resized(self, image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """What torchvision's resize makes, which costs more than the resizing of a small frame."""
+        if image.shape[-2:] == (height, width):
+            return image
+        return self._resize(image[None], (height, width))[0]
 
 
 # ======================================================================================================================
@@ -3627,7 +3638,7 @@ READER_REQUESTS = 2  # that a process has at once: the next one is there when it
 MOST_KILLS = 3  # of the process that works on one request, from outside, after which the machine is at fault
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGXCPU}
 HELD_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}  # of a whole group
-READING_LIBRARIES = ("torch", "torchvision.io", "torchvision.transforms.v2.functional", "PIL.Image", "PIL.ImageOps")
+READING_LIBRARIES = ("torch", "PIL.Image", "PIL.ImageOps")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _STARTING = threading.Lock()
 _STARTED: set[int] = set()  # fork servers that start_fork_server started
