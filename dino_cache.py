@@ -5882,8 +5882,9 @@ class LogFormatter(logging.Formatter):
         return printable(super().formatMessage(record))
 
     def formatException(self, fault: Any) -> str:
-        text, error = super().formatException(fault), fault[1]
-        while error is not None:
+        text, error, seen = super().formatException(fault), fault[1], set()
+        while error is not None and id(error) not in seen:  # causes can go round in a ring
+            seen.add(id(error))
             if str(error):
                 text = text.replace(str(error), printable(error))
             error = error.__cause__ or error.__context__

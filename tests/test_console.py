@@ -25,6 +25,7 @@ from support import (
     cache_command,
     chunk_files,
     make_trajectory,
+    no_hang,
     read_progress,
     record,
     run_cache,
@@ -372,3 +373,12 @@ def test_two_runs_of_one_process_each_have_their_own_lines(robot, run_here):
     assert log.count("robot: format gnm") == 2
     assert log.count("Loaded existing progress") == 1
     assert dino_cache.BACKLOG not in dino_cache.LOG.handlers
+
+
+def test_causes_that_go_round_in_a_ring_are_logged_once():
+    first, second = ValueError("one\x1b"), KeyError("two")
+    first.__cause__, second.__cause__ = second, first
+    with no_hang():
+        text = dino_cache.LogFormatter().formatException((ValueError, first, None))
+    assert "ValueError: one" in text and "KeyError: 'two'" in text
+    assert "\x1b" not in text
