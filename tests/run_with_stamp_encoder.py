@@ -25,7 +25,9 @@ def stamp_encoder(spec: dino_cache.CacheSpec, device: str) -> tuple[dino_cache.E
 
     class SlowStampEncoder(StampEncoder):
         def encode(self, pixels: torch.Tensor) -> Callable[[], dino_cache.EncodedRows]:
-            time.sleep(float(os.environ.get("STAMP_BATCH_SECONDS", "0")))
+            if seconds := float(os.environ.get("STAMP_BATCH_SECONDS", "0")):
+                print("batch begun", flush=True)
+                time.sleep(seconds)
             return super().encode(pixels)
 
     print("encoder loaded", flush=True)

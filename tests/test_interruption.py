@@ -83,15 +83,17 @@ def start_forked(
 
 
 @contextmanager
-def stuck_run(config: Path) -> Iterator[BaseProcess]:
-    """A run that works on its first batch for longer than any test takes."""
-    process, log = start_forked(config, batch_seconds=600), config.with_suffix(".log")
+def stuck_run(config: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A run that works on its first batch for longer than any test takes; output beside the config."""
+    log, environment = config.with_suffix(".log"), {**os.environ, "STAMP_BATCH_SECONDS": "600"}
+    with open(log, "wb") as output:
+        process = subprocess.Popen(cache_command(config), stdout=output, stderr=output, env=environment)
     try:
-        wait_until(lambda: log.exists() and "batch begun" in log.read_text())
+        wait_until(lambda: "batch begun" in log.read_text(), 120)
         yield process
     finally:
         process.kill()
-        process.join()
+        process.wait()
 
 
 def make_dataset(tmp_path: Path, names: int) -> tuple[Path, Path]:
@@ -244,10 +246,9 @@ def test_a_second_signal_stops_at_once(tmp_path):
     with stuck_run(config) as process:
         os.kill(process.pid, signal.SIGTERM)
         wait_until(lambda: "Stopping" in config.with_suffix(".log").read_text())
-        assert process.is_alive()
+        assert process.poll() is None
         os.kill(process.pid, signal.SIGTERM)
-        process.join(60)
-        assert process.exitcode == 143
+        assert process.wait(60) == 143
 
 
 COMPANY = [  # signals that come together; a second one that insists ends the run with its own code
@@ -344,6 +345,6 @@ def test_a_second_run_is_refused_at_once_and_told_who_works(tmp_path, run_here, 
         assert f"pid {process.pid} " in outcome.err
         assert encoders == []
         assert tree(cache) == before
-        assert process.is_alive()
+        assert process.poll() is None
     assert run_here(config).code == 0  # the dead one's lock is gone with it
     assert recorded(cache) == ["t0"]
