@@ -44,7 +44,7 @@ from dino_cache_extras.commands.report_facts import (
     stored_columns,
 )
 from dino_cache_extras.commands.report_failures import failure_groups
-from dino_cache_extras.commands.report_runs import Rate, Run, charted, known_runs, last_rate, left_out
+from dino_cache_extras.commands.report_runs import Rate, charted, known_runs, last_rate, left_out
 from dino_cache_extras.commands.report_verdict import CONFIG, num_left, verdict
 from progress_utils import (
     LOG_FILE,
@@ -188,13 +188,8 @@ def _environment() -> Any:
         "date": lambda epoch_s: _when(epoch_s, "%d %b"),
         "duration": lambda seconds: "?" if seconds is None else human_duration(seconds),
         "number": lambda number: "?" if number is None else f"{number:,}",
-        "level": _level,
     }
     return environment
-
-
-def _level(run: Run) -> str:
-    return "bad" if run.has_failed else "good" if run.exit_code == 0 or run.completed is not None else "doubtful"
 
 
 def _tiles(sample: CacheSample, owner: LockOwner | None, rate: Rate) -> list[Tile]:

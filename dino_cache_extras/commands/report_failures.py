@@ -156,7 +156,8 @@ def known_cause(reason: str, name: str) -> Cause | None:
 
 
 def _without_name(reason: str, name: str) -> str:
-    return re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "...", reason) if name else reason
+    """A reason without the trajectory's name where it stands as a path or begins one."""
+    return re.sub(rf"(?:^|(?<=/)){re.escape(name)}(?=[/:])", "...", reason) if name else reason
 
 
 def failure_causes(failures: dict[str, Failure]) -> dict[str, list[tuple[str, Failure]]]:

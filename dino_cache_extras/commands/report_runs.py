@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import re
 import time
 from collections.abc import Iterator
@@ -41,20 +40,32 @@ class Run(NamedTuple):
     frames: int | None  # encoded
     seconds: float | None  # at work
     frames_per_s: float | None
+    left: int | None = None
+    error: str | None = None  # that stopped it in this cache; "" where that is not told
     is_logged: bool = False  # the log tells of it, which has no count of frames
 
     @property
-    def has_failed(self) -> bool:
-        return self.exit_code == 1 or bool(self.failed)
+    def level(self) -> str:
+        """good | bad (some failed) | doubtful"""
+        if self.failed or (self.exit_code == 1 and self.failed is None):
+            return "bad"
+        is_known_good = self.completed is not None if self.exit_code is None else self.exit_code == 0
+        return "good" if is_known_good else "doubtful"
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether a fault, a refusal or a signal ended it, and not in another cache of its configuration."""
+        is_own = self.error is not None or bool(self.left)
+        return self.exit_code not in (None, 0, 1, 4, 5) and is_own
 
     @property
     def ending(self) -> str:
         """How it ended, in words."""
-        if self.exit_code is None:
-            return "not known" if not self.failed else "some failed"
-        if self.exit_code > 128:
-            return f"stopped by signal {self.exit_code - 128}"
-        return ENDINGS.get(self.exit_code, f"exit {self.exit_code}")
+        code = self.exit_code
+        if code is None:
+            return "some failed" if self.failed else "not known" if self.completed is None else "completed"
+        words = f"stopped by signal {code - 128}" if code > 128 else ENDINGS.get(code, "stopped")
+        return f"{words} (exit {code})"
 
 
 class Rate(NamedTuple):
@@ -76,9 +87,14 @@ def known_runs(sample: CacheSample) -> list[Run]:
     """All runs that runs.jsonl or the log tells of, in order of time."""
     cache_dir = sample.progress.cache_dir
     recorded = sorted(_recorded_runs(cache_dir), key=lambda run: run.start)
-    before = recorded[0].start - CLOCK_S if recorded else math.inf
-    logged = [_with_frames(run, sample.facts) for run in _logged_runs(cache_dir) if run.start < before]
-    return [_with_rate(run) for run in [*sorted(logged, key=lambda run: run.start), *recorded]]
+    logged = [run for run in _logged_runs(cache_dir) if not any(_overlap(run, other) for other in recorded)]
+    runs = [*recorded, *(_with_frames(run, sample.facts) for run in logged)]
+    return sorted(map(_with_rate, runs), key=lambda run: run.start)
+
+
+def _overlap(run: Run, other: Run) -> bool:
+    begins, ends = (run.start, other.start), (run.end or run.start, other.end or other.start)
+    return max(begins) <= min(ends) + CLOCK_S
 
 
 def last_rate(sample: CacheSample, runs: list[Run]) -> Rate:
@@ -89,7 +105,7 @@ def last_rate(sample: CacheSample, runs: list[Run]) -> Rate:
         return Rate(night, _night_rate(night, sample.progress.elapsed_s), "mean of the last night")
     facts = sample.facts_between(run.start - CLOCK_S, run.end + CLOCK_S)
     if run.is_logged:
-        run = _with_rate(_with_frames(run, facts)._replace(frames_per_s=None))
+        run = _with_rate(_with_frames(run, facts))
     day = time.strftime("%a %d %b %H:%M", time.localtime(run.start))
     lasted = f", {human_duration(run.seconds)}" if run.seconds else ""
     return Rate(facts, run.frames_per_s, f"last run, {day}{lasted}")
@@ -120,13 +136,11 @@ def charted(runs: list[Run]) -> list[Run]:
 
 
 def _with_rate(run: Run) -> Run:
-    """With the time at work and the rate, where they follow from what else is known."""
+    """With the time at work and the rate, where they follow from what else is known; frames_per_s may be rounded."""
     seconds = run.seconds
     if seconds is None and run.end is not None and run.end > run.start:
         seconds = run.end - run.start
-    rate = run.frames_per_s
-    if rate is None and run.frames and seconds:
-        rate = run.frames / seconds
+    rate = run.frames / seconds if run.frames and seconds else run.frames_per_s
     return run._replace(seconds=seconds, frames_per_s=rate)
 
 
@@ -146,9 +160,15 @@ def _recorded_runs(cache_dir: Path) -> Iterator[Run]:
             continue
         if not isinstance(entry, dict) or (start := _number(entry.get("start"))) is None:
             continue
-        numbers = {key: _number(entry.get(key)) for key in Run._fields[1:-1]}
-        whole = ("exit_code", "completed", "failed", "frames")
-        yield Run(start, **{key: int(n) if key in whole and n is not None else n for key, n in numbers.items()})
+        times = {key: _number(entry.get(key)) for key in ("end", "seconds", "frames_per_s")}
+        counts = {key: _number(entry.get(key)) for key in ("exit_code", "completed", "failed", "frames", "left")}
+        error = entry.get("error", "")
+        yield Run(
+            start=start,
+            **times,
+            **{key: None if count is None else int(count) for key, count in counts.items()},
+            error=None if error is None else str(error),
+        )
 
 
 def _number(value: Any) -> float | None:

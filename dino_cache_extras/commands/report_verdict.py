@@ -9,6 +9,7 @@ from dino_cache_extras.commands.report_facts import CacheSample
 from dino_cache_extras.commands.report_runs import Run
 from progress_utils import LOG_FILE, LockOwner, Progress, program_name
 
+MOST_ERROR = 400  # characters of what stopped the last run
 CONFIG = "my.yaml"  # stands for the configuration, which no record names
 
 
@@ -27,7 +28,7 @@ def verdict(sample: CacheSample, owner: LockOwner | None, runs: list[Run]) -> Ve
     progress = sample.progress
     left = num_left(progress)
     counts = _counts(progress, left)
-    run, ended = _run_command(progress), runs[-1].exit_code if runs else None
+    run, last = _run_command(progress), runs[-1] if runs else None
     if sample.problems:
         count = len(sample.problems)
         line = f"{count} of the chunk files looked into {'is' if count == 1 else 'are'} not as recorded; {counts}"
@@ -41,8 +42,8 @@ def verdict(sample: CacheSample, owner: LockOwner | None, runs: list[Run]) -> Ve
         return Verdict(word, "bad", counts, todo, [_command(progress, "reset-failed"), run])
     if owner is not None:
         return Verdict("STOPPED", "doubtful", f"a run was killed ({owner.name}); {counts}", "Run again:", [run])
-    if ended is not None and ended not in (0, 1, 4, 5):
-        line = f"the last run ended with exit {ended}, {runs[-1].ending}; {counts}"
+    if last is not None and last.was_stopped:
+        line = f"the last run: {last.ending}{': ' * bool(last.error)}{(last.error or '')[:MOST_ERROR]}; {counts}"
         return Verdict("STOPPED", "doubtful", line, f"Look at the end of {LOG_FILE}, then run again:", [run])
     if left:
         return Verdict("STOPPED", "doubtful", counts, "Run again, it goes on where it stopped:", [run])
