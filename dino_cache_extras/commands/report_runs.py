@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -87,9 +88,20 @@ def known_runs(sample: CacheSample) -> list[Run]:
     """All runs that runs.jsonl or the log tells of, in order of time."""
     cache_dir = sample.progress.cache_dir
     recorded = sorted(_recorded_runs(cache_dir), key=lambda run: run.start)
-    logged = [run for run in _logged_runs(cache_dir) if not any(_overlap(run, other) for other in recorded)]
+    logged = list(_logged_runs(cache_dir))
+    ends = [*(run.start - CLOCK_S for run in logged[1:]), math.inf]
+    logged = [_to_last_chunk(run, until, sample.facts) for run, until in zip(logged, ends)]
+    logged = [run for run in logged if not any(_overlap(run, other) for other in recorded)]
     runs = [*recorded, *(_with_frames(run, sample.facts) for run in logged)]
     return sorted(map(_with_rate, runs), key=lambda run: run.start)
+
+
+def _to_last_chunk(run: Run, until: float, facts: list[ChunkFacts]) -> Run:
+    """A run that was killed ended with its last chunk, if the log has nothing later."""
+    if run.completed is not None:
+        return run
+    times = [fact.created_at for fact in facts if run.start <= fact.created_at < until]
+    return run._replace(end=max([run.end, *times]))
 
 
 def _overlap(run: Run, other: Run) -> bool:
@@ -185,6 +197,9 @@ _LEFT_OUT = re.compile(
     r"\d+ (?:folders hold frames but no pose file, left out|names of the split are not in the data folder): .*"
     r"|There are poses beside frames that are left out: .*"
 )
+_AT_WORK = re.compile(
+    r"(?:Progress|Failed|Cannot read|error): .*|Stopped .*"
+)  # lines while a run is at work, or its last
 _PIECE = re.compile(r".*: kept frames \d+ to \d+ are not stored: .*")
 
 
@@ -195,10 +210,12 @@ def _logged_runs(cache_dir: Path) -> Iterator[Run]:
             if run is not None:
                 yield run
             run = Run(at, at, None, None, None, None, None, None, is_logged=True)
-        elif run is not None and at >= run.start:
+        elif run is None or run.completed is not None or at < run.start:
+            continue  # what comes after a run's last line is of its summary, or of the next run before it begins
+        elif found := _END.fullmatch(text):
+            run = run._replace(end=at, completed=int(found[1]), failed=int(found[2]))
+        elif _AT_WORK.fullmatch(text) or _PIECE.fullmatch(text):
             run = run._replace(end=at)
-            if found := _END.fullmatch(text):
-                run = run._replace(completed=int(found[1]), failed=int(found[2]))
     if run is not None:
         yield run
 

@@ -592,12 +592,15 @@ def test_the_time_between_two_runs_is_no_work(lab, chunk_clock):
     log.write_text(log_lines((1_700_000_000, 1_700_000_040), (begin, end)))
     page = lab.report()
     assert rate_of(page).startswith(f"{40 / (end - begin):.1f} frames/s rate last run, ")
+    log.write_text(log_lines((1_700_000_000, 1_700_000_040), (begin, end), is_killed=True))
+    last = end - 5  # when the last chunk was made
+    assert rate_of(lab.report()).startswith(f"{40 / (last - begin):.1f} frames/s rate last run, ")
     log.unlink()
     set_working_time(lab.cache, 8.0)  # of both runs; 51 frames are of chunks after the first one
     assert rate_of(lab.report()).startswith(f"{51 / 8:.1f} frames/s rate mean of the last night")
 
 
-def log_lines(*runs: tuple[float, float]) -> str:
+def log_lines(*runs: tuple[float, float], is_killed: bool = False) -> str:
     """What the log says of runs, each from its begin to its end."""
 
     def line(at: float, text: str) -> str:
@@ -607,7 +610,9 @@ def log_lines(*runs: tuple[float, float]) -> str:
     for begin, end in runs:
         text += line(begin, time.strftime("dino_cache 0.2.0, %Y-%m-%d %H:%M:%S", time.localtime(begin)))
         text += line((begin + end) / 2, "Failed: x") + "Traceback (most recent call last):\n"
-        text += line(end, "robot: 3/3 trajectories completed, 0 failed, 9 chunks")
+        if not is_killed:
+            text += line(end, "robot: 3/3 trajectories completed, 0 failed, 9 chunks")
+        text += line(end + 300, "robot: format gnm (a/traj_data.pkl)")  # of the next one, which loads a model then
     return text
 
 
