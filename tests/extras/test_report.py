@@ -401,6 +401,14 @@ def test_the_page_begins_with_a_verdict_and_what_to_type(lab):
     assert "python dino_cache.py --config my.yaml --dataset robot" in said
     with cache_lock(lab.cache):
         assert f"python progress_utils.py show --cache-dir {lab.cache} --watch" in first_lines(lab.report())
+    progress_utils.main(["reset-failed", "--cache-dir", str(lab.cache)])
+    owner = {"pid": 1, "host": "<h>", "started": "today"}
+    (lab.cache / progress_utils.LOCK_OWNER_FILE).write_text(json.dumps(owner))  # as one that was killed leaves it
+    said = first_lines(lab.report())
+    assert (
+        "STOPPED a run was killed (pid 1 on <h>, since today); 2 of 3 trajectories completed, 0 failed, 1 left" in said
+    )
+    assert "python dino_cache.py --config my.yaml --dataset robot" in said
     (lab.cache / "a" / "chunk_00002.h5").write_bytes(b"damaged")
     said = first_lines(lab.report())
     assert "DAMAGED 1 of the chunk files looked into is not as recorded" in said
