@@ -262,7 +262,8 @@ def refuse_locale() -> None:
 
 # Library -> the extra that brings it
 EXTRA_OF = {
-    **{"av": "lerobot", "pyarrow": "lerobot", "ray": "ray", "matplotlib": "report", "openvino": "openvino"},
+    **{"av": "lerobot", "pyarrow": "lerobot", "ray": "ray", "openvino": "openvino"},
+    **dict.fromkeys(("matplotlib", "jinja2", "markupsafe"), "report"),
     **dict.fromkeys(("rosbags", "lz4", "zstandard"), "rosbag"),
 }
 PACKAGE_OF = {"yaml": "pyyaml", "PIL": "pillow"}  # library -> its package, where that is called otherwise

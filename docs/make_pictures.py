@@ -20,15 +20,15 @@ import PIL.ImageChops
 DOCS = Path(__file__).resolve().parent
 CACHE = "sample/rendered_rooms/dino_cache_small"  # relative, since the report shows it
 WIDTH, TALLEST = 1080, 3000  # px
-PARTS = {"report.png": ("", "Rate and chunks", "Trajectories"), "patches.png": ("Patch tokens",)}
+PARTS = {"report.png": ("", "runs", "rate", "trajectories"), "patches.png": ("patches",)}
 
 
-def parts_of_page(page: str, titles: tuple[str, ...]) -> str:
-    """The page with these sections alone; "" is what comes before the first title."""
+def parts_of_page(page: str, names: tuple[str, ...]) -> str:
+    """The page with these sections alone; "" is what comes before the first one."""
     style, body = page.split("<body>")
-    head, *sections = body.removesuffix("</body></html>\n").split("<h2>")
-    kept = [head] if "" in titles else []
-    kept += [f"<h2>{section}" for section in sections if section.startswith(tuple(filter(None, titles)))]
+    head, *sections = body.partition("<footer>")[0].split("<section aria-labelledby=")
+    kept = [head if "" in names else "<main>"]
+    kept += [f"<section aria-labelledby={section}" for section in sections if section.split('"')[1] in names]
     return f"{style}<body>{''.join(kept)}</body></html>"
 
 

@@ -169,6 +169,19 @@ def test_no_room_is_left_out_of_the_package() -> None:
     assert {*project["py-modules"]} == {"dino_cache", "progress_utils"}
 
 
+@needs_wing
+def test_what_is_no_module_is_in_the_package_too() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    taken = {
+        path
+        for package, found in patterns.items()
+        for pattern in found
+        for path in (ROOT / package.replace(".", "/")).glob(pattern)
+    }
+    files = {path for path in (ROOT / WING).rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert files - {*SOURCES} == taken
+
+
 def test_the_version_is_said_in_one_place_and_by_both_commands() -> None:
     assert dino_cache.__version__ is progress_utils.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+", progress_utils.__version__)

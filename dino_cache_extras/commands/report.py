@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
-import html
+import hashlib
 import io
 import json
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -36,18 +36,18 @@ from dino_cache_extras.commands.report_facts import (
     REPORT_POINTS,
     REPORT_TRAJECTORIES,
     CacheSample,
-    ChunkFacts,
     TrajectorySample,
     colours_of_patches,
-    failure_causes,
     first_camera,
     frames_to_picture,
-    night_rate,
     read_patches,
     stored_columns,
 )
+from dino_cache_extras.commands.report_failures import failure_groups
+from dino_cache_extras.commands.report_runs import Rate, charted, known_runs, last_rate, left_out
+from dino_cache_extras.commands.report_verdict import CONFIG, num_left, verdict
 from progress_utils import (
-    Failure,
+    LOG_FILE,
     LockOwner,
     Progress,
     RefusedError,
@@ -58,6 +58,7 @@ from progress_utils import (
     open_library,
     print_lines,
     printable,
+    progress_command,
     read_lock_owner,
     state_remarks,
     write_durably,
@@ -69,56 +70,152 @@ if TYPE_CHECKING:
 
 REPORT_FRAME_FILE_BYTES = 2 << 30  # of a trajectory's own file: a video's frame times are read from all of it
 REPORT_REMARKS = 4  # on one trajectory
-REPORT_NAMES = 20  # of failed trajectories with one cause
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"  # Okabe, Ito
-CHUNK_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY)
-INK = "#010203"  # stands for the text's colour, light or dark, in figures
+REPORT_NAMES = 20  # of failed trajectories with one cause, of damaged files, of what was left out
+REPORT_CAUSES = 30
+TEMPLATES = Path(__file__).parent / "templates"
+BLUE, ORANGE, GREEN, RED, PURPLE, SLATE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#5c6b7a"
+STYLE_OF = {BLUE: "blue", ORANGE: "orange", GREEN: "green", RED: "red", PURPLE: "purple", SLATE: "slate"}
+CHUNK_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SLATE)
+INK = "#010203"  # stands for the text's colour, light or dark, in figures; STYLE_OF's for the page's of that name
+
+
+class Tile(NamedTuple):
+    """A number, what it counts, and what is to be said of it."""
+
+    name: str
+    value: str
+    more: str
+    is_bad: bool = False
+
+
+class Chart(NamedTuple):
+    """A figure and what it shows."""
+
+    caption: str
+    svg: Any  # markup; "" where there is nothing to draw
+
+
+class Card(NamedTuple):
+    """What is shown of one trajectory."""
+
+    name: str
+    about: str
+    remarks: list[str]
+    has_map: bool
+    figures: list[Any]  # markup
+
+
+class Picture(NamedTuple):
+    """A frame beside its patch tokens."""
+
+    name: str
+    frame: int
+    height: int  # patches
+    width: int
+    frame_url: str | None
+    patches_url: str
 
 
 def report(cache_dir: Path, *, output: Path, data_folder: Path | None) -> int:
     """Write the report; `data_folder` is where the frames are, if not where the last run read them."""
     progress = load_or_refuse(cache_dir)
     open_library("matplotlib")
+    open_library("jinja2")
     if output.is_dir():
         raise RefusedError(f"-o {output}: is a folder; give the name of a file")
     sample = CacheSample(progress, data_folder or (Path(progress.data_folder) if progress.data_folder else None))
-    sections = [
-        _summary_section(sample),
-        _failures_section(progress.failures),
-        _figures_section(sample),
-        _trajectories_section(sample),
-        _pictures_section(sample),
-        _configuration_section(sample),
-    ]
-    page = _page(f"{progress.dataset_name}: dino_cache report", _problems_section(sample) + "".join(sections))
-    write_durably(output, page.encode(errors="replace"))
+    write_durably(output, page_of(sample).encode(errors="replace"))
     print_lines(f"Wrote {output} ({human_bytes(output.stat().st_size)})")
     return 0
 
 
-def _summary_section(sample: CacheSample) -> str:
+def page_of(sample: CacheSample) -> str:
+    """The whole page."""
+    progress, owner = sample.progress, read_lock_owner(sample.progress.cache_dir)
+    runs = known_runs(sample)
+    rate = last_rate(sample, runs)
+    pictures, unseen = _pictures(sample)
+    configuration = _configuration(sample)
+    said = verdict(sample, owner, runs)  # what was found damaged until here counts
+    return (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            verdict=said,
+            placeholder=CONFIG,
+            placeholder_is_shown=any(f"--config {CONFIG}" in command for command in said.commands),
+            dataset=progress.dataset_name,
+            cache_dir=progress.cache_dir,
+            last_saved=_when(progress.last_update),
+            remarks=_report_remarks(progress),
+            tiles=_tiles(sample, owner, rate),
+            problems=list(sample.problems),
+            most=REPORT_NAMES,
+            num_failures=len(progress.failures),
+            groups=failure_groups(progress.failures),
+            most_causes=REPORT_CAUSES,
+            show_all=progress_command("show --all").strip("`"),
+            log_file=LOG_FILE,
+            left_out=left_out(progress.cache_dir),
+            runs=charted(runs),
+            figures=_charts(sample, rate),
+            cards=[_card(shown) for shown in sample.trajectories],
+            which=_which(sample),
+            pictures=pictures,
+            unseen=unseen,
+            configuration=configuration,
+            made=time.ctime(),
+        )
+    )
+
+
+def _environment() -> Any:
+    """Templates whose every value is escaped and one line: names and reasons come from strangers' data."""
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: value if isinstance(value, Markup) else printable(value),
+    )
+    environment.filters |= {
+        "day": _when,
+        "date": lambda epoch_s: _when(epoch_s, "%d %b"),
+        "duration": lambda seconds: "?" if seconds is None else human_duration(seconds),
+        "number": lambda number: "?" if number is None else f"{number:,}",
+    }
+    return environment
+
+
+def _tiles(sample: CacheSample, owner: LockOwner | None, rate: Rate) -> list[Tile]:
     progress = sample.progress
-    owner = read_lock_owner(progress.cache_dir)
     state = "idle" if owner is None else "stale" if owner.is_stale else "running"
     total = progress.num_trajectories
     share = f"of {total:,} ({100 * len(progress.records) / total:.1f}%)" if total else "of unknown"
     size = sum(sum(record["bytes"]) for record in progress.records.values())
-    rate = night_rate(sample.night)
-    tiles = [
-        ("completed trajectories", f"{len(progress.records):,}", share),
-        ("failed trajectories", f"{len(progress.failures):,}", "see below" if progress.failures else "none"),
-        ("frames", f"{sum(sample.num_frames.values()):,}", "each counted once"),
-        ("chunks", f"{progress.total_chunks:,}", human_bytes(size)),
-        ("pose jumps", *_jumps_tile(progress)),
-        ("rate", f"{rate:.1f} frames/s" if rate else "?", "mean of the last night"),
-        ("time left", _time_left(sample, owner, rate), state),
-        ("working time", f"{progress.elapsed_s / 3600:.1f} h", "of all runs"),
+    failed = "see below" if progress.failures else "none"
+    per_s, of = rate.frames_per_s, rate.of
+    if _is_at_work(owner):
+        per_s, of = owner.run.frames_per_s, "of the run at work"
+    return [
+        Tile("completed trajectories", f"{len(progress.records):,}", share),
+        Tile("failed trajectories", f"{len(progress.failures):,}", failed, bool(progress.failures)),
+        Tile("frames", f"{sum(sample.num_frames.values()):,}", "each counted once"),
+        Tile("chunks", f"{progress.total_chunks:,}", human_bytes(size)),
+        Tile("pose jumps", *_jumps_tile(progress)),
+        Tile("rate", f"{per_s:.1f} frames/s" if per_s else "?", of),
+        Tile("time left", _time_left(sample, owner, rate.frames_per_s), state),
+        Tile("working time", human_duration(progress.elapsed_s), "of all runs"),
     ]
-    cards = "".join(f"<div class=tile><b>{_text(value)}</b>{_text(name)}<i>{_text(more)}</i></div>"
-                    for name, value, more in tiles)  # fmt: skip
-    remarks = "".join(f"<p class=warn>{_text(remark)}</p>" for remark in _report_remarks(progress))
-    where = f"<p><code>{_text(progress.cache_dir)}</code>, last saved {_text(time.ctime(progress.last_update))}</p>"
-    return f"<h1>{_text(progress.dataset_name)}</h1>{where}{remarks}<div class=tiles>{cards}</div>"
+
+
+def _is_at_work(owner: LockOwner | None) -> bool:
+    return owner is not None and not owner.is_stale and owner.run is not None and owner.run.frames_per_s > 0
 
 
 def _jumps_tile(progress: Progress) -> tuple[str, str]:
@@ -136,69 +233,44 @@ def _report_remarks(progress: Progress) -> list[str]:
 
 
 def _time_left(sample: CacheSample, owner: LockOwner | None, rate: float | None) -> str:
-    progress, total = sample.progress, sample.progress.num_trajectories
-    if owner is not None and not owner.is_stale and owner.run is not None and owner.run.frames_per_s > 0:
+    progress, left = sample.progress, num_left(sample.progress)
+    if _is_at_work(owner):
         return human_duration(owner.run.frames_left / owner.run.frames_per_s)
-    left = (total or 0) - len(progress.records) - len(progress.failures)
-    if total is not None and left <= 0:
+    if left == 0:
         return "none"
-    if not rate or total is None:
+    if not rate or left is None or not progress.records:
         return "?"
     return human_duration(left * sum(sample.num_frames.values()) / len(progress.records) / rate)
 
 
-def _problems_section(sample: CacheSample) -> str:
-    problems = list(sample.problems)
-    items = "".join(f"<li>{_text(problem)}</li>" for problem in problems[:REPORT_NAMES])
-    more = f"<p>... and {len(problems) - REPORT_NAMES} more</p>" if len(problems) > REPORT_NAMES else ""
-    title = f"<p class=warn>{len(problems)} of the chunk files looked into are not as recorded</p>"
-    return f"{title}<ul>{items}</ul>{more}" if problems else ""
-
-
-def _failures_section(failures: dict[str, Failure]) -> str:
-    if not failures:
-        return ""
-    groups = []
-    for cause, members in failure_causes(failures).items():
-        shown = "".join(
-            f"<li><code>{_text(failure['reason'])}</code> <i>{_count(failure['attempts'], 'attempt')}, last "
-            f"{_text(_when(failure['time']))}</i></li>"
-            for _, failure in members[:REPORT_NAMES]
-        )
-        more = f"<li>... and {len(members) - REPORT_NAMES} more</li>" if len(members) > REPORT_NAMES else ""
-        title = f"<b>{len(members):,}</b> {_text(members[0][1]['error_type'])}: {_text(cause)}"
-        groups.append(f"<details open><summary>{title}</summary><ul>{shown}{more}</ul></details>")
-    return f"<h2>{len(failures):,} failed, by cause</h2>{''.join(groups)}"
-
-
-def _figures_section(sample: CacheSample) -> str:
+def _charts(sample: CacheSample, rate: Rate) -> list[Chart]:
     """The rate, and histograms of the chunks."""
     lengths = [stop - start for record in sample.progress.records.values() for start, stop in record["spans"]]
     distances = [fact.distance_m for fact in sample.facts if fact.distance_m is not None]
     if not lengths:
-        return ""
-    sampled = f"{len(distances):,} of {len(lengths):,} chunks" if len(distances) < len(lengths) else "all chunks"
-    figures = [_figure(_histogram(lengths, "chunk length [frames]"), "Length of all chunks")]
-    if distances:
-        figures.append(_figure(_histogram(distances, "chunk distance [m]"), f"Travelled distance of {sampled}"))
-    elif sample.facts:
-        figures.append(
-            _figure("", "No travelled distances: the chunks were cut by number of frames (chunk_by: frames)")
-        )
-    if night_rate(sample.night):
-        begin, end = (time.localtime(sample.night[i].created_at) for i in (0, -1))
+        return []
+    charts = []
+    if rate.frames_per_s and rate.facts and rate.facts[-1].created_at > rate.facts[0].created_at:
+        begin, end = (time.localtime(rate.facts[i].created_at) for i in (0, -1))
         day = "%a %d %b "
         until = time.strftime(("" if begin[:3] == end[:3] else day) + "%H:%M", end)
-        caption = f"Rate of the last night, {time.strftime(day + '%H:%M', begin)} to {until}"
-        figures.insert(0, _figure(_rate_figure(sample.night), caption))
-    return f"<h2>Rate and chunks</h2><div class=grid>{''.join(figures)}</div>"
+        which = "night" if "night" in rate.of else "run"
+        caption = f"Rate of the last {which}, {time.strftime(day + '%H:%M', begin)} to {until}"
+        charts.append(Chart(caption, _rate_figure(rate, caption)))
+    charts.append(Chart("Length of all chunks", _histogram(lengths, "chunk length [frames]")))
+    if distances:
+        sampled = f"{len(distances):,} of {len(lengths):,} chunks" if len(distances) < len(lengths) else "all chunks"
+        caption = f"Travelled distance of {sampled}"
+        charts.append(Chart(caption, _histogram(distances, "chunk distance [m]")))
+    elif sample.facts:
+        charts.append(Chart("No travelled distances: the chunks were cut by number of frames (chunk_by: frames)", ""))
+    return charts
 
 
-def _rate_figure(night: list[ChunkFacts]) -> str:
-
-    times = np.array([fact.created_at for fact in night])
-    frames = np.cumsum([fact.new_frames for fact in night])
-    edges = np.linspace(times[0], times[-1], 1 + max(1, min(30, len(night) // 4)))
+def _rate_figure(rate: Rate, caption: str) -> Any:
+    times = np.array([fact.created_at for fact in rate.facts])
+    frames = np.cumsum([fact.new_frames for fact in rate.facts])
+    edges = np.linspace(times[0], times[-1], 1 + max(1, min(30, len(times) // 4)))
     last = np.append(np.diff(times) > 0, True)  # of chunks in one second, the last has them all
     rates = np.diff(np.interp(edges, times[last], frames[last])) / np.diff(edges)
 
@@ -208,10 +280,10 @@ def _rate_figure(night: list[ChunkFacts]) -> str:
         axes.stairs(rates, (edges - edges[0]) / unit_s, fill=True, color=BLUE)
         axes.set(xlabel=f"time since its first chunk [{unit}]", ylabel="rate [frames/s]", ylim=(0, None))
 
-    return _svg(draw)
+    return _svg(draw, caption)
 
 
-def _histogram(values: list[float], label: str) -> str:
+def _histogram(values: list[float], label: str) -> Any:
     def draw(axes: Any) -> None:
         whole = all(isinstance(value, int) for value in values)
         bins = range(min(values), max(values) + 2) if whole and max(values) - min(values) < 24 else 24
@@ -219,28 +291,18 @@ def _histogram(values: list[float], label: str) -> str:
         axes.set(xlabel=label, ylabel="chunks")
         axes.yaxis.get_major_locator().set_params(integer=True)
 
-    return _svg(draw)
+    about = f"Histogram: {label} of {_count(len(values), 'chunk')}, from {min(values):.3g} to {max(values):.3g}"
+    return _svg(draw, about)
 
 
-def _trajectories_section(sample: CacheSample) -> str:
-    if not sample.trajectories:
-        return ""
+def _which(sample: CacheSample) -> str:
     total = len(sample.progress.records)
-    which = f"A seeded sample of {len(sample.trajectories)} of {total:,}." if total > REPORT_TRAJECTORIES else "All."
-    keys = [
-        f"Maps: each chunk in a colour, wide and narrow in turn, so that overlaps show; {_key(RED)} a pose jump; the "
-        "ring is the start.",
-        f"Similarity of each frame's features {_key(BLUE)} with the first frame's and {_key(ORANGE)} with the next "
-        "frame's. A camera that works leaves the first frame slowly and stays near 1 from frame to frame; a frozen one "
-        "is flat, shuffled frames jump up and down.",
-    ]
-    cards = "".join(map(_trajectory_card, sample.trajectories))
-    return f"<h2>Trajectories</h2><p>{which} {' '.join(keys)}</p><div class=grid>{cards}</div>"
+    return f"A seeded sample of {len(sample.trajectories)} of {total:,}." if total > REPORT_TRAJECTORIES else "All."
 
 
-def _when(epoch_s: float) -> str:
+def _when(epoch_s: float, form: str = "%a %d %b %Y %H:%M") -> str:
     with contextlib.suppress(ValueError, OverflowError, OSError):  # of a record that was tampered with
-        return time.ctime(epoch_s)
+        return time.strftime(form, time.localtime(epoch_s))
     return f"at {epoch_s}"
 
 
@@ -248,25 +310,30 @@ def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def _key(colour: str) -> str:
-    return f'<span class=key style="background:{colour}"></span>'
-
-
-def _trajectory_card(sample: TrajectorySample) -> str:
+def _card(sample: TrajectorySample) -> Card:
     parts = _count(sample.num_chunks, "chunk")
     if sample.num_chunks > sample.chunks_seen:
         parts = f"the first {sample.chunks_seen} of {parts}"
     jumps = f", {_count(len(sample.jumps), 'pose jump')}" if sample.jumps else ""
-    remarks = "".join(f"<p class=warn>{_text(remark)}</p>" for remark in sample.remarks[:REPORT_REMARKS])
-    if sample.paths:
-        figures = _svg(lambda axes: _draw_map(axes, sample), height_in=2.6)
-    else:
-        figures = "<p><i>No map: it has no positions.</i></p>"
-    if len(sample.frame_index):
-        figures += _svg(lambda axes: _draw_similarity(axes, sample), height_in=1.9)
     camera = f", similarity of camera {sample.camera}" if sample.camera else ""
-    caption = f"<figcaption><b>{_text(sample.name)}</b> {parts}{jumps}{_text(camera)}</figcaption>"
-    return f"<figure>{caption}{remarks}{figures}</figure>"
+    figures = []
+    if sample.paths:
+        figures.append(_svg(lambda axes: _draw_map(axes, sample), f"Map of {sample.name}", height_in=2.6))
+    if len(sample.frame_index):
+        about = f"Similarity of the features of {sample.name}: {_range(sample.to_next)} with the next frame's, "
+        about += f"{_range(sample.to_first)} with the first frame's"
+        figures.append(_svg(lambda axes: _draw_similarity(axes, sample), about, height_in=1.9))
+    return Card(
+        name=sample.name,
+        about=f"{parts}{jumps}{camera}",
+        remarks=sample.remarks[:REPORT_REMARKS],
+        has_map=bool(sample.paths),
+        figures=figures,
+    )
+
+
+def _range(values: Any) -> str:
+    return f"{values.min():.2f} to {values.max():.2f}"
 
 
 def _draw_map(axes: Any, sample: TrajectorySample) -> None:
@@ -294,32 +361,22 @@ def _draw_similarity(axes: Any, sample: TrajectorySample) -> None:
     axes.set(xlabel="frame", ylabel="cosine similarity", ylim=(min(lowest - 0.02, 0.9), 1.01))
 
 
-def _pictures_section(sample: CacheSample) -> str:
-    """Patch tokens as colours beside the frames that they are of."""
+def _pictures(sample: CacheSample) -> tuple[list[Picture], list[str]]:
+    """Patch tokens as colours beside the frames that they are of; and why frames are not shown."""
     wanted = frames_to_picture(sample)
-    pictures = [
+    found = [
         picture for picture in (sample.tried(read_patches, sample.progress, *frame) for frame in wanted) if picture
     ]
-    if not pictures:
-        return ""
-    colours = colours_of_patches([patches for _, _, patches in pictures])
-    cards, unseen = [], set()
-    for (name, frame, patches), rgb in zip(pictures, colours):
+    pictures, unseen = [], set()
+    for (name, frame, patches), rgb in zip(found, colours_of_patches([patches for _, _, patches in found])):
+        frame_url = None
         try:
-            shown = f'<img alt="frame {frame}" src="{_frame_as_url(sample, name, frame)}">'
+            frame_url = _frame_as_url(sample, name, frame)
         except RefusedError as error:
-            shown, _ = "", unseen.add(str(error))
-        height, width = patches.shape[:2]
-        shown += f'<img class=patches alt="its patch tokens" src="{_image_as_url(rgb, "PNG")}">'
+            unseen.add(str(error))
         title = camera_name(name, first_camera(sample.progress, name))
-        caption = f"<figcaption><b>{_text(title)}</b> frame {frame}, {height} x {width} patches</figcaption>"
-        cards.append(f"<figure><div class=pair>{shown}</div>{caption}</figure>")
-    notes = "".join(f"<p class=warn>{_text(note)}</p>" for note in sorted(unseen)[:3])
-    about = (
-        "Each frame as the encoder saw it, and its patch tokens: their first three principal components, common to all "
-        "frames shown here, as red, green and blue. Like things should have like colours, from frame to frame."
-    )
-    return f"<h2>Patch tokens</h2><p>{about}</p>{notes}<div class=grid>{''.join(cards)}</div>"
+        pictures.append(Picture(title, frame, *patches.shape[:2], frame_url, _image_as_url(rgb, "PNG")))
+    return pictures, sorted(unseen)[:3]
 
 
 def _frame_as_url(sample: CacheSample, name: str, frame: int) -> str:
@@ -362,7 +419,8 @@ def _image_as_url(rgb: Any, kind: str) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
-def _configuration_section(sample: CacheSample) -> str:
+def _configuration(sample: CacheSample) -> dict[str, Any]:
+    """What is said of how the cache is made, row by row."""
     progress = sample.progress
     weights = progress.weights or {}
     rows = {
@@ -375,23 +433,13 @@ def _configuration_section(sample: CacheSample) -> str:
         rows["made with"] = ", ".join(f"{name} {version}" for name, version in versions.items())
     if columns := sample.tried(stored_columns, progress):
         rows["stored with each frame"] = columns
-    rows |= {"data folder": sample.data_folder, "data format": progress.data_format}
-    cells = "".join(f"<tr><th>{_text(key)}</th><td>{_text(value)}</td></tr>" for key, value in rows.items())
-    return f"<h2>Configuration</h2><table>{cells}</table>"
+    return rows | {"data folder": sample.data_folder, "data format": progress.data_format}
 
 
-def _figure(svg: str, caption: str) -> str:
-    return f"<figure><figcaption>{_text(caption)}</figcaption>{svg}</figure>"
-
-
-def _text(value: Any) -> str:
-    """For HTML: names and reasons come from strangers' data."""
-    return html.escape(printable(str(value)))
-
-
-def _svg(draw: Callable[[Any], None], height_in: float = 2.2) -> str:
-    """A figure as wide as a card, in the page's text colour."""
+def _svg(draw: Callable[[Any], None], about: str, height_in: float = 2.2) -> Any:
+    """A figure as wide as a card, in the page's colours; `about` is for those who cannot see it, and one on a page."""
     import matplotlib
+    from markupsafe import Markup, escape
     from matplotlib.figure import Figure
 
     style = {"svg.fonttype": "none", "font.size": 8, "font.family": "sans-serif", "svg.hashsalt": "dino_cache"}
@@ -409,40 +457,12 @@ def _svg(draw: Callable[[Any], None], height_in: float = 2.2) -> str:
     svg = text.getvalue()
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg[svg.index("<svg") :], count=2)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    return re.sub(r'<g id="[^"]*">', "<g>", svg).replace(INK, "currentColor")
-
-
-_STYLE = """
-:root{color-scheme:light dark;--back:#fff;--card:#f4f5f7;--ink:#1b1e23;--soft:#5a6270;--line:#d9dce2;--warn:#9a3b00}
-@media(prefers-color-scheme:dark){:root{--back:#14161a;--card:#1e2127;--ink:#e8eaee;--soft:#a5adba;--line:#363b45;
---warn:#ffa566}}
-*{box-sizing:border-box}
-body{margin:0 auto;padding:16px;max-width:1180px;background:var(--back);color:var(--ink);
-font:15px/1.45 system-ui,sans-serif;overflow-wrap:anywhere}
-h1{font-size:24px;margin:8px 0}h2{font-size:19px;margin:28px 0 8px}p{margin:6px 0}i{color:var(--soft);font-style:normal}
-.warn{color:var(--warn);font-weight:600}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(max(130px,23%),1fr));gap:10px}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(300px,100%),1fr));gap:12px;align-items:start}
-.tile,figure,details{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px;margin:0}
-.tile b{display:block;font-size:20px}.tile i{display:block;font-size:13px}
-figcaption{font-size:13px;color:var(--soft)}figcaption b{color:var(--ink)}
-svg{display:block;width:100%;height:auto}details{margin:8px 0}summary{cursor:pointer}ul{margin:6px 0;padding-left:20px}
-code{font-size:13px}.key{display:inline-block;width:14px;height:4px;border-radius:2px;vertical-align:middle}
-.pair{display:grid;grid-template-columns:1fr 1fr;gap:6px;margin-bottom:6px}.pair img{width:100%;border-radius:4px}
-.patches{image-rendering:pixelated}
-table{border-collapse:collapse;font-size:13px;width:100%}th,td{text-align:left;padding:3px 8px 3px 0;vertical-align:top;
-border-bottom:1px solid var(--line)}th{font-weight:400;color:var(--soft);width:35%}
-"""
-
-
-def _page(title: str, body: str) -> str:
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing comes from elsewhere
-    return (
-        f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{_text(title)}</title><meta name=viewport "
-        f'content="width=device-width,initial-scale=1"><meta http-equiv=Content-Security-Policy content="{policy}">'
-        f"<style>{_STYLE}</style></head><body>{body}<p><i>dino_cache report of {_text(time.ctime())}</i></p></body>"
-        "</html>\n"
-    )
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg).replace(INK, "currentColor")
+    for colour, name in STYLE_OF.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    own = hashlib.blake2b(about.encode(errors="replace"), digest_size=6).hexdigest()  # ids are unique in the whole page
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>f{own}-", svg)
+    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(printable(about))}"', 1))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,6 @@ import calendar
 import itertools
 import math
 import random
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from dino_cache import TOKEN_DATASETS, cameras_of, token_dataset
 from dino_cache_extras.chunk_files import NewRows, pieces, recorded_chunk, stored_datasets
-from progress_utils import Failure, Progress, RefusedError
+from progress_utils import Progress, RefusedError
 
 REPORT_SEED = 0
 REPORT_CHUNKS = 300  # looked into for time and distance
@@ -69,7 +68,6 @@ class CacheSample:
             for name in progress.records
         }
         self.facts = self._sampled_facts()
-        self.night = self._last_night()
         names = list(progress.records)
         chosen = names if len(names) <= REPORT_TRAJECTORIES else self.random.sample(names, REPORT_TRAJECTORIES)
         samples = [self.tried(_sample_trajectory, progress, name) for name in sorted(chosen)]
@@ -105,15 +103,19 @@ class CacheSample:
 
         return bisect.bisect_left(rows, True, key=lambda row: not is_older(row))
 
-    def _last_night(self) -> list[ChunkFacts]:
+    def last_night(self) -> list[ChunkFacts]:
         """Facts of chunks since the last long gap."""
         times = [fact.created_at for fact in self.facts]
         gaps = [later - earlier for earlier, later in zip(times, times[1:])]
         long = max(NIGHT_GAP_S, 20 * sorted(gaps)[len(gaps) // 2]) if gaps else NIGHT_GAP_S
         begins = [time_ for time_, gap in zip(times[1:], gaps) if gap > long]
-        if not begins:
-            return self.facts
-        return [fact for fact in self._sampled_facts(begins[-1]) if fact.created_at >= begins[-1]]
+        return self.facts_between(begins[-1], math.inf) if begins else self.facts
+
+    def facts_between(self, begin: float, end: float) -> list[ChunkFacts]:
+        """Facts of chunks made from `begin` to `end` [epoch s], sampled as densely as those of all."""
+        has_all = bool(self.facts) and begin <= self.facts[0].created_at
+        facts = self.facts if has_all else self._sampled_facts(begin)
+        return [fact for fact in facts if begin <= fact.created_at <= end]
 
 
 def _chunk_facts(progress: Progress, name: str, index: int, new_frames: int) -> ChunkFacts:
@@ -212,28 +214,6 @@ def stored_columns(progress: Progress) -> str | None:
         task = f"; task: {chunk.attrs['task']}" if "task" in chunk.attrs else ""
         stored = stored_datasets(chunk).items()
         return ", ".join(f"{name} {dataset.shape[1:]} {dataset.dtype}" for name, dataset in stored) + task
-
-
-def night_rate(night: list[ChunkFacts]) -> float | None:
-    """Frames/s, over the time from the first chunk to the last."""
-    if len(night) < 2 or night[-1].created_at <= night[0].created_at:
-        return None
-    return sum(fact.new_frames for fact in night[1:]) / (night[-1].created_at - night[0].created_at)
-
-
-def failure_causes(failures: dict[str, Failure]) -> dict[str, list[tuple[str, Failure]]]:
-    """Failures by cause, the most frequent first: reasons that differ in names and numbers alone are one cause."""
-    causes: dict[str, list[tuple[str, Failure]]] = {}
-    for name, failure in failures.items():
-        causes.setdefault(_cause(name, failure), []).append((name, failure))
-    return dict(sorted(causes.items(), key=lambda item: -len(item[1])))
-
-
-def _cause(name: str, failure: Failure) -> str:
-    reason = failure["reason"].removeprefix(name)
-    reason = re.sub(r"^/[^:]*?(\.\w+)?: ", lambda match: f"*{match[1] or ''}: ", reason).removeprefix(": ")
-    reason = reason.replace(name, "...")
-    return re.sub(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", "#", reason)
 
 
 def frames_to_picture(sample: CacheSample) -> list[tuple[str, int, int]]:
