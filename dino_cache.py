@@ -804,7 +804,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _brief(value: Any) -> str:
     """A value in a message, URLs cut after their scheme. YAML anchors can make a few lines print as gigabytes."""
     brief = reprlib.Repr()
-    brief.repr_str = lambda text, level: reprlib.Repr.repr_str(brief, re.sub(r"(?s)(?<=://).*", "...", text), level)
+    brief.repr_str = lambda text, at: reprlib.Repr.repr_str(brief, re.sub(r"(?is)(https?://).*", r"\1...", text), at)
     brief.maxstring = brief.maxother = 200
     brief.maxlevel = 2
     return brief.repr(value)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 import dino_cache
 from dino_cache_extras import hooks
@@ -332,6 +333,31 @@ def test_a_start_that_fails_is_told_where_the_end_does_not(robot: Robot, run_her
     assert listener.paths == [f"/{SECRET}/start", f"/{SECRET}/0"]
 
 
+def test_a_start_that_takes_its_time_comes_before_the_end(robot: Robot, run_here, listener, monkeypatch) -> None:
+    handle = listener._server.RequestHandlerClass.do_POST
+
+    def handle_late(handler: Any) -> None:
+        if handler.path.endswith("/start"):
+            listener.is_over.wait(1)
+        handle(handler)
+
+    monkeypatch.setattr(listener._server.RequestHandlerClass, "do_POST", handle_late)
+    robot.configure(notify=healthchecks(listener), not_a_key=1)
+    outcome = run_here(robot.config)
+    assert (outcome.code, warnings_of(outcome)) == (2, [])
+    assert listener.paths == [f"/{SECRET}/start", f"/{SECRET}/2"]
+
+
+def test_a_server_that_answers_with_the_secret(robot: Robot, run_here, listener, monkeypatch) -> None:
+    def answer(handler: Any) -> None:
+        handler.wfile.write(f"nonsense {handler.path}\r\n\r\n".encode())
+
+    monkeypatch.setattr(listener._server.RequestHandlerClass, "do_POST", answer)
+    robot.add("t0")
+    robot.configure(notify=[{"webhook": listener.url(f"/{SECRET}")}])
+    check_only_warned(robot, run_here(robot.config), "BadStatusLine")
+
+
 def test_an_answer_that_comes_in_drips(robot: Robot, run_here, listener, impatient, monkeypatch) -> None:
     """Each byte comes in time; all of them would take for ever."""
 
@@ -503,8 +529,7 @@ def test_without_hooks_nothing_of_them_is_imported(robot: Robot) -> None:
 
 def read_metrics(path: Path) -> dict[Any, float]:
     """Name, or name and dataset -> value, by prometheus_client's own parser."""
-    parser = pytest.importorskip("prometheus_client.parser")
-    families = [*parser.text_string_to_metric_families(path.read_text())]
+    families = [*text_string_to_metric_families(path.read_text())]
     assert all(family.type == "gauge" and family.documentation for family in families)
     samples = [sample for family in families for sample in family.samples]
     found = {(s.name, s.labels["dataset"]) if s.labels else s.name: s.value for s in samples}
