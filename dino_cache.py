@@ -182,6 +182,8 @@ FORMAT_MODULES = {  # format -> the module that reads it; gnm is read here
 }
 EXECUTOR_MODULES = {"ray": "dino_cache_extras.ray_workers"}  # executor -> its module; local is this process
 ENGINE_MODULES = {"openvino": "dino_cache_extras.openvino_engine"}  # engine -> its module; torch is used here
+HOOKS_MODULE = "dino_cache_extras.hooks"  # tells others how a run went, as the settings HOOK_KEYS want it
+HOOK_KEYS = ("notify", "metrics_file")
 DOORS = {"CacheWindows": "dino_cache_extras.windows", "encode_images": "dino_cache_extras.images"}  # see __getattr__
 __all__.extend(DOORS)
 
@@ -710,6 +712,8 @@ class RunOptions(BaseModel):
     ray_address: Annotated[str, Field(pattern=r"^(local|auto|[^/\s]+:\d+)$")] = "local"
     num_workers: PositiveInt | Literal["auto"] = "auto"
     cpus_per_worker: PositiveInt | Literal["auto"] = "auto"
+    notify: Annotated[tuple[Any, ...], Field(repr=False)] = ()  # checked in HOOKS_MODULE, which shows none of its URLs
+    metrics_file: Annotated[str, Field(min_length=1)] | None = None
 
     @field_validator("executor")
     @classmethod
@@ -751,8 +755,11 @@ _SECTIONS: tuple[type[BaseModel], ...] = (CacheSpec, RunOptions, DatasetPaths)
 _SHARED_KEYS = (*CacheSpec.model_fields, *RunOptions.model_fields)
 
 
-def load_config(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> list[DatasetConfig]:
-    """Read a config file. `overrides` (from the command line) replace a key of every dataset.
+def load_config(
+    path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None, told: list[Any] | None = None
+) -> list[DatasetConfig]:
+    """Read a config file. `overrides` (from the command line) replace a key of every dataset. `told` gets the config's
+    hooks, for a run that begins here, before anything else is refused.
 
     Raises:
         RefusedError: the file is missing, is not YAML, or has a key or a value that is not allowed; the message names
@@ -760,6 +767,8 @@ def load_config(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
     """
     path, overrides = Path(path), dict(overrides or {})
     top = _read_yaml(path)
+    if sections := hook_sections(top, overrides):
+        open_door(HOOKS_MODULE).begin(path, sections, told)
     _refuse_unknown_keys(path, "", top, (*_SHARED_KEYS, "datasets"))
     datasets = top.pop("datasets", None)
     if not isinstance(datasets, dict) or not datasets:
@@ -769,6 +778,14 @@ def load_config(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
     configs = [_load_dataset(path, name, top, section, overrides) for name, section in datasets.items()]
     _refuse_shared_folders(path, configs)
     return configs
+
+
+def hook_sections(top: dict[str, Any], overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Dataset -> its settings, with those at the top, where any of HOOK_KEYS is set; else nothing."""
+    datasets = top.get("datasets")
+    known = datasets if isinstance(datasets, dict) and datasets else {"": {}}
+    sections = {str(name): {**top, **own, **overrides} for name, own in known.items() if isinstance(own, dict)}
+    return sections if any(section.get(key) for section in sections.values() for key in HOOK_KEYS) else {}
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -786,8 +803,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def _brief(value: Any) -> str:
-    """A value in a message. YAML anchors can make a few lines of a file print as gigabytes."""
+    """A value in a message, URLs cut after their scheme. YAML anchors can make a few lines print as gigabytes."""
     brief = reprlib.Repr()
+    brief.repr_str = lambda text, at: reprlib.Repr.repr_str(brief, re.sub(r"(?is)(https?://).*", r"\1...", text), at)
     brief.maxstring = brief.maxother = 200
     brief.maxlevel = 2
     return brief.repr(value)
@@ -795,7 +813,9 @@ def _brief(value: Any) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        text = path.read_text(encoding="utf-8")
+        shown = io.StringIO(text) if "://" in text else text  # a stream's lines, and secrets in them, are in no message
+        data = yaml.load(shown, Loader=_UniqueKeyLoader)
     except OSError as error:
         raise RefusedError(f"{path}: cannot read the config file: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # dates and keys that Python refuses, too
@@ -6053,6 +6073,7 @@ class RunArguments(NamedTuple):
     measure: bool = False
     yes: bool = False
     limit: int | None = None
+    told: list[Any] | None = None  # gets the config's hooks; None: no one is told
 
 
 def run(arguments: RunArguments, stop_request: StopRequest) -> NightOutcome:
@@ -6063,7 +6084,7 @@ def run(arguments: RunArguments, stop_request: StopRequest) -> NightOutcome:
     """
     with contextlib.ExitStack() as resources:
         # 1) read the config
-        all_configs = load_config(arguments.config, arguments.overrides)
+        all_configs = load_config(arguments.config, arguments.overrides, arguments.told)
         configs = select_datasets(all_configs, arguments.datasets)
         # 2) see that every disk is there, and lock every cache before anything slow
         for config in configs:
@@ -6332,34 +6353,39 @@ def main(argv: list[str] | None = None) -> int:
     stop_request.install()
     set_up_process()
     try:
-        return run_and_say(run_arguments(parsed), stop_request, with_profile=parsed.profile)
+        told: list[Any] | None = None if parsed.dry_run else []
+        arguments = run_arguments(parsed)._replace(told=told)
+        night = run_and_say(arguments, stop_request, with_profile=parsed.profile)
+        for hooks in told or ():
+            hooks.end(night)
+        return night.exit_code
     finally:
         stop_fork_server()
         BACKLOG.end()
 
 
-def run_and_say(arguments: RunArguments, stop_request: StopRequest, *, with_profile: bool) -> int:
-    """Run, and say what kept it from running; returns the exit code."""
+def run_and_say(arguments: RunArguments, stop_request: StopRequest, *, with_profile: bool) -> NightOutcome:
+    """Run, and say what kept it from running, if anything did."""
     try:
         refuse_locale()
         outcome = run(arguments, stop_request)
         if with_profile and not arguments.dry_run:
             for line in PROFILE.table():
                 LOG.info("%s", line)
-        return outcome.exit_code
+        return outcome
     except DinoCacheError as error:
         first, *more = error.args
         for line in (f"error: {first}", *more):
             LOG.error("%s", line)
-        return error.exit_code
+        return NightOutcome([], error.exit_code)
     except ImportError as error:
         refusal = missing_library(error)
         LOG.error("error: %s", refusal)
-        return refusal.exit_code
+        return NightOutcome([], refusal.exit_code)
     except Exception as error:
         LOG.error("error: unexpected: %r", error, exc_info=error)
         print_lines(*traceback.format_exc().splitlines(), file=sys.stderr)
-        return EXIT_STOPPED_BY_FAULT
+        return NightOutcome([], EXIT_STOPPED_BY_FAULT)
 
 
 def __getattr__(name: str) -> Any:

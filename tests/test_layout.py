@@ -247,7 +247,16 @@ def test_a_command_beyond_the_two_files_says_what_is_missing(alone: Path, comman
 
 
 @pytest.mark.parametrize(
-    "settings", [{"format": "recon"}, {"format": "video"}, {"executor": "ray"}, {"engine": "openvino"}], ids=str
+    "settings",
+    [
+        {"format": "recon"},
+        {"format": "video"},
+        {"executor": "ray"},
+        {"engine": "openvino"},
+        {"notify": [{"command": "true"}]},
+        {"metrics_file": "m.prom"},
+    ],
+    ids=str,
 )
 def test_a_setting_beyond_the_two_files_says_what_is_missing(alone: Path, tmp_path: Path, settings: dict) -> None:
     config = yaml.safe_load((alone / "config/data/sample.yaml").read_text())
