@@ -5503,6 +5503,7 @@ class RunCounts:
             frames_left=self.frames_total - self.frames_done,
             frames_per_s=self.frames_encoded / elapsed_s if elapsed_s > 0 else 0.0,
             trajectory=self._stream[0] if self._stream else None,
+            frames_done=self.frames_done,
         )
 
 
