@@ -181,6 +181,7 @@ FORMAT_MODULES = {  # format -> the module that reads it; gnm is read here
 }
 EXECUTOR_MODULES = {"ray": "dino_cache_extras.ray_workers"}  # executor -> its module; local is this process
 ENGINE_MODULES = {"openvino": "dino_cache_extras.openvino_engine"}  # engine -> its module; torch is used here
+CONFIG_ADVICE_MODULE = "dino_cache_extras.config_advice"  # says what to write instead
 DOORS = {"CacheWindows": "dino_cache_extras.windows", "encode_images": "dino_cache_extras.images"}  # see __getattr__
 __all__.extend(DOORS)
 
@@ -758,6 +759,23 @@ def load_config(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
             the file, the key, the value and what is allowed. All faults of a dataset are reported together.
     """
     path, overrides = Path(path), dict(overrides or {})
+    with advice_on(path, overrides):
+        return _load_config(path, overrides)
+
+
+@contextlib.contextmanager
+def advice_on(path: Path, overrides: Mapping[str, Any]) -> Iterator[None]:
+    """Adds to a refusal the lines of the config file that it is about, and what to write instead."""
+    try:
+        yield
+    except RefusedError as error:
+        if is_there(CONFIG_ADVICE_MODULE) and not hasattr(error, "has_advice"):
+            error.args = tuple(open_door(CONFIG_ADVICE_MODULE).advised(path, map(str, error.args), overrides.keys()))
+            error.has_advice = True
+        raise
+
+
+def _load_config(path: Path, overrides: dict[str, Any]) -> list[DatasetConfig]:
     top = _read_yaml(path)
     _refuse_unknown_keys(path, "", top, (*_SHARED_KEYS, "datasets"))
     datasets = top.pop("datasets", None)
@@ -1036,7 +1054,7 @@ class TrajectoryListing:
     trajectory: Trajectory
     pose_file: str | None
     frames: list[FrameFile]  # by number
-    other_file: str | None  # an example of what is no frame
+    advice: str | None  # on what is no frame, where it has none
 
 
 def find_trajectories(data_folder: Path, frame_pattern: str = FRAME_PATTERN) -> Iterator[Trajectory]:
@@ -1173,7 +1191,16 @@ def list_trajectory(trajectory: Trajectory, frame_pattern: str) -> TrajectoryLis
             if match is not None and (number := match[1]) and number.isdecimal():
                 frames.append(FrameFile(int(number), name, _regular_size(entry)))
     others = names.difference(POSE_FILES) if not frames else ()
-    return TrajectoryListing(trajectory, _first_pose_file(names), sorted(frames), min(others, default=None))
+    return TrajectoryListing(trajectory, _first_pose_file(names), sorted(frames), advice_on_frames(others))
+
+
+def advice_on_frames(names: Collection[str]) -> str | None:
+    """One of the files that are no frames, and the frame_pattern that would read them; None where there are none."""
+    if not names:
+        return None
+    pattern = open_door(CONFIG_ADVICE_MODULE).pattern_for(names) if is_there(CONFIG_ADVICE_MODULE) else None
+    said = f"; it holds {recordable_name(min(names))}, for one"
+    return f"{said}. frame_pattern: {recordable_name(pattern)} reads its pictures" if pattern else said
 
 
 def _regular_size(entry: os.DirEntry[str]) -> int:
@@ -1234,8 +1261,7 @@ def check_frames(listing: TrajectoryListing) -> None:
     """Raise InputError unless the frames are regular files numbered 0, 1, 2, ... (or 1, 2, 3, ...) without a gap."""
     name, frames = listing.trajectory.name, listing.frames
     if not frames:
-        example = f"; it holds {recordable_name(listing.other_file)}, for one" if listing.other_file else ""
-        raise InputError(f"{name}: no frames here whose names match frame_pattern{example}")
+        raise InputError(f"{name}: no frames here whose names match frame_pattern{listing.advice or ''}")
     for frame in frames:
         if frame.size < 0:
             raise InputError(f"{name}/{frame.file_name}: not a regular file")
@@ -6331,7 +6357,8 @@ def run_and_say(arguments: RunArguments, stop_request: StopRequest, *, with_prof
     """Run, and say what kept it from running; returns the exit code."""
     try:
         refuse_locale()
-        outcome = run(arguments, stop_request)
+        with advice_on(arguments.config, arguments.overrides):
+            outcome = run(arguments, stop_request)
         if with_profile and not arguments.dry_run:
             for line in PROFILE.table():
                 LOG.info("%s", line)
