@@ -181,6 +181,8 @@ FORMAT_MODULES = {  # format -> the module that reads it; gnm is read here
 }
 EXECUTOR_MODULES = {"ray": "dino_cache_extras.ray_workers"}  # executor -> its module; local is this process
 ENGINE_MODULES = {"openvino": "dino_cache_extras.openvino_engine"}  # engine -> its module; torch is used here
+TRANSFORMERS_NAMES_MODULE = "dino_cache_extras.transformers_names"  # reads facebook's weights files of the hub
+HUB_MODULE = "dino_cache_extras.hub"  # keeps the hub quiet, and knows soon when it cannot be reached
 CONFIG_ADVICE_MODULE = "dino_cache_extras.config_advice"  # says what to write instead
 DOORS = {"CacheWindows": "dino_cache_extras.windows", "encode_images": "dino_cache_extras.images"}  # see __getattr__
 __all__.extend(DOORS)
@@ -761,6 +763,11 @@ def load_config(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
     path, overrides = Path(path), dict(overrides or {})
     with advice_on(path, overrides):
         return _load_config(path, overrides)
+
+
+def say_step(step: str) -> None:
+    """Say what takes its time before the first batch: in the log, and on a terminal, which would be blank."""
+    LOG.info("%s", step, extra={"is_step": True})
 
 
 @contextlib.contextmanager
@@ -2425,7 +2432,8 @@ def build_model(spec: CacheSpec) -> torch.nn.Module:
     weights_source(spec)  # the errors of a missing file that come later do not name it
     try:
         if spec.weights == "pretrained":
-            return timm.create_model(name, pretrained=True, num_classes=0)
+            with open_door(HUB_MODULE).hub(f"timm/{name}") if is_there(HUB_MODULE) else contextlib.nullcontext():
+                return timm.create_model(name, pretrained=True, num_classes=0)
         return _load_weight_file(Path(spec.weights), name)
     except Exception as error:  # hub, network, unpickling and key errors come in many classes, all of them before work
         if is_out_of_memory(error):
@@ -2439,46 +2447,13 @@ def _load_weight_file(path: Path, model_name: str) -> torch.nn.Module:
 
     weights = timm.models.load_state_dict(str(path), weights_only=True)  # which timm < 1.0.26 does not do unasked
     if "_dinov3" in model_name:
-        weights = _without_qkv_bias(_official_dinov3_names(weights))
+        if "embeddings.cls_token" in weights:
+            weights = open_door(TRANSFORMERS_NAMES_MODULE).official_dinov3_names(weights)
+        weights = _without_qkv_bias(weights)
     model = timm.create_model(model_name, pretrained=False, num_classes=0)
     to_timm = importlib.import_module(type(model).__module__).checkpoint_filter_fn
     model.load_state_dict(to_timm(weights, model), strict=True)
     return model
-
-
-# What transformers (facebook's repositories on the Hugging Face hub) names otherwise than facebookresearch/dinov3 does.
-_DINOV3_NAMES_IN_TRANSFORMERS = {
-    r"^embeddings\.patch_embeddings": "patch_embed.proj",
-    r"^embeddings\.register_tokens": "storage_tokens",
-    r"^embeddings\.": "",
-    r"^(?:model\.)?layer\.": "blocks.",
-    r"\.attention\.": ".attn.",
-    r"\.o_proj\.": ".proj.",
-    r"\.layer_scale([12])\.lambda1$": r".ls\1.gamma",
-}
-_DINOV3_MLP = {r"\.up_proj\.": ".fc1.", r"\.down_proj\.": ".fc2."}
-_DINOV3_GATED_MLP = {r"\.gate_proj\.": ".w1.", r"\.up_proj\.": ".w2.", r"\.down_proj\.": ".w3."}  # silu goes on w1
-
-
-def _official_dinov3_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """DINOv3's tensors under their official names; those of transformers are renamed, query, key and value stacked."""
-    import torch
-
-    if "embeddings.cls_token" not in weights:
-        return weights
-    is_gated = any(".gate_proj." in name for name in weights)
-    table = _DINOV3_NAMES_IN_TRANSFORMERS | (_DINOV3_GATED_MLP if is_gated else _DINOV3_MLP)
-    renamed = {_substitute(table, name): tensor for name, tensor in weights.items()}
-    for name in [name for name in renamed if name.endswith(".q_proj.weight")]:
-        parts = [renamed.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
-        renamed[name.replace("q_proj", "qkv")] = torch.cat(parts)
-    return renamed
-
-
-def _substitute(table: dict[str, str], text: str) -> str:
-    for pattern, replacement in table.items():
-        text = re.sub(pattern, replacement, text)
-    return text
 
 
 def _without_qkv_bias(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -4561,6 +4536,7 @@ class LocalWorkers:
 # ======================================================================================================================
 
 CHUNK_OVERHEAD_BYTES = 12_000  # what an HDF5 file takes beside its datasets: headers and attributes, about
+STEP_INTERVAL_S = 3.0  # between two lines on how many poses are read
 SHOWN_NAMES = 10  # names of a list that a message shows
 DISTANCE_SETTINGS = ("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m")
 FRAME_SETTINGS = ("max_chunk_frames", "overlap_frames")
@@ -5241,7 +5217,11 @@ def estimate_work(
     failure = functools.partial(died, readers, job=job, should_stop=stop_request)
     costs = in_readers(readers, plan_costs, dataset.pending, stat_job, failure=failure, should_stop=stop_request)
     reasons, states = [], {state.trajectory.name: state for state in dataset.states}
-    for trajectory, cost in zip(dataset.pending, costs):
+    told = -math.inf
+    for number, (trajectory, cost) in enumerate(zip(dataset.pending, costs)):
+        if time.monotonic() - told > STEP_INTERVAL_S:
+            told = time.monotonic()
+            say_step(f"reading poses {number:,} / {len(dataset.pending):,}")
         if isinstance(cost, TrajectoryResult):
             dataset.work[trajectory.name] = Work()
             is_recorded = trajectory.name in dataset.progress.records
@@ -5354,6 +5334,7 @@ def load_encoders(datasets: list[PreparedDataset], stop_request: StopRequest) ->
             spec, device = spec.model_copy(update={"engine": "torch", "compile": False}), "cpu"
         key = encoder_key(spec, device)
         if key not in loaded:
+            say_step(f"loading weights of {spec.dino_model_type}")
             loaded[key] = load_encoder(spec, device)
         dataset.encoder, digest = loaded[key]
         dataset.weights = {**source, "digest": digest}
@@ -5426,6 +5407,7 @@ class DatasetOutcome:
     num_completed: int  # of these, now
     num_chunks: int  # of the whole cache
     num_left: int  # trajectories that this run could not begin, and those beyond --limit
+    num_waiting: int  # trajectories of datasets after this one, which a signal kept this run from
     failures: dict[str, Failure]  # recorded ones, of this run or earlier
     gone: frozenset[str]  # names of failures that are not among the data now
     held_back: list[str]  # why trajectories could not be read that are not recorded as failed
@@ -5474,7 +5456,7 @@ def log_outcome(outcome: DatasetOutcome) -> None:
         LOG.warning("  ... and %d more; %s lists them", more, progress_command("show --all"))
     if outcome.stopped_by is not None:
         reason = "by a signal" if outcome.stopped_by == "signal" else "by --max-hours"
-        left = outcome.num_left
+        left = outcome.num_left + outcome.num_waiting
         LOG.warning("Stopped %s, %d trajectories are left; run the same command again to go on", reason, left)
     elif outcome.num_left:
         LOG.info("%d trajectories are left for the next run (--limit)", outcome.num_left)
@@ -5640,8 +5622,9 @@ class DatasetRun:
             if self._must_save:
                 self._save()
 
-    def outcome(self, error: Exception | None) -> DatasetOutcome:
-        """How it ended, `error` being what ended it early, if anything did."""
+    def outcome(self, error: Exception | None, num_waiting: int) -> DatasetOutcome:
+        """How it ended, `error` being what ended it early, if anything did. `num_waiting`: trajectories that come after
+        this dataset."""
         dataset, counts, failures = self._dataset, self._counts, self._progress.failures
         present = {trajectory.name for trajectory in dataset.trajectories}
         stopped_by, held_back = None, self._mount.held_back
@@ -5664,6 +5647,7 @@ class DatasetRun:
             num_completed=counts.num_completed,
             num_chunks=self._progress.total_chunks,
             num_left=counts.num_pending - counts.num_results + dataset.left_out,
+            num_waiting=num_waiting if stopped_by == "signal" else 0,
             failures=dict(failures),
             gone=frozenset(failures.keys() - present),
             held_back=[str(result.error) for result in held_back],
@@ -5965,8 +5949,9 @@ def log_file(cache_dir: Path) -> Iterator[None]:
 def run_datasets(datasets: list[PreparedDataset], stop_request: StopRequest) -> NightOutcome:
     """Do the work of one dataset after the other. A fault of its disk ends the work on one dataset, any other all."""
     outcomes: list[DatasetOutcome] = []
-    for dataset in datasets:
-        outcomes.append(run_dataset(dataset, stop_request))
+    for number, dataset in enumerate(datasets, 1):
+        num_waiting = sum(len(other.pending) + other.left_out for other in datasets[number:])
+        outcomes.append(run_dataset(dataset, stop_request, num_waiting))
         error = outcomes[-1].error
         if error is not None and not isinstance(error, StorageError):  # the device, a worker's refusal, our own fault
             return NightOutcome(outcomes, outcomes[-1].exit_code)
@@ -5976,7 +5961,7 @@ def run_datasets(datasets: list[PreparedDataset], stop_request: StopRequest) -> 
     return NightOutcome(outcomes, next(code for code in _WORST_FIRST if code in codes))
 
 
-def run_dataset(dataset: PreparedDataset, stop_request: StopRequest) -> DatasetOutcome:
+def run_dataset(dataset: PreparedDataset, stop_request: StopRequest, num_waiting: int = 0) -> DatasetOutcome:
     """Do one dataset's work and say, in its log too, how it ended. Whatever ended it early is in the outcome: nothing
     false is recorded, and a rerun resumes."""
     with contextlib.ExitStack() as logs:
@@ -5987,7 +5972,7 @@ def run_dataset(dataset: PreparedDataset, stop_request: StopRequest) -> DatasetO
             run.run()
         except Exception as fault:
             error = fault
-        outcome = run.outcome(error)
+        outcome = run.outcome(error, num_waiting)
         log_outcome(outcome)
     return outcome
 
@@ -6105,6 +6090,7 @@ def run(arguments: RunArguments, stop_request: StopRequest) -> NightOutcome:
         # 6) find libraries and workers, settle device, precision and shapes
         if any(dataset.pending for dataset in datasets):
             start_fork_server(READING_LIBRARIES if any(map(reads_in_processes, datasets)) else ())
+            say_step("loading torch")
             for library in WORK_LIBRARIES:
                 open_library(library)
         workers = open_workers(datasets, resources)
@@ -6251,7 +6237,11 @@ class ConsoleHandler(logging.Handler):
     """Messages without tracebacks, past the progress bar: information to stdout, warnings and errors to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(printable(record.getMessage()), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout)
+        is_step = getattr(record, "is_step", False)
+        if is_step and not sys.stderr.isatty():
+            return
+        to_stderr = is_step or record.levelno >= logging.WARNING
+        tqdm.write(printable(record.getMessage()), file=sys.stderr if to_stderr else sys.stdout)
         sys.stdout.flush()
 
 
