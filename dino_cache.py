@@ -790,6 +790,10 @@ def _load_config(path: Path, overrides: dict[str, Any]) -> list[DatasetConfig]:
         raise RefusedError(
             f"{path}: datasets: needs a dataset, like `datasets: {{my_robot: {{data_folder: /data/my_robot}}}}`"
         )
+    for key, value in overrides.items():
+        prefix = next((prefix for name in datasets if key.startswith(prefix := f"datasets.{name}.")), "")
+        own = DatasetPaths.model_fields if prefix else [f"datasets.{name}." for name in datasets]
+        _refuse_unknown_keys("--set", prefix, {key.removeprefix(prefix): value}, (*_SHARED_KEYS, *own))
     configs = [_load_dataset(path, name, top, section, overrides) for name, section in datasets.items()]
     _refuse_shared_folders(path, configs)
     return configs
@@ -829,7 +833,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def _refuse_unknown_keys(path: Path, prefix: str, section: dict[str, Any], known: Iterable[str]) -> None:
+def _refuse_unknown_keys(path: Path | str, prefix: str, section: dict[str, Any], known: Iterable[str]) -> None:
     known = tuple(known)
     for key, value in section.items():
         if key not in known:
@@ -843,7 +847,9 @@ def _load_dataset(path: Path, name: Any, top: dict[str, Any], section: Any, over
     if not isinstance(name, str) or not isinstance(section, dict):
         raise RefusedError(f"{path}: datasets.{name}: needs a name and settings, at least data_folder")
     _refuse_unknown_keys(path, prefix, section, (*_SHARED_KEYS, *DatasetPaths.model_fields))
-    values = {**top, **section, **overrides}
+    here = {key.removeprefix(prefix): value for key, value in overrides.items() if key.startswith(prefix)}
+    given = {**{key: value for key, value in overrides.items() if key in _SHARED_KEYS}, **here}
+    values = {**top, **section, **given}
     faults: list[str] = []
     parsed = []
     for model in _SECTIONS:
@@ -851,7 +857,8 @@ def _load_dataset(path: Path, name: Any, top: dict[str, Any], section: Any, over
             parsed.append(model.model_validate({key: values[key] for key in model.model_fields if key in values}))
         except ValidationError as error:
             own_keys = (*section, *DatasetPaths.model_fields, "")  # "": a rule between keys, wherever they stand
-            faults += explain_faults(error, lambda key, own_keys=own_keys: prefix if key in own_keys else "")
+            prefixes = {**dict.fromkeys(own_keys, prefix), **dict.fromkeys(given, "on the command line: ")}
+            faults += explain_faults(error, lambda key, prefixes=prefixes: prefixes.get(key, ""))
     if faults:
         raise RefusedError(*(f"{path}: {fault}" for fault in faults))
     spec, options, paths = parsed
@@ -861,7 +868,7 @@ def _load_dataset(path: Path, name: Any, top: dict[str, Any], section: Any, over
     split = _resolve_path(path, f"{prefix}split", paths.split) if paths.split else None
     if spec.weights not in ("pretrained", "random"):
         spec = spec.model_copy(update={"weights": str(_resolve_path(path, "weights", spec.weights))})
-    return DatasetConfig(name, data_folder, cache_dir, split, spec, options, paths.format, frozenset(section))
+    return DatasetConfig(name, data_folder, cache_dir, split, spec, options, paths.format, frozenset((*section, *here)))
 
 
 def explain_faults(error: ValidationError, prefix_of: Callable[[str], str]) -> list[str]:
@@ -1197,17 +1204,12 @@ def list_trajectory(trajectory: Trajectory, frame_pattern: str) -> TrajectoryLis
             match = fullmatch(name)
             if match is not None and (number := match[1]) and number.isdecimal():
                 frames.append(FrameFile(int(number), name, _regular_size(entry)))
-    others = names.difference(POSE_FILES) if not frames else ()
-    return TrajectoryListing(trajectory, _first_pose_file(names), sorted(frames), advice_on_frames(others))
-
-
-def advice_on_frames(names: Collection[str]) -> str | None:
-    """One of the files that are no frames, and the frame_pattern that would read them; None where there are none."""
-    if not names:
-        return None
-    pattern = open_door(CONFIG_ADVICE_MODULE).pattern_for(names) if is_there(CONFIG_ADVICE_MODULE) else None
-    said = f"; it holds {recordable_name(min(names))}, for one"
-    return f"{said}. frame_pattern: {recordable_name(pattern)} reads its pictures" if pattern else said
+    others, advice = names.difference(POSE_FILES) if not frames else (), None
+    if others:
+        advice = f"; it holds {recordable_name(min(others))}, for one"
+        if is_there(CONFIG_ADVICE_MODULE):
+            advice += open_door(CONFIG_ADVICE_MODULE).pattern_advice(others)
+    return TrajectoryListing(trajectory, _first_pose_file(names), sorted(frames), advice)
 
 
 def _regular_size(entry: os.DirEntry[str]) -> int:
@@ -5844,19 +5846,12 @@ def announce_encoding(dataset: PreparedDataset) -> None:
     source = dataset.weights["source"]
     how = spec.precision + (f" by {spec.engine}" if spec.engine != "torch" else ", compiled" if spec.compile else "")
     LOG.info("Encoding with %s (%s) in %s on %s", spec.dino_model_type, source, how, where)
-    if workers.encodes_here and workers.device.startswith("cuda"):
-        hint_at_other_gpus()
-    if spec.weights == "random":
-        LOG.warning("WEIGHTS ARE RANDOM (seeded): the features are for trying things out and mean nothing")
-
-
-def hint_at_other_gpus() -> None:
-    """Say how to use all GPUs of this machine, where there are several."""
-    import torch
-
-    if (count := torch.cuda.device_count()) > 1:
+    is_on_gpu = workers.encodes_here and workers.device.startswith("cuda")
+    if is_on_gpu and (count := open_library("torch").cuda.device_count()) > 1:
         how = f"`executor: ray` in the config uses all ({install_command('ray')})"
         LOG.warning("%d GPUs are visible and one of them is used; %s", count, how)
+    if spec.weights == "random":
+        LOG.warning("WEIGHTS ARE RANDOM (seeded): the features are for trying things out and mean nothing")
 
 
 def begin_rebuild(dataset: PreparedDataset) -> None:
@@ -6290,7 +6285,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch-size", type=_positive(int), metavar="B", help="frames per batch, instead of the config's"
     )
+    parser.add_argument(
+        "--set", action="append", type=_setting, default=[], metavar="KEY=VALUE",
+        help="a key of the config, for every dataset; datasets.NAME.KEY=VALUE for one (may be repeated)",
+    )  # fmt: skip
     return parser
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key.strip(), yaml.load(value, Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: the value is not YAML: {one_line(error)}") from error
 
 
 def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
@@ -6314,7 +6323,7 @@ def run_arguments(parsed: argparse.Namespace) -> RunArguments:
     return RunArguments(
         config=parsed.config,
         datasets=parsed.dataset,
-        overrides={key: value for key, value in overrides.items() if value is not None},
+        overrides={**dict(parsed.set), **{key: value for key, value in overrides.items() if value is not None}},
         dry_run=parsed.dry_run,
         measure=parsed.measure,
         yes=parsed.yes,
@@ -6333,6 +6342,9 @@ def main(argv: list[str] | None = None) -> int:
     parsed = parser.parse_args(argv)
     if parsed.measure and not parsed.dry_run:
         parser.error("--measure: goes with --dry-run")
+    for key, count in Counter(key for key, _ in parsed.set).items():
+        if count > 1:
+            parser.error(f"--set: {key} is given twice")
     stop_request = StopRequest(parsed.max_hours)
     stop_request.install()
     set_up_process()

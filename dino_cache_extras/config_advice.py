@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from dino_cache import DINOV2_NAMES, DINOV3_NAMES, FRAME_PATTERN, MODEL_NAMES, DatasetPaths
+from dino_cache import DINOV2_NAMES, DINOV3_NAMES, FRAME_PATTERN, MODEL_NAMES, DatasetPaths, recordable_name
 from progress_utils import printable
 
 CHANNELS = (1, 3, 4)  # what an image_size of three numbers has beside height and width
@@ -162,6 +162,12 @@ def _frames_advice(message: str, text: str) -> str:
         if (pattern := pattern_for(files)) and pattern.strip("'") not in text:
             return f" It holds pictures that frame_pattern: {printable(pattern)} reads"
     return ""
+
+
+def pattern_advice(names: Iterable[str]) -> str:
+    """The frame_pattern that reads pictures among a folder's files, as a sentence; none where it has none."""
+    pattern = pattern_for(names)
+    return f". frame_pattern: {printable(recordable_name(pattern))} reads its pictures" if pattern else ""
 
 
 def pattern_for(names: Iterable[str]) -> str | None:
