@@ -12,6 +12,7 @@ and, where dino_cache_extras/ lies beside it, what COMMAND_MODULES names (`--hel
     python progress_utils.py rebuild      CACHE [--yes]
     python progress_utils.py report       CACHE [-o report.html] [--data-folder DIR]
     python progress_utils.py export       CACHE --to flat|vint -o PATH [--tokens ...] [--allow-mixed] [--force]
+    python progress_utils.py prune        CACHE [--yes]
 
 CACHE is the folder that holds progress.json, or that file; also `--cache-dir D`, or `--config FILE [--dataset NAME]`.
 
@@ -1437,6 +1438,9 @@ COMMAND_MODULES = {
     ),
     "report": CommandModule(
         "dino_cache_extras.commands.report", "Write one HTML file to look at.", "--cache-dir D -o report.html"
+    ),
+    "prune": CommandModule(
+        "dino_cache_extras.commands.prune", "Remove what the data no longer have, and leftovers.", "--config my.yaml"
     ),
 }
 
