@@ -1216,6 +1216,8 @@ def _summary_line(progress: Progress) -> str:
 def _last_run(cache_dir: Path) -> list[str]:
     """How long the last run took and how fast it was, of the last line of runs.jsonl; nothing where it does not say."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        if not (cache_dir / RUNS_FILE).is_file():  # a pipe would be waited for
+            return []
         with open(cache_dir / RUNS_FILE, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - MOST_RUN_BYTES))
             run = json.loads(file.read().splitlines()[-1])
