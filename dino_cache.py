@@ -184,6 +184,9 @@ EXECUTOR_MODULES = {"ray": "dino_cache_extras.ray_workers"}  # executor -> its m
 ENGINE_MODULES = {"openvino": "dino_cache_extras.openvino_engine"}  # engine -> its module; torch is used here
 HOOKS_MODULE = "dino_cache_extras.hooks"  # tells others how a run went, as the settings HOOK_KEYS want it
 HOOK_KEYS = ("notify", "metrics_file")
+TRANSFORMERS_NAMES_MODULE = "dino_cache_extras.transformers_names"  # reads facebook's weights files of the hub
+HUB_MODULE = "dino_cache_extras.hub"  # keeps the hub quiet, and knows soon when it cannot be reached
+CONFIG_ADVICE_MODULE = "dino_cache_extras.config_advice"  # says what to write instead
 DOORS = {"CacheWindows": "dino_cache_extras.windows", "encode_images": "dino_cache_extras.images"}  # see __getattr__
 __all__.extend(DOORS)
 
@@ -766,6 +769,28 @@ def load_config(
             the file, the key, the value and what is allowed. All faults of a dataset are reported together.
     """
     path, overrides = Path(path), dict(overrides or {})
+    with advice_on(path, overrides):
+        return _load_config(path, overrides)
+
+
+def say_step(step: str) -> None:
+    """Say what takes its time before the first batch: in the log, and on a terminal, which would be blank."""
+    LOG.info("%s", step, extra={"is_step": True})
+
+
+@contextlib.contextmanager
+def advice_on(path: Path, overrides: Mapping[str, Any]) -> Iterator[None]:
+    """Adds to a refusal the lines of the config file that it is about, and what to write instead."""
+    try:
+        yield
+    except RefusedError as error:
+        if is_there(CONFIG_ADVICE_MODULE) and not hasattr(error, "has_advice"):
+            error.args = tuple(open_door(CONFIG_ADVICE_MODULE).advised(path, map(str, error.args), overrides.keys()))
+            error.has_advice = True
+        raise
+
+
+def _load_config(path: Path, overrides: dict[str, Any]) -> list[DatasetConfig]:
     top = _read_yaml(path)
     if sections := hook_sections(top, overrides):
         open_door(HOOKS_MODULE).begin(path, sections, told)
@@ -775,6 +800,10 @@ def load_config(
         raise RefusedError(
             f"{path}: datasets: needs a dataset, like `datasets: {{my_robot: {{data_folder: /data/my_robot}}}}`"
         )
+    for key, value in overrides.items():
+        prefix = next((prefix for name in datasets if key.startswith(prefix := f"datasets.{name}.")), "")
+        own = DatasetPaths.model_fields if prefix else [f"datasets.{name}." for name in datasets]
+        _refuse_unknown_keys("--set", prefix, {key.removeprefix(prefix): value}, (*_SHARED_KEYS, *own))
     configs = [_load_dataset(path, name, top, section, overrides) for name, section in datasets.items()]
     _refuse_shared_folders(path, configs)
     return configs
@@ -825,7 +854,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def _refuse_unknown_keys(path: Path, prefix: str, section: dict[str, Any], known: Iterable[str]) -> None:
+def _refuse_unknown_keys(path: Path | str, prefix: str, section: dict[str, Any], known: Iterable[str]) -> None:
     known = tuple(known)
     for key, value in section.items():
         if key not in known:
@@ -839,7 +868,9 @@ def _load_dataset(path: Path, name: Any, top: dict[str, Any], section: Any, over
     if not isinstance(name, str) or not isinstance(section, dict):
         raise RefusedError(f"{path}: datasets.{name}: needs a name and settings, at least data_folder")
     _refuse_unknown_keys(path, prefix, section, (*_SHARED_KEYS, *DatasetPaths.model_fields))
-    values = {**top, **section, **overrides}
+    here = {key.removeprefix(prefix): value for key, value in overrides.items() if key.startswith(prefix)}
+    given = {**{key: value for key, value in overrides.items() if key in _SHARED_KEYS}, **here}
+    values = {**top, **section, **given}
     faults: list[str] = []
     parsed = []
     for model in _SECTIONS:
@@ -847,7 +878,8 @@ def _load_dataset(path: Path, name: Any, top: dict[str, Any], section: Any, over
             parsed.append(model.model_validate({key: values[key] for key in model.model_fields if key in values}))
         except ValidationError as error:
             own_keys = (*section, *DatasetPaths.model_fields, "")  # "": a rule between keys, wherever they stand
-            faults += explain_faults(error, lambda key, own_keys=own_keys: prefix if key in own_keys else "")
+            prefixes = {**dict.fromkeys(own_keys, prefix), **dict.fromkeys(given, "on the command line: ")}
+            faults += explain_faults(error, lambda key, prefixes=prefixes: prefixes.get(key, ""))
     if faults:
         raise RefusedError(*(f"{path}: {fault}" for fault in faults))
     spec, options, paths = parsed
@@ -857,7 +889,7 @@ def _load_dataset(path: Path, name: Any, top: dict[str, Any], section: Any, over
     split = _resolve_path(path, f"{prefix}split", paths.split) if paths.split else None
     if spec.weights not in ("pretrained", "random"):
         spec = spec.model_copy(update={"weights": str(_resolve_path(path, "weights", spec.weights))})
-    return DatasetConfig(name, data_folder, cache_dir, split, spec, options, paths.format, frozenset(section))
+    return DatasetConfig(name, data_folder, cache_dir, split, spec, options, paths.format, frozenset((*section, *here)))
 
 
 def explain_faults(error: ValidationError, prefix_of: Callable[[str], str]) -> list[str]:
@@ -1057,7 +1089,7 @@ class TrajectoryListing:
     trajectory: Trajectory
     pose_file: str | None
     frames: list[FrameFile]  # by number
-    other_file: str | None  # an example of what is no frame
+    advice: str | None  # on what is no frame, where it has none
 
 
 def find_trajectories(data_folder: Path, frame_pattern: str = FRAME_PATTERN) -> Iterator[Trajectory]:
@@ -1193,8 +1225,12 @@ def list_trajectory(trajectory: Trajectory, frame_pattern: str) -> TrajectoryLis
             match = fullmatch(name)
             if match is not None and (number := match[1]) and number.isdecimal():
                 frames.append(FrameFile(int(number), name, _regular_size(entry)))
-    others = names.difference(POSE_FILES) if not frames else ()
-    return TrajectoryListing(trajectory, _first_pose_file(names), sorted(frames), min(others, default=None))
+    others, advice = names.difference(POSE_FILES) if not frames else (), None
+    if others:
+        advice = f"; it holds {recordable_name(min(others))}, for one"
+        if is_there(CONFIG_ADVICE_MODULE):
+            advice += open_door(CONFIG_ADVICE_MODULE).pattern_advice(others)
+    return TrajectoryListing(trajectory, _first_pose_file(names), sorted(frames), advice)
 
 
 def _regular_size(entry: os.DirEntry[str]) -> int:
@@ -1255,8 +1291,7 @@ def check_frames(listing: TrajectoryListing) -> None:
     """Raise InputError unless the frames are regular files numbered 0, 1, 2, ... (or 1, 2, 3, ...) without a gap."""
     name, frames = listing.trajectory.name, listing.frames
     if not frames:
-        example = f"; it holds {recordable_name(listing.other_file)}, for one" if listing.other_file else ""
-        raise InputError(f"{name}: no frames here whose names match frame_pattern{example}")
+        raise InputError(f"{name}: no frames here whose names match frame_pattern{listing.advice or ''}")
     for frame in frames:
         if frame.size < 0:
             raise InputError(f"{name}/{frame.file_name}: not a regular file")
@@ -2430,7 +2465,8 @@ def build_model(spec: CacheSpec) -> torch.nn.Module:
     weights_source(spec)  # the errors of a missing file that come later do not name it
     try:
         if spec.weights == "pretrained":
-            return timm.create_model(name, pretrained=True, num_classes=0)
+            with open_door(HUB_MODULE).hub(f"timm/{name}") if is_there(HUB_MODULE) else contextlib.nullcontext():
+                return timm.create_model(name, pretrained=True, num_classes=0)
         return _load_weight_file(Path(spec.weights), name)
     except Exception as error:  # hub, network, unpickling and key errors come in many classes, all of them before work
         if is_out_of_memory(error):
@@ -2444,46 +2480,13 @@ def _load_weight_file(path: Path, model_name: str) -> torch.nn.Module:
 
     weights = timm.models.load_state_dict(str(path), weights_only=True)  # which timm < 1.0.26 does not do unasked
     if "_dinov3" in model_name:
-        weights = _without_qkv_bias(_official_dinov3_names(weights))
+        if "embeddings.cls_token" in weights:
+            weights = open_door(TRANSFORMERS_NAMES_MODULE).official_dinov3_names(weights)
+        weights = _without_qkv_bias(weights)
     model = timm.create_model(model_name, pretrained=False, num_classes=0)
     to_timm = importlib.import_module(type(model).__module__).checkpoint_filter_fn
     model.load_state_dict(to_timm(weights, model), strict=True)
     return model
-
-
-# What transformers (facebook's repositories on the Hugging Face hub) names otherwise than facebookresearch/dinov3 does.
-_DINOV3_NAMES_IN_TRANSFORMERS = {
-    r"^embeddings\.patch_embeddings": "patch_embed.proj",
-    r"^embeddings\.register_tokens": "storage_tokens",
-    r"^embeddings\.": "",
-    r"^(?:model\.)?layer\.": "blocks.",
-    r"\.attention\.": ".attn.",
-    r"\.o_proj\.": ".proj.",
-    r"\.layer_scale([12])\.lambda1$": r".ls\1.gamma",
-}
-_DINOV3_MLP = {r"\.up_proj\.": ".fc1.", r"\.down_proj\.": ".fc2."}
-_DINOV3_GATED_MLP = {r"\.gate_proj\.": ".w1.", r"\.up_proj\.": ".w2.", r"\.down_proj\.": ".w3."}  # silu goes on w1
-
-
-def _official_dinov3_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """DINOv3's tensors under their official names; those of transformers are renamed, query, key and value stacked."""
-    import torch
-
-    if "embeddings.cls_token" not in weights:
-        return weights
-    is_gated = any(".gate_proj." in name for name in weights)
-    table = _DINOV3_NAMES_IN_TRANSFORMERS | (_DINOV3_GATED_MLP if is_gated else _DINOV3_MLP)
-    renamed = {_substitute(table, name): tensor for name, tensor in weights.items()}
-    for name in [name for name in renamed if name.endswith(".q_proj.weight")]:
-        parts = [renamed.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
-        renamed[name.replace("q_proj", "qkv")] = torch.cat(parts)
-    return renamed
-
-
-def _substitute(table: dict[str, str], text: str) -> str:
-    for pattern, replacement in table.items():
-        text = re.sub(pattern, replacement, text)
-    return text
 
 
 def _without_qkv_bias(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -4566,6 +4569,7 @@ class LocalWorkers:
 # ======================================================================================================================
 
 CHUNK_OVERHEAD_BYTES = 12_000  # what an HDF5 file takes beside its datasets: headers and attributes, about
+STEP_INTERVAL_S = 3.0  # between two lines on how many poses are read
 SHOWN_NAMES = 10  # names of a list that a message shows
 DISTANCE_SETTINGS = ("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m")
 FRAME_SETTINGS = ("max_chunk_frames", "overlap_frames")
@@ -5246,7 +5250,11 @@ def estimate_work(
     failure = functools.partial(died, readers, job=job, should_stop=stop_request)
     costs = in_readers(readers, plan_costs, dataset.pending, stat_job, failure=failure, should_stop=stop_request)
     reasons, states = [], {state.trajectory.name: state for state in dataset.states}
-    for trajectory, cost in zip(dataset.pending, costs):
+    told = -math.inf
+    for number, (trajectory, cost) in enumerate(zip(dataset.pending, costs)):
+        if time.monotonic() - told > STEP_INTERVAL_S:
+            told = time.monotonic()
+            say_step(f"reading poses {number:,} / {len(dataset.pending):,}")
         if isinstance(cost, TrajectoryResult):
             dataset.work[trajectory.name] = Work()
             is_recorded = trajectory.name in dataset.progress.records
@@ -5359,6 +5367,7 @@ def load_encoders(datasets: list[PreparedDataset], stop_request: StopRequest) ->
             spec, device = spec.model_copy(update={"engine": "torch", "compile": False}), "cpu"
         key = encoder_key(spec, device)
         if key not in loaded:
+            say_step(f"loading weights of {spec.dino_model_type}")
             loaded[key] = load_encoder(spec, device)
         dataset.encoder, digest = loaded[key]
         dataset.weights = {**source, "digest": digest}
@@ -5431,6 +5440,7 @@ class DatasetOutcome:
     num_completed: int  # of these, now
     num_chunks: int  # of the whole cache
     num_left: int  # trajectories that this run could not begin, and those beyond --limit
+    num_waiting: int  # trajectories of datasets after this one, which a signal kept this run from
     failures: dict[str, Failure]  # recorded ones, of this run or earlier
     gone: frozenset[str]  # names of failures that are not among the data now
     held_back: list[str]  # why trajectories could not be read that are not recorded as failed
@@ -5479,7 +5489,7 @@ def log_outcome(outcome: DatasetOutcome) -> None:
         LOG.warning("  ... and %d more; %s lists them", more, progress_command("show --all"))
     if outcome.stopped_by is not None:
         reason = "by a signal" if outcome.stopped_by == "signal" else "by --max-hours"
-        left = outcome.num_left
+        left = outcome.num_left + outcome.num_waiting
         LOG.warning("Stopped %s, %d trajectories are left; run the same command again to go on", reason, left)
     elif outcome.num_left:
         LOG.info("%d trajectories are left for the next run (--limit)", outcome.num_left)
@@ -5534,6 +5544,7 @@ class RunCounts:
             frames_left=self.frames_total - self.frames_done,
             frames_per_s=self.frames_encoded / elapsed_s if elapsed_s > 0 else 0.0,
             trajectory=self._stream[0] if self._stream else None,
+            frames_done=self.frames_done,
         )
 
 
@@ -5644,8 +5655,9 @@ class DatasetRun:
             if self._must_save:
                 self._save()
 
-    def outcome(self, error: Exception | None) -> DatasetOutcome:
-        """How it ended, `error` being what ended it early, if anything did."""
+    def outcome(self, error: Exception | None, num_waiting: int) -> DatasetOutcome:
+        """How it ended, `error` being what ended it early, if anything did. `num_waiting`: trajectories that come after
+        this dataset."""
         dataset, counts, failures = self._dataset, self._counts, self._progress.failures
         present = {trajectory.name for trajectory in dataset.trajectories}
         stopped_by, held_back = None, self._mount.held_back
@@ -5668,6 +5680,7 @@ class DatasetRun:
             num_completed=counts.num_completed,
             num_chunks=self._progress.total_chunks,
             num_left=counts.num_pending - counts.num_results + dataset.left_out,
+            num_waiting=num_waiting if stopped_by == "signal" else 0,
             failures=dict(failures),
             gone=frozenset(failures.keys() - present),
             held_back=[str(result.error) for result in held_back],
@@ -5864,19 +5877,12 @@ def announce_encoding(dataset: PreparedDataset) -> None:
     source = dataset.weights["source"]
     how = spec.precision + (f" by {spec.engine}" if spec.engine != "torch" else ", compiled" if spec.compile else "")
     LOG.info("Encoding with %s (%s) in %s on %s", spec.dino_model_type, source, how, where)
-    if workers.encodes_here and workers.device.startswith("cuda"):
-        hint_at_other_gpus()
-    if spec.weights == "random":
-        LOG.warning("WEIGHTS ARE RANDOM (seeded): the features are for trying things out and mean nothing")
-
-
-def hint_at_other_gpus() -> None:
-    """Say how to use all GPUs of this machine, where there are several."""
-    import torch
-
-    if (count := torch.cuda.device_count()) > 1:
+    is_on_gpu = workers.encodes_here and workers.device.startswith("cuda")
+    if is_on_gpu and (count := open_library("torch").cuda.device_count()) > 1:
         how = f"`executor: ray` in the config uses all ({install_command('ray')})"
         LOG.warning("%d GPUs are visible and one of them is used; %s", count, how)
+    if spec.weights == "random":
+        LOG.warning("WEIGHTS ARE RANDOM (seeded): the features are for trying things out and mean nothing")
 
 
 def begin_rebuild(dataset: PreparedDataset) -> None:
@@ -5970,8 +5976,9 @@ def log_file(cache_dir: Path) -> Iterator[None]:
 def run_datasets(datasets: list[PreparedDataset], stop_request: StopRequest) -> NightOutcome:
     """Do the work of one dataset after the other. A fault of its disk ends the work on one dataset, any other all."""
     outcomes: list[DatasetOutcome] = []
-    for dataset in datasets:
-        outcomes.append(run_dataset(dataset, stop_request))
+    for number, dataset in enumerate(datasets, 1):
+        num_waiting = sum(len(other.pending) + other.left_out for other in datasets[number:])
+        outcomes.append(run_dataset(dataset, stop_request, num_waiting))
         error = outcomes[-1].error
         if error is not None and not isinstance(error, StorageError):  # the device, a worker's refusal, our own fault
             return NightOutcome(outcomes, outcomes[-1].exit_code)
@@ -5981,7 +5988,7 @@ def run_datasets(datasets: list[PreparedDataset], stop_request: StopRequest) -> 
     return NightOutcome(outcomes, next(code for code in _WORST_FIRST if code in codes))
 
 
-def run_dataset(dataset: PreparedDataset, stop_request: StopRequest) -> DatasetOutcome:
+def run_dataset(dataset: PreparedDataset, stop_request: StopRequest, num_waiting: int = 0) -> DatasetOutcome:
     """Do one dataset's work and say, in its log too, how it ended. Whatever ended it early is in the outcome: nothing
     false is recorded, and a rerun resumes."""
     with contextlib.ExitStack() as logs:
@@ -5992,7 +5999,7 @@ def run_dataset(dataset: PreparedDataset, stop_request: StopRequest) -> DatasetO
             run.run()
         except Exception as fault:
             error = fault
-        outcome = run.outcome(error)
+        outcome = run.outcome(error, num_waiting)
         log_outcome(outcome)
     return outcome
 
@@ -6111,6 +6118,7 @@ def run(arguments: RunArguments, stop_request: StopRequest) -> NightOutcome:
         # 6) find libraries and workers, settle device, precision and shapes
         if any(dataset.pending for dataset in datasets):
             start_fork_server(READING_LIBRARIES if any(map(reads_in_processes, datasets)) else ())
+            say_step("loading torch")
             for library in WORK_LIBRARIES:
                 open_library(library)
         workers = open_workers(datasets, resources)
@@ -6257,7 +6265,11 @@ class ConsoleHandler(logging.Handler):
     """Messages without tracebacks, past the progress bar: information to stdout, warnings and errors to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(printable(record.getMessage()), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout)
+        is_step = getattr(record, "is_step", False)
+        if is_step and not sys.stderr.isatty():
+            return
+        to_stderr = is_step or record.levelno >= logging.WARNING
+        tqdm.write(printable(record.getMessage()), file=sys.stderr if to_stderr else sys.stdout)
         sys.stdout.flush()
 
 
@@ -6306,7 +6318,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch-size", type=_positive(int), metavar="B", help="frames per batch, instead of the config's"
     )
+    parser.add_argument(
+        "--set", action="append", type=_setting, default=[], metavar="KEY=VALUE",
+        help="a key of the config, for every dataset; datasets.NAME.KEY=VALUE for one (may be repeated)",
+    )  # fmt: skip
     return parser
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key.strip(), yaml.load(value, Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: the value is not YAML: {one_line(error)}") from error
 
 
 def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
@@ -6330,7 +6356,7 @@ def run_arguments(parsed: argparse.Namespace) -> RunArguments:
     return RunArguments(
         config=parsed.config,
         datasets=parsed.dataset,
-        overrides={key: value for key, value in overrides.items() if value is not None},
+        overrides={**dict(parsed.set), **{key: value for key, value in overrides.items() if value is not None}},
         dry_run=parsed.dry_run,
         measure=parsed.measure,
         yes=parsed.yes,
@@ -6349,6 +6375,9 @@ def main(argv: list[str] | None = None) -> int:
     parsed = parser.parse_args(argv)
     if parsed.measure and not parsed.dry_run:
         parser.error("--measure: goes with --dry-run")
+    for key, count in Counter(key for key, _ in parsed.set).items():
+        if count > 1:
+            parser.error(f"--set: {key} is given twice")
     stop_request = StopRequest(parsed.max_hours)
     stop_request.install()
     set_up_process()
@@ -6368,7 +6397,8 @@ def run_and_say(arguments: RunArguments, stop_request: StopRequest, *, with_prof
     """Run, and say what kept it from running, if anything did."""
     try:
         refuse_locale()
-        outcome = run(arguments, stop_request)
+        with advice_on(arguments.config, arguments.overrides):
+            outcome = run(arguments, stop_request)
         if with_profile and not arguments.dry_run:
             for line in PROFILE.table():
                 LOG.info("%s", line)

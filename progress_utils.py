@@ -1,17 +1,20 @@
 #!/usr/bin/env python3
 """Read and edit the progress record of a dino_cache.
 
-    python progress_utils.py show         --cache-dir D [--json | --watch [SECONDS]] [--all]
+    python progress_utils.py show         CACHE [--json | --watch [SECONDS]] [--all]
     python progress_utils.py list         [--root .] [--json]
-    python progress_utils.py reset-failed --cache-dir D
-    python progress_utils.py reset        --cache-dir D [--yes]
+    python progress_utils.py reset-failed CACHE
+    python progress_utils.py reset        CACHE [--yes]
 
 and, where dino_cache_extras/ lies beside it, what COMMAND_MODULES names (`--help` of each says more):
 
-    python progress_utils.py verify       --cache-dir D [--deep] [--json] [--repair [--yes]]
-    python progress_utils.py rebuild      --cache-dir D [--yes]
-    python progress_utils.py report       --cache-dir D [-o report.html] [--data-folder DIR]
-    python progress_utils.py export       --cache-dir D --to flat|vint -o PATH [--tokens ...] [--allow-mixed] [--force]
+    python progress_utils.py verify       CACHE [--deep] [--json] [--repair [--yes]]
+    python progress_utils.py rebuild      CACHE [--yes]
+    python progress_utils.py report       CACHE [-o report.html] [--data-folder DIR]
+    python progress_utils.py export       CACHE --to flat|vint -o PATH [--tokens ...] [--allow-mixed] [--force]
+    python progress_utils.py prune        CACHE [--yes]
+
+CACHE is the folder that holds progress.json, or that file; also `--cache-dir D`, or `--config FILE [--dataset NAME]`.
 
 This file owns three things, which dino_cache.py imports from here:
 
@@ -70,6 +73,7 @@ STAGING_FOLDER = ".staging"
 LOCK_FILE = ".lock"
 LOCK_OWNER_FILE = ".lock.owner"  # who holds the lock and how far it is; advisory, the lock itself decides
 LOG_FILE = "dino_cache.log"
+RUNS_FILE = "runs.jsonl"  # how each run went, a line a run
 # What a killed save leaves.
 TEMPORARY_FILES = tuple(f"{name}.tmp" for name in (PROGRESS_FILE, BACKUP_FILE, LOCK_OWNER_FILE))
 
@@ -309,8 +313,9 @@ def open_door(module: str) -> ModuleType:
         folder = module.partition(".")[0]
         if (error.name or "").partition(".")[0] != folder:
             raise missing_library(error) from error
+        what = f"the folder {folder}" if "." in module else f"{module}.py"
         raise RefusedError(
-            f"this needs {module}, which is not there: copy the folder {folder} of the clone to {Path(__file__).parent}"
+            f"this needs {module}, which is not there: copy {what} of the clone to {Path(__file__).parent}"
         ) from error
 
 
@@ -473,6 +478,7 @@ class RunState(NamedTuple):
     frames_left: int
     frames_per_s: float
     trajectory: str | None  # the one in work
+    frames_done: int | None = None  # by this run; None: a version that did not say. Written apart: older ones read it
 
     def line(self) -> str:
         """In words; time left and rate once there is a rate."""
@@ -483,6 +489,12 @@ class RunState(NamedTuple):
             hours_left = self.frames_left / self.frames_per_s / 3600
             line += f", {hours_left:.1f}h remaining, {self.frames_per_s:.0f} frames/s"
         return line
+
+    def frames_line(self) -> str | None:
+        """How far it is in frames, which move within a long trajectory too."""
+        if self.frames_done is None or not (total := self.frames_done + self.frames_left):
+            return None
+        return f"Frames: {self.frames_done:,} of {total:,} in this run ({100 * self.frames_done / total:.1f}%)"
 
 
 class Heartbeat:
@@ -500,7 +512,8 @@ class Heartbeat:
         """Write how far the run is, if it is time to."""
         if time.monotonic() - self._last_beat >= HEARTBEAT_INTERVAL_S:
             self._last_beat, self._has_beaten = time.monotonic(), True
-            self._write({"run": state()._asdict()})
+            fields = state()._asdict()
+            self._write({"frames_done": fields.pop("frames_done"), "run": fields})
 
     def end(self) -> None:
         """Write that the run is over, though its process may hold the lock for longer."""
@@ -510,7 +523,8 @@ class Heartbeat:
     def _write(self, more: dict[str, Any]) -> None:
         with contextlib.suppress(OSError, ValueError):  # a full disk, say
             owner = json.loads(self._path.read_text(encoding="utf-8"))
-            owner.pop("run", None)
+            for key in ("run", "frames_done"):
+                owner.pop(key, None)
             temporary = self._path.with_name(self._path.name + ".tmp")
             temporary.write_text(json.dumps({**owner, **more}), encoding="utf-8")
             os.replace(temporary, self._path)
@@ -557,7 +571,7 @@ def read_lock_owner(cache_dir: Path) -> LockOwner | None:
         last_heartbeat = path.stat().st_mtime
         owner = json.loads(path.read_text(encoding="utf-8"))
         name = f"pid {owner['pid']} on {owner['host']}, since {owner['started']}"
-        run = RunState(**owner["run"]) if "run" in owner else None
+        run = RunState(**owner["run"], frames_done=owner.get("frames_done")) if "run" in owner else None
     except (OSError, ValueError, KeyError, TypeError):
         return LockOwner("its holder left no name", True, time.time(), None) if is_locked(cache_dir) else None
     is_alive = is_locked(cache_dir)
@@ -1096,6 +1110,7 @@ def _ways_out(cache_dir: Path) -> str:
 
 SHOWN_FAILURES = 10
 WATCH_INTERVAL_S = 2.0
+MOST_RUN_BYTES = 1_000_000  # of a line of runs.jsonl
 
 
 def load_or_refuse(cache_dir: Path) -> Progress:
@@ -1182,9 +1197,34 @@ def _status_lines(progress: Progress) -> list[str]:
         f"Total chunks generated: {progress.total_chunks}",
         f"Processing time: {progress.elapsed_s / 3600:.1f} hours",
         f"Last update: {time.ctime(progress.last_update)}",
+        _summary_line(progress),
         *_run_lines(progress.cache_dir),
         *state_remarks(progress),
     ]
+
+
+def _summary_line(progress: Progress) -> str:
+    """How much is done, how large it is and how the last run went, as far as that is recorded."""
+    completed, failed, total = len(progress.records), len(progress.failures), progress.num_trajectories
+    counts = f"{completed} completed, {failed} failed"
+    if total is not None:
+        total = max(total, completed)  # failed ones that are gone from the data are not among them
+        counts = f"{completed} of {total}, {failed} failed, {max(0, total - completed - failed)} pending"
+    size = human_bytes(sum(sum(record["bytes"]) for record in progress.records.values()))
+    return "; ".join([f"Done: {counts}", size, *_last_run(progress.cache_dir)])
+
+
+def _last_run(cache_dir: Path) -> list[str]:
+    """How long the last run took and how fast it was, of the last line of runs.jsonl; nothing where it does not say."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        if not (cache_dir / RUNS_FILE).is_file():  # a pipe would be waited for
+            return []
+        with open(cache_dir / RUNS_FILE, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - MOST_RUN_BYTES))
+            run = json.loads(file.read().splitlines()[-1])
+        took = f"last run {human_duration(run['seconds'])}"
+        return [f"{took} at {run['frames_per_s']:.1f} frames/s" if run.get("frames_per_s") else took]
+    return []
 
 
 def _run_lines(cache_dir: Path) -> list[str]:
@@ -1198,6 +1238,7 @@ def _run_lines(cache_dir: Path) -> list[str]:
     lines = [f"Run at work: {owner.name}"]
     if owner.run is not None:
         lines += [owner.run.line(), f"Trajectory in work: {owner.run.trajectory}"]
+        lines += [line] if (line := owner.run.frames_line()) else []
     return lines
 
 
@@ -1229,7 +1270,8 @@ def _failure_lines(failures: dict[str, Failure], show_all: bool) -> list[str]:
         return []
     shown = len(failures) if show_all else SHOWN_FAILURES
     lines = ["", f"❌ Failed Trajectories ({len(failures)}):"]
-    lines += [f"  - {name}: {failure['reason']}" for name, failure in list(failures.items())[:shown]]
+    for name, failure in list(failures.items())[:shown]:
+        lines.append(f"  - {name}: {failure['reason'].removeprefix(f'{name}: ')}")  # the name once
     return lines + [f"  ... and {len(failures) - shown} more"] * (len(failures) > shown)
 
 
@@ -1281,13 +1323,22 @@ _NUMBER_COLUMNS = range(1, 6)
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
     lines = [tuple(map(printable, line)) for line in (_TABLE_HEAD, *map(_table_line, rows))]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_TABLE_HEAD))]
-    for line in lines:
-        cells = [
+    if sys.stdout.isatty() and is_there(NARROW_TABLE_MODULE):
+        print_lines(*open_door(NARROW_TABLE_MODULE).fitted(lines, shutil.get_terminal_size().columns))
+    else:
+        print_lines(*in_columns(lines))
+
+
+def in_columns(lines: list[tuple[str, ...]]) -> list[str]:
+    """The lines of a table whose cells stand below each other."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return [
+        "  ".join(
             cell.rjust(width) if column in _NUMBER_COLUMNS else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(line, widths))
-        ]
-        print_lines("  ".join(cells).rstrip())
+        ).rstrip()
+        for line in lines
+    ]
 
 
 def _table_line(row: dict[str, Any]) -> tuple[str, ...]:
@@ -1376,6 +1427,8 @@ class CommandModule(NamedTuple):
     example: str
 
 
+NAMED_CACHES_MODULE = "dino_cache_extras.commands.named_caches"  # finds those of a configuration
+NARROW_TABLE_MODULE = "dino_cache_extras.commands.narrow_table"  # fits the list of caches into a terminal
 COMMAND_MODULES = {
     "verify": CommandModule(
         "dino_cache_extras.commands.verify", "Check the chunk files against the record.", "--cache-dir D --deep"
@@ -1388,6 +1441,9 @@ COMMAND_MODULES = {
     ),
     "report": CommandModule(
         "dino_cache_extras.commands.report", "Write one HTML file to look at.", "--cache-dir D -o report.html"
+    ),
+    "prune": CommandModule(
+        "dino_cache_extras.commands.prune", "Remove what the data no longer have, and leftovers.", "--config my.yaml"
     ),
 }
 
@@ -1422,10 +1478,29 @@ def build_parser(asked_for: str | None = None) -> argparse.ArgumentParser:
 
 
 def add_cache_dir(parser: argparse.ArgumentParser) -> None:
-    """The option that every command on one cache has."""
-    parser.add_argument(
-        "--cache-dir", type=Path, required=True, metavar="D", help="the folder that holds progress.json"
-    )
+    """How every command on a cache is told which; `_run_on_cache` puts it into `cache_dir`."""
+    parser.add_argument("cache", type=Path, nargs="?", metavar="CACHE", help="the folder that holds progress.json")
+    parser.add_argument("--cache-dir", type=Path, metavar="D", help="the same, as an option")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the cache of this configuration instead")
+    parser.add_argument("--dataset", metavar="NAME", help="of this dataset of the configuration")
+
+
+def _run_on_cache(arguments: argparse.Namespace) -> int:
+    """Run a command on the cache that the command line names. RefusedError where it names none, or several ways."""
+    ways = [way for way in (arguments.cache, arguments.cache_dir, arguments.config) if way is not None]
+    if len(ways) != 1:
+        what = "names its cache more than once" if ways else "needs a cache"
+        raise RefusedError(f"{arguments.command}: {what}: give its folder, or --config FILE [--dataset NAME]")
+    if arguments.config is not None:
+        return open_door(NAMED_CACHES_MODULE).run_on_caches(arguments)
+    (path,) = ways
+    if arguments.dataset is not None:
+        raise RefusedError(f"--dataset {arguments.dataset}: goes with --config FILE")
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        raise RefusedError(f"{path}: is a configuration, not a cache: give it as --config {path}")
+    is_record = path.name == PROGRESS_FILE and not (path / PROGRESS_FILE).exists()
+    arguments.cache_dir = path.parent if is_record else path
+    return arguments.run(arguments)
 
 
 def _add_show(parser: argparse.ArgumentParser) -> None:
@@ -1465,7 +1540,10 @@ def _add_reset_failed(parser: argparse.ArgumentParser) -> None:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds; a cache stands before --watch") from None
     if not 0 < seconds < 1e6:
         raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
     return seconds
@@ -1494,7 +1572,7 @@ def _run_command(asked_for: str | None, argv: list[str]) -> int:
         if asked_for in COMMAND_MODULES:  # they look for trajectories by name
             refuse_locale()
         arguments = build_parser(asked_for).parse_args(argv)
-        return arguments.run(arguments)
+        return _run_on_cache(arguments) if hasattr(arguments, "cache_dir") else arguments.run(arguments)
     except DinoCacheError as error:
         first, *more = error.args
         print_lines(f"error: {first}", *more, file=sys.stderr)

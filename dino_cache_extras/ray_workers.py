@@ -105,8 +105,14 @@ def plan_workers(nodes: list[dict[str, float]], options: RunOptions) -> WorkerPl
         device, default = "cuda", min(cpu // gpu for cpu, gpu in cores_of_gpu_nodes)
     else:
         device, default = "cpu", min([CPU_WORKER_CORES, *(cpu for cpu, _ in cores if cpu)])
+
+    def room(cpus: int) -> int:
+        return sum(cpu // cpus if device == "cpu" else min(cpu // cpus, gpu) for cpu, gpu in cores)
+
     cpus = max(1, default) if options.cpus_per_worker == "auto" else options.cpus_per_worker
-    most = sum(cpu // cpus if device == "cpu" else min(cpu // cpus, gpu) for cpu, gpu in cores)
+    if options.cpus_per_worker == "auto" and options.num_workers != "auto":  # divide the cores
+        cpus = next((fewer for fewer in range(cpus, 0, -1) if room(fewer) >= options.num_workers), cpus)
+    most = room(cpus)
     count = max(1, most) if options.num_workers == "auto" else options.num_workers
     plan = WorkerPlan(device, count, cpus)
     if count > most:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pexpect
 import pytest
 
 import dino_cache
@@ -382,3 +383,34 @@ def test_causes_that_go_round_in_a_ring_are_logged_once():
         text = dino_cache.LogFormatter().formatException((ValueError, first, None))
     assert "ValueError: one" in text and "KeyError: 'two'" in text
     assert "\x1b" not in text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before the first batch
+# ---------------------------------------------------------------------------------------------------------------------
+
+STEPS = ["loading torch", "reading poses 0 / 2", "loading weights of small"]
+
+
+def test_a_terminal_is_told_what_happens_before_the_first_batch(robot):
+    robot.add("t0", "t1")
+    command = cache_command(robot.config, fake=False)
+    with pexpect.spawn(command[0], command[1:], timeout=120, encoding="utf-8", dimensions=(30, 120)) as terminal:
+        for step in STEPS:
+            terminal.expect_exact(step)
+        terminal.expect_exact("2/2 trajectories completed")
+        terminal.expect(pexpect.EOF)
+    assert terminal.exitstatus == 0
+
+
+def test_a_file_is_not_told_it_and_the_log_is(robot, run_here, monkeypatch):
+    monkeypatch.setattr(dino_cache, "STEP_INTERVAL_S", -1.0)
+    robot.add("t0", "t1")
+    outcome = run_here(robot.config)
+    log = (robot.cache / "dino_cache.log").read_text()
+    for step in (*STEPS, "reading poses 1 / 2"):
+        assert step not in outcome.out + outcome.err
+        assert f" INFO {step}\n" in log
+    before = len(log)
+    assert run_here(robot.config).code == 0
+    assert "loading" not in (robot.cache / "dino_cache.log").read_text()[before:]  # nothing to do: nothing is loaded

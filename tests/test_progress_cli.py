@@ -47,6 +47,7 @@ Failed trajectories: 0
 Total chunks generated: 3
 Processing time: 2.5 hours
 Last update: Mon Jan 10 15:30:45 2022
+Done: 2 of 8, 0 failed, 6 pending; 230 bytes
 
 Processing Configuration:
   dino_model_type: small
@@ -438,3 +439,91 @@ def test_a_containers_quota_bounds_the_cores(tmp_path, monkeypatch, quota, cores
     monkeypatch.setattr(progress_utils, "CPU_QUOTA", tmp_path / "cpu.max")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     assert progress_utils.available_cores() == cores
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which cache, and how it stands in one line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [["{cache}"], ["{cache}/progress.json"], ["--cache-dir", "{cache}/progress.json"]])
+def test_a_cache_is_named_by_its_folder_or_its_record(tmp_path, way):
+    write_record(tmp_path, failed=1)
+    named = [word.format(cache=tmp_path) for word in way]
+    shown = run_utils("show", *named)
+    assert (shown.returncode, shown.stdout.splitlines()[0]) == (0, f"📊 Progress Status for {tmp_path}")
+    assert run_utils("reset-failed", *named).returncode == 0
+    assert read_progress(tmp_path)["failures"] == {}
+    assert run_utils("reset", *named, "--yes").returncode == 0
+    assert read_progress(tmp_path)["completed_trajectories"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ([], "needs a cache: give its folder, or --config FILE [--dataset NAME]"),
+        (["{cache}", "--cache-dir", "{cache}"], "names its cache more than once"),
+        (["{cache}", "--config", "robot.yaml"], "names its cache more than once"),
+        (["{cache}", "--dataset", "robot"], "--dataset robot: goes with --config FILE"),
+        (["{cache}/robot.yaml"], "is a configuration, not a cache: give it as --config "),
+        (["--watch", "{cache}"], "is not a number of seconds; a cache stands before --watch"),
+    ],
+)
+def test_a_cache_that_is_not_clear_is_refused(tmp_path, arguments, why):
+    write_record(tmp_path)
+    (tmp_path / "robot.yaml").touch()
+    before = tree(tmp_path)
+    for command in ["show"] if "--watch" in arguments else ["show", "reset-failed"]:
+        refused = run_utils(command, *(word.format(cache=tmp_path) for word in arguments))
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert why in refused.stderr
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("failed", "total", "last_run", "line"),
+    [
+        (5, 10, None, "Done: 2 of 10, 5 failed, 3 pending; 230 bytes"),
+        (5, 4, None, "Done: 2 of 4, 5 failed, 0 pending; 230 bytes"),  # failed ones are gone from the data
+        (0, None, None, "Done: 2 completed, 0 failed; 230 bytes"),  # an early version did not say
+        (0, 2, '{"seconds": 12.3, "frames_per_s": 14.61}', "Done: 2 of 2, 0 failed, 0 pending; 230 bytes; "
+         "last run 12 s at 14.6 frames/s"),
+        (0, 2, '{"seconds": 9000}', "Done: 2 of 2, 0 failed, 0 pending; 230 bytes; last run 2.5 h"),
+        (0, 2, '{"seconds": ', "Done: 2 of 2, 0 failed, 0 pending; 230 bytes"),
+        (0, 2, "[]", "Done: 2 of 2, 0 failed, 0 pending; 230 bytes"),
+    ],
+)  # fmt: skip
+def test_show_says_in_a_line_how_a_cache_stands(tmp_path, failed, total, last_run, line):
+    write_record(tmp_path, failed, num_trajectories=total)
+    if last_run is not None:
+        (tmp_path / "runs.jsonl").write_text(f'{{"seconds": 1}}\n{last_run}\n')
+    assert line in run_utils("show", tmp_path).stdout.splitlines()
+
+
+def test_a_reason_that_begins_with_the_trajectory_names_it_once(tmp_path):
+    failures = record(2)["failures"]
+    failures["f0"]["reason"] = "f0: position is in millimetres"
+    write_record(tmp_path, 2, failures=failures)
+    lines = run_utils("show", tmp_path).stdout.splitlines()
+    assert lines[-2:] == ["  - f0: position is in millimetres", "  - f1: f1/0.jpg: broken"]
+
+
+def test_a_long_trajectory_moves_by_frames(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress_utils, "HEARTBEAT_INTERVAL_S", 0.0)
+    write_record(tmp_path)
+    with cache_lock(tmp_path):
+        heartbeat = progress_utils.Heartbeat(tmp_path)
+        for done, told in (
+            (1200, "1,200 of 20,000"),
+            (15000, "15,000 of 20,000"),
+        ):
+            state = progress_utils.RunState(0, 1, 0, 60.0, 20000 - done, 20.0, "hour", frames_done=done)
+            heartbeat.beat(lambda state=state: state)
+            line = f"Frames: {told} in this run ({done / 200:.1f}%)"
+            assert line in run_utils("show", tmp_path).stdout.splitlines()
+            owner = json.loads((tmp_path / ".lock.owner").read_text())
+            assert [*owner["run"]] == [  # what older versions read
+                "done", "total", "chunks", "elapsed_s", "frames_left", "frames_per_s", "trajectory",
+            ]  # fmt: skip
+        heartbeat.end()
+        assert "Frames: " not in run_utils("show", tmp_path).stdout

@@ -1,5 +1,7 @@
 """Two datasets of one config file: the worst outcome is the exit code, and one refusal starts neither."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +132,14 @@ def test_one_held_cache_starts_nothing(pair, run_here, encoders):
     assert encoders == []
     assert set(tree(pair["lab"].cache)) <= {".lock"}
     assert progress_utils.main(["show", "--cache-dir", str(pair["lab"].cache)]) == 2
+
+
+def test_a_stop_counts_the_work_of_the_datasets_that_come_after(pair, run_here, before_batch):
+    pair["lab"].add("t0", "t1")
+    pair["yard"].add("t0", "t1", "t2")
+    before_batch(lambda count: os.kill(os.getpid(), signal.SIGTERM) if count == 0 else None)
+    stopped = run_here(pair["lab"].config)
+    assert stopped.code == 143
+    done = len(read_progress(pair["lab"].cache)["completed_trajectories"])
+    assert f"Stopped by a signal, {5 - done} trajectories are left" in stopped.err
+    assert not (pair["yard"].cache / "progress.json").exists()

@@ -55,7 +55,7 @@ def verify(cache_dir: Path, *, deep: bool, as_json: bool, repair: bool, yes: boo
             findings = _still_true(progress, findings)
         holder = None if repair else lock_owner(cache_dir)
         if holder is None:  # else these are what a run has in flight
-            others = [*_find_unrecorded(progress), *_find_leftovers(progress)]
+            others = [*_find_unrecorded(progress), *find_leftovers(progress)]
             holder = None if repair else lock_owner(cache_dir)  # one that began during the look
             findings += others if holder is None else []
         mixed = len(progress.fingerprints) > 1
@@ -120,7 +120,8 @@ def _find_unrecorded(progress: Progress) -> list[Finding]:
     ]
 
 
-def _find_leftovers(progress: Progress) -> list[Finding]:
+def find_leftovers(progress: Progress) -> list[Finding]:
+    """What interrupted runs left beside the chunks."""
     cache_dir, staging = progress.cache_dir, progress.cache_dir / STAGING_FOLDER
     names = TEMPORARY_FILES if progress.has_journal else (*TEMPORARY_FILES, JOURNAL_FILE)  # of an earlier progress.json
     paths = [cache_dir / name for name in names if os.path.lexists(cache_dir / name)]

@@ -68,6 +68,10 @@ needs_ray = pytest.mark.skipif(ray is None, reason="Ray is not installed: pip in
         ([(64, 0), (64, 0)], {}, ("cpu", 32, 4)),
         ([(7, 0), (9, 0)], {"cpus_per_worker": 4}, ("cpu", 3, 4)),
         ([(7, 0), (9, 0)], {"cpus_per_worker": 4, "num_workers": 2}, ("cpu", 2, 4)),
+        ([(2, 0)], {"num_workers": 2}, ("cpu", 2, 1)),  # what there is, divided
+        ([(7, 0), (4, 0)], {"num_workers": 3}, ("cpu", 3, 3)),
+        ([(64, 0)], {"num_workers": 2}, ("cpu", 2, 4)),  # no more than without a number
+        ([(8, 4), (2, 4)], {"num_workers": 6}, ("cuda", 6, 1)),
         ([(64, 8)], {}, ("cuda", 8, 8)),
         ([(64, 8), (16, 4), (0, 0), (128, 0)], {}, ("cuda", 12, 4)),
         ([(64, 8)], {"device": "cuda", "num_workers": 3}, ("cuda", 3, 8)),
