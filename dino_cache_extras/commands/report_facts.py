@@ -7,7 +7,6 @@ import calendar
 import itertools
 import math
 import random
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from dino_cache import TOKEN_DATASETS, cameras_of, token_dataset
 from dino_cache_extras.chunk_files import NewRows, pieces, recorded_chunk, stored_datasets
+from dino_cache_extras.run_history import cause_of
 from progress_utils import Failure, Progress, RefusedError
 
 REPORT_SEED = 0
@@ -225,15 +225,8 @@ def failure_causes(failures: dict[str, Failure]) -> dict[str, list[tuple[str, Fa
     """Failures by cause, the most frequent first: reasons that differ in names and numbers alone are one cause."""
     causes: dict[str, list[tuple[str, Failure]]] = {}
     for name, failure in failures.items():
-        causes.setdefault(_cause(name, failure), []).append((name, failure))
+        causes.setdefault(cause_of(name, failure), []).append((name, failure))
     return dict(sorted(causes.items(), key=lambda item: -len(item[1])))
-
-
-def _cause(name: str, failure: Failure) -> str:
-    reason = failure["reason"].removeprefix(name)
-    reason = re.sub(r"^/[^:]*?(\.\w+)?: ", lambda match: f"*{match[1] or ''}: ", reason).removeprefix(": ")
-    reason = reason.replace(name, "...")
-    return re.sub(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", "#", reason)
 
 
 def frames_to_picture(sample: CacheSample) -> list[tuple[str, int, int]]:
