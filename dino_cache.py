@@ -107,7 +107,7 @@ from progress_utils import (
     TrajectoryRecord,
     __version__,
     absent_mount,
-    ask,
+    ask_for_answer,
     available_cores,
     chunk_file_name,
     chunk_folders,
@@ -129,6 +129,7 @@ from progress_utils import (
     printable,
     program_name,
     progress_command,
+    recorded_caches,
     refuse_locale,
     set_aside,
     set_up_console,
@@ -4545,6 +4546,7 @@ DISTANCE_SETTINGS = ("max_chunk_distance_m", "overlap_distance_m", "min_chunk_di
 FRAME_SETTINGS = ("max_chunk_frames", "overlap_frames")
 
 HISTORY_MODULE = "dino_cache_extras.run_history"  # writes runs.jsonl
+CHOICES_MODULE = "dino_cache_extras.changed_config"  # what can be done about a changed configuration
 HINTS_MODULE = "dino_cache_extras.hints"  # what the machine could do beside what it does
 JSON_LOG_MODULE = "dino_cache_extras.json_log"  # writes what --log-json asks for
 MEASURE_MODULE = "dino_cache_extras.measure"  # what --measure does; what other tokens would take
@@ -4884,27 +4886,12 @@ def refuse_no_trajectories(config: DatasetConfig, kind: Format, lack_poses: Sequ
     why = "Is the disk mounted?"
     if lack_poses:
         why = f"These have frames and no poses, for which there is chunk_by: frames: {human_list(lack_poses)}"
-        if (other := other_sign(config, lack_poses)) is not None:
+        for other in open_door(HINTS_MODULE).other_signs(config, lack_poses) if is_there(HINTS_MODULE) else ():
             why = f"It looks like format: {other.name} ({other.sign})"
     raise RefusedError(
         f"datasets.{config.name}.data_folder: {config.data_folder}: no trajectories below it{which}; a trajectory "
         f"is {kind.trajectory}. {why}"
     )
-
-
-def other_sign(config: DatasetConfig, names: Sequence[str]) -> FoundFormat | None:
-    """A sign of another format at trajectories that lack poses, or in the folders that hold these: images/ beside
-    poses.csv, for one."""
-    others = [(name, format_named(name)) for name in format_names() if name != config.format]
-    for name in names[:SHOWN_NAMES]:
-        for folder in (name, os.path.dirname(name)):
-            path = config.data_folder / folder
-            if path.is_dir():
-                files = FolderFiles(f"{folder}/" if folder else "", path, sorted(os.listdir(path)))
-                for other, kind in others:
-                    if sign := next(iter(kind.signs(files, not folder)), None):
-                        return FoundFormat(other, recordable_name(files.name + sign))
-    return None
 
 
 def refuse_same_names(trajectories: list[Trajectory]) -> None:
@@ -5113,38 +5100,63 @@ def lost_trajectories(progress: Progress, store: ChunkStore, present: Container[
     return lost
 
 
-def confirm_changes(
-    dataset: PreparedDataset, differences: list[tuple[str, Any, Any]], stop_request: StopRequest, *, yes: bool
-) -> None:
-    """Let the user decide on a changed configuration: what is completed stays as it is, the rest is made with it.
+ANSWERS = {"y": "keep", "yes": "keep", "r": "redo"}  # to the question about a changed configuration; others: no
 
-    Raises:
-        RefusedError: the answer is no, or there is neither --yes nor a terminal.
-    """
-    if not differences:
-        return
-    if dataset.progress.records:
-        lines = [f"  {key}: {old} -> {new}" for key, old, new in differences]
+
+class ChangedConfig(Exception):
+    """A dataset's configuration changed, and nobody has decided on that yet. It is asked when no lock is held."""
+
+    def __init__(self, dataset: PreparedDataset, differences: list[tuple[str, Any, Any]], *, can_redo: bool):
+        super().__init__(dataset.name)
+        self.dataset, self.differences, self.can_redo = dataset, differences, can_redo
+        self.facts = repr((dataset.name, differences, len(dataset.progress.records)))  # what an answer is good for
+
+    def decide(self, stop_request: StopRequest, *, yes: bool) -> str:
+        """Say what changed; keep: what is completed stays as it is, the rest is made with the new one; or redo.
+
+        Raises:
+            RefusedError: the answer is no, or there is neither --yes nor a terminal.
+        """
+        name, reset = self.dataset.name, progress_command(f"reset --cache-dir {self.dataset.config.cache_dir}")
         ways = (
             "Ways on: --yes keeps what is completed and makes the rest with the new configuration; --force-rebuild "
-            f"redoes everything, as {progress_command(f'reset --cache-dir {dataset.config.cache_dir}')} does; or undo "
-            "it"
+            f"redoes everything, as {reset} does; or undo it"
         )
-        for line in (f"{dataset.name}: the configuration changed since this cache was begun:", *lines):
+        lines = [f"  {key}: {old} -> {new}" for key, old, new in self.differences]
+        for line in (f"{name}: the configuration changed since this cache was begun:", *lines):
             LOG.warning("%s", line)
-        if not yes and not ask_to_continue("Continue with the changed configuration?", ways, stop_request):
-            raise RefusedError(
-                f"{dataset.name}: not continued with the changed configuration. Nothing was changed. {ways}"
-            )
-    for failure in dataset.progress.failures.values():
+        if self.can_redo and not yes and sys.stdin and sys.stdin.isatty() and is_there(CHOICES_MODULE):
+            for letter, what in open_door(CHOICES_MODULE).choices(self.dataset):
+                LOG.warning("  %s  %s", letter, what)
+        question = "Continue with the changed configuration?"
+        answer = ANSWERS.get("y" if yes else answer_to(question, ways, stop_request))
+        if answer is None or (answer == "redo" and not self.can_redo):
+            raise RefusedError(f"{name}: not continued with the changed configuration. Nothing was changed. {ways}")
+        return answer
+
+
+def confirm_changes(change: ChangedConfig, answers: dict[str, str], stop_request: StopRequest, *, yes: bool) -> str:
+    """What was decided on a changed configuration, if it did change: keep or redo.
+
+    Raises:
+        ChangedConfig: it is to be asked, on the terminal.
+        RefusedError: as for `decide`.
+    """
+    dataset, differences = change.dataset, change.differences
+    if differences and dataset.progress.records and change.facts not in answers:
+        if not yes and sys.stdin and sys.stdin.isatty():
+            raise change
+        answers[change.facts] = change.decide(stop_request, yes=yes)
+    for failure in dataset.progress.failures.values() if differences else ():
         failure["attempts"] = 0
+    return answers.get(change.facts, "keep")
 
 
-def ask_to_continue(question: str, ways: str, stop_request: StopRequest) -> bool:
+def answer_to(question: str, ways: str, stop_request: StopRequest) -> str:
     """Ask on the terminal; a signal ends the question."""
     stop_request.is_asking = True
     try:
-        return ask(question, otherwise="--yes")
+        return ask_for_answer(question, otherwise="--yes")
     except RefusedError as error:
         raise RefusedError(f"{error} {ways}") from None
     finally:
@@ -5357,12 +5369,12 @@ def remarks(dataset: PreparedDataset) -> list[str]:
     present = {trajectory.name for trajectory in dataset.trajectories}
     most = dataset.config.options.max_attempts
     tried_again = {state.trajectory.name for state in dataset.states if state.status == "pending"}
-    given_up = [
-        name for name in sorted((failures.keys() & present) - tried_again) if failures[name]["attempts"] >= most
-    ]
-    others = {
-        fingerprint for fingerprint, spec in dataset.progress.specs.items() if spec_differences(spec, dataset.spec)
-    }
+    given_up = sum(failures[name]["attempts"] >= most for name in (failures.keys() & present) - tried_again)
+    if given_up:  # their names and reasons are said at the end
+        lines.append(
+            f"{given_up} failed trajectories are not tried again after {most} attempts (reset-failed allows it)"
+        )
+    others = {key for key, spec in dataset.progress.specs.items() if spec_differences(spec, dataset.spec)}
     kept = [name for name, record in records.items() if record["fingerprint"] in others]
     for names, what in (
         (
@@ -5372,12 +5384,12 @@ def remarks(dataset: PreparedDataset) -> list[str]:
         ),
         (dataset.selection.missing, "names of the split are not in the data folder"),
         (dataset.selection.lack_poses, "folders hold frames but no pose file, left out"),
-        (given_up, f"failed trajectories are not tried again after {most} attempts (reset-failed allows it)"),
         (kept, "completed trajectories were made with another configuration, and stay"),
     ):
         if names:
             lines.append(f"{len(names)} {what}: {human_list(names)}")
-    if (other := other_sign(dataset.config, dataset.selection.lack_poses)) is not None:
+    lack = dataset.selection.lack_poses if is_there(HINTS_MODULE) else []
+    for other in open_door(HINTS_MODULE).other_signs(dataset.config, lack) if lack else ():
         lines.append(f"There are poses beside frames that are left out: format: {other.name} reads {other.sign}")
     return lines + [f"{len(found)} {what}: {human_list(found)}" for what, found in dataset.notes.items()]
 
@@ -5755,9 +5767,6 @@ class DatasetRun:
         elif not self._mount.holds_back(result):
             self._fail(result)
 
-    def _about(self, result: TrajectoryResult) -> dict[str, Any]:
-        return {"dataset": self._dataset.name, "trajectory": result.name}
-
     def _complete(self, result: TrajectoryResult, fingerprint: str) -> None:
         record: TrajectoryRecord = {
             "fingerprint": fingerprint,
@@ -5770,7 +5779,8 @@ class DatasetRun:
         self._progress.complete(result.name, result.checksum, record)
         self._counts.num_completed += 1
         self._counts.num_new += 1
-        EVENTS.info("completed", {**self._about(result), "chunks": len(result.spans), "bytes": sum(result.chunk_bytes)})
+        about = {"dataset": self._dataset.name, "trajectory": result.name}
+        EVENTS.info("completed", {**about, "chunks": len(result.spans), "bytes": sum(result.chunk_bytes)})
         for start, stop in result.left_out:
             why = f"less than min_chunk_distance_m {self._dataset.spec.min_chunk_distance_m} between pose jumps"
             LOG.info("%s: kept frames %d to %d are not stored: %s", result.name, start, stop - 1, why)
@@ -5784,7 +5794,8 @@ class DatasetRun:
         name, error, state = result.name, result.error, self._states[result.name]
         LOG.warning("Failed: %s", error, exc_info=error)
         self._told.add(name)
-        EVENTS.info("failed", {**self._about(result), "reason": str(error), "error_type": type(error).__name__})
+        about = {"dataset": self._dataset.name, "trajectory": name}
+        EVENTS.info("failed", {**about, "reason": str(error), "error_type": type(error).__name__})
         is_recorded = name in self._progress.records
         is_removed = is_void(state, error) or (not is_recorded and isinstance(error, InvalidDataError))
         if is_recorded and state.is_whole and not is_removed:
@@ -6082,7 +6093,16 @@ def run(arguments: RunArguments, stop_request: StopRequest, night: Night | None 
     Raises:
         RefusedError, CacheLockedError, StoppedError: nothing was started.
     """
-    night = night or Night()
+    night, answers = night or Night(), {}
+    while True:
+        try:
+            return attempt(arguments, stop_request, night, answers)
+        except ChangedConfig as change:  # all locks are free while it is asked; then all is compared again
+            answers[change.facts] = change.decide(stop_request, yes=arguments.yes)
+
+
+def attempt(arguments: RunArguments, stop_request: StopRequest, night: Night, answers: dict[str, str]) -> NightOutcome:
+    """A run, with what was answered so far. Raises ChangedConfig where something is to be asked."""
     with contextlib.ExitStack() as resources:
         # 1) read the config
         all_configs = load_config(arguments.config, arguments.overrides)
@@ -6093,17 +6113,20 @@ def run(arguments: RunArguments, stop_request: StopRequest, night: Night | None 
             refuse_missing_data(config)
             if not arguments.dry_run:
                 refuse_gone_cache(config, all_configs, stop_request, yes=arguments.yes)
-                resources.enter_context(locked_cache(config.cache_dir))
-                BACKLOG.locked.append(config.cache_dir)
+        for config in () if arguments.dry_run else configs:
+            resources.enter_context(locked_cache(config.cache_dir))
+            BACKLOG.locked.append(config.cache_dir)
         # 3) read the records, list the trajectories, compare them
         with PROFILE("list"):
             datasets = night.prepared = [prepare_dataset(config, stop_request) for config in configs]
+        # 4) have changed settings confirmed
+        for number, config in () if arguments.dry_run else enumerate(configs):
+            change = ChangedConfig(datasets[number], configuration_changes(datasets[number]), can_redo=True)
+            if confirm_changes(change, answers, stop_request, yes=arguments.yes) == "redo":
+                options = config.options.model_copy(update={"force_rebuild": True})
+                datasets[number] = prepare_dataset(dataclasses.replace(config, options=options), stop_request)
         for dataset in datasets:
             dataset.other_caches = other_caches(dataset, all_configs)
-        # 4) have changed settings confirmed
-        if not arguments.dry_run:
-            for dataset in datasets:
-                confirm_changes(dataset, configuration_changes(dataset), stop_request, yes=arguments.yes)
         # 5) choose what is to do
         for dataset in datasets:
             dataset.choose_pending(arguments.limit)
@@ -6128,7 +6151,8 @@ def run(arguments: RunArguments, stop_request: StopRequest, night: Night | None 
         with PROFILE("load"):
             load_encoders(datasets, stop_request)
         for dataset in datasets:
-            confirm_changes(dataset, weights_differences(dataset), stop_request, yes=arguments.yes)
+            change = ChangedConfig(dataset, weights_differences(dataset), can_redo=False)
+            confirm_changes(change, answers, stop_request, yes=arguments.yes)
         # 9) wait for the workers
         for party in workers:
             party.gather(stop_request)
@@ -6212,17 +6236,8 @@ def refuse_gone_cache(
     ways = "Ways on: mount the disk that it is on; or --yes begins it anew"
     gone = f"{where}: there was a cache, as {witnesses[0] / PROGRESS_FILE} says, and nothing is left of it"
     LOG.warning("%s", gone)
-    if not ask_to_continue("Begin it anew?", ways, stop_request):
+    if answer_to("Begin it anew?", ways, stop_request) not in ("y", "yes"):
         raise RefusedError(f"{gone}. Nothing was changed. {ways}")
-
-
-def recorded_caches(cache_dir: Path) -> list[str]:
-    """Where the caches of the same config's other datasets were, as the record in `cache_dir` says."""
-    try:
-        progress = Progress.load(cache_dir)
-    except RefusedError:  # said where that dataset is prepared
-        return []
-    return (progress and progress.other_caches) or []
 
 
 def other_caches(dataset: PreparedDataset, all_configs: list[DatasetConfig]) -> list[str]:

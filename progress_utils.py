@@ -1137,6 +1137,15 @@ SHOWN_FAILURES = 10
 WATCH_INTERVAL_S = 2.0
 
 
+def recorded_caches(cache_dir: Path) -> list[str]:
+    """Where the caches of the same config's other datasets were, as the record in `cache_dir` says."""
+    try:
+        progress = Progress.load(cache_dir)
+    except RefusedError:  # said where that dataset is prepared
+        return []
+    return (progress and progress.other_caches) or []
+
+
 def load_or_refuse(cache_dir: Path) -> Progress:
     """The record in `cache_dir`; RefusedError where there is none."""
     return Progress.parse(cache_dir, read_or_refuse(cache_dir))
@@ -1387,7 +1396,12 @@ def reset_failed(cache_dir: Path) -> int:
 
 
 def ask(question: str, *, otherwise: str) -> bool:
-    """Ask on the terminal; the default is no.
+    """Ask on the terminal; the default is no. RefusedError as for `ask_for_answer`."""
+    return ask_for_answer(question, otherwise=otherwise) in ("y", "yes")
+
+
+def ask_for_answer(question: str, *, otherwise: str) -> str:
+    """What is answered on the terminal, in small letters.
 
     Raises:
         RefusedError: there is no terminal to ask on; the message names the option that answers, `otherwise`.
@@ -1398,8 +1412,8 @@ def ask(question: str, *, otherwise: str) -> bool:
         )
     print(f"{printable(question)} [y/N] ", end="", file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):  # a terminal that is gone says no
-        return sys.stdin.readline().strip().lower() in ("y", "yes")
-    return False
+        return sys.stdin.readline().strip().lower()
+    return "n"
 
 
 # ======================================================================================================================
