@@ -6125,10 +6125,9 @@ def attempt(arguments: RunArguments, stop_request: StopRequest, night: Night, an
             if confirm_changes(change, answers, stop_request, yes=arguments.yes) == "redo":
                 options = config.options.model_copy(update={"force_rebuild": True})
                 datasets[number] = prepare_dataset(dataclasses.replace(config, options=options), stop_request)
-        for dataset in datasets:
-            dataset.other_caches = other_caches(dataset, all_configs)
         # 5) choose what is to do
         for dataset in datasets:
+            dataset.other_caches = other_caches(dataset, all_configs)
             dataset.choose_pending(arguments.limit)
         if arguments.dry_run:
             forecast(datasets, stop_request, with_rates=arguments.measure)
