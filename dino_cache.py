@@ -86,14 +86,18 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
 from progress_utils import (
+    FSTAB,
     GC_THRESHOLDS,
     JOURNAL_FILE,
     LOCK_FILE,
     LOCK_OWNER_FILE,
     LOG_FILE,
     PROGRESS_FILE,
+    RUNS_FILE,
+    SHOWN_NAMES,
     STAGING_FOLDER,
     TEMPORARY_FILES,
+    CacheLockedError,
     DamagedChunkError,
     DinoCacheError,
     Failure,
@@ -103,9 +107,9 @@ from progress_utils import (
     RunState,
     TrajectoryRecord,
     __version__,
-    ask,
+    absent_mount,
+    ask_for_answer,
     available_cores,
-    cache_lock,
     chunk_file_name,
     chunk_folders,
     console_error,
@@ -114,10 +118,11 @@ from progress_utils import (
     fsync_path,
     human_bytes,
     human_duration,
-    install_command,
+    human_list,
     is_chunk_file,
+    is_empty_cache,
     is_there,
-    make_directories_durably,
+    locked_cache,
     missing_library,
     open_door,
     open_library,
@@ -125,6 +130,7 @@ from progress_utils import (
     printable,
     program_name,
     progress_command,
+    recorded_caches,
     refuse_locale,
     set_aside,
     set_up_console,
@@ -201,6 +207,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 LOG = logging.getLogger("dino_cache")
+EVENTS = logging.getLogger("dino_cache_events")  # for machines: a name and a mapping; nobody listens by default
 
 # ======================================================================================================================
 # Errors: whose fault it is decides what happens
@@ -770,7 +777,7 @@ def load_config(
     """
     path, overrides = Path(path), dict(overrides or {})
     with advice_on(path, overrides):
-        return _load_config(path, overrides)
+        return _load_config(path, overrides, told)
 
 
 def say_step(step: str) -> None:
@@ -790,7 +797,7 @@ def advice_on(path: Path, overrides: Mapping[str, Any]) -> Iterator[None]:
         raise
 
 
-def _load_config(path: Path, overrides: dict[str, Any]) -> list[DatasetConfig]:
+def _load_config(path: Path, overrides: dict[str, Any], told: list[Any] | None) -> list[DatasetConfig]:
     top = _read_yaml(path)
     if sections := hook_sections(top, overrides):
         open_door(HOOKS_MODULE).begin(path, sections, told)
@@ -943,7 +950,7 @@ def spec_differences(recorded: dict[str, Any], spec: CacheSpec) -> list[tuple[st
 # ======================================================================================================================
 
 POSE_FILES = ("traj_data.pkl", "traj_data.json", "traj_data.npz")  # the first one found is read
-OWN_NAMES = (PROGRESS_FILE, LOG_FILE, LOCK_FILE, LOCK_OWNER_FILE, STAGING_FOLDER)  # no trajectory may have such a name
+OWN_NAMES = (PROGRESS_FILE, LOG_FILE, RUNS_FILE, LOCK_FILE, LOCK_OWNER_FILE, STAGING_FOLDER)  # of no trajectory
 CACHE_SIGNS = (PROGRESS_FILE, LOCK_FILE)  # files that, with the staging folder, show a cache of this tool
 ZIP_SIGN = b"PK\x03\x04"
 MAX_FILE_BYTES = 1 << 29  # a pose or frame file larger than this is refused unread
@@ -1206,7 +1213,7 @@ def check_name(trajectory: Trajectory) -> None:
     except UnicodeEncodeError:
         raise InputError(f"{trajectory.name}: the folder's name is not UTF-8; rename it") from None
     first = trajectory.name.partition("/")[0].casefold()
-    if first in OWN_NAMES or first.startswith((PROGRESS_FILE + ".", LOCK_OWNER_FILE + ".")):
+    if first in OWN_NAMES or first.startswith((PROGRESS_FILE + ".", LOCK_OWNER_FILE + ".", RUNS_FILE + ".")):
         raise InputError(f"{trajectory.name}: {first} is the name of one of the cache's own files; rename the folder")
 
 
@@ -4570,10 +4577,14 @@ class LocalWorkers:
 
 CHUNK_OVERHEAD_BYTES = 12_000  # what an HDF5 file takes beside its datasets: headers and attributes, about
 STEP_INTERVAL_S = 3.0  # between two lines on how many poses are read
-SHOWN_NAMES = 10  # names of a list that a message shows
 DISTANCE_SETTINGS = ("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m")
 FRAME_SETTINGS = ("max_chunk_frames", "overlap_frames")
 
+HISTORY_MODULE = "dino_cache_extras.run_history"  # writes runs.jsonl
+CHOICES_MODULE = "dino_cache_extras.changed_config"  # what can be done about a changed configuration
+HINTS_MODULE = "dino_cache_extras.hints"  # what the machine could do beside what it does
+JSON_LOG_MODULE = "dino_cache_extras.json_log"  # writes what --log-json asks for
+MEASURE_MODULE = "dino_cache_extras.measure"  # what --measure does; what other tokens would take
 POSE_FACTS_MODULE = "dino_cache_extras.pose_facts"  # tells what poses add up to, and what looks like another unit
 
 WORK_LIBRARIES = ("torch", "torchvision", "timm", "PIL.Image", "h5py")  # imported where there is work, and only there
@@ -4910,27 +4921,12 @@ def refuse_no_trajectories(config: DatasetConfig, kind: Format, lack_poses: Sequ
     why = "Is the disk mounted?"
     if lack_poses:
         why = f"These have frames and no poses, for which there is chunk_by: frames: {human_list(lack_poses)}"
-        if (other := other_sign(config, lack_poses)) is not None:
+        for other in open_door(HINTS_MODULE).other_signs(config, lack_poses) if is_there(HINTS_MODULE) else ():
             why = f"It looks like format: {other.name} ({other.sign})"
     raise RefusedError(
         f"datasets.{config.name}.data_folder: {config.data_folder}: no trajectories below it{which}; a trajectory "
         f"is {kind.trajectory}. {why}"
     )
-
-
-def other_sign(config: DatasetConfig, names: Sequence[str]) -> FoundFormat | None:
-    """A sign of another format at trajectories that lack poses, or in the folders that hold these: images/ beside
-    poses.csv, for one."""
-    others = [(name, format_named(name)) for name in format_names() if name != config.format]
-    for name in names[:SHOWN_NAMES]:
-        for folder in (name, os.path.dirname(name)):
-            path = config.data_folder / folder
-            if path.is_dir():
-                files = FolderFiles(f"{folder}/" if folder else "", path, sorted(os.listdir(path)))
-                for other, kind in others:
-                    if sign := next(iter(kind.signs(files, not folder)), None):
-                        return FoundFormat(other, recordable_name(files.name + sign))
-    return None
 
 
 def refuse_same_names(trajectories: list[Trajectory]) -> None:
@@ -5139,38 +5135,63 @@ def lost_trajectories(progress: Progress, store: ChunkStore, present: Container[
     return lost
 
 
-def confirm_changes(
-    dataset: PreparedDataset, differences: list[tuple[str, Any, Any]], stop_request: StopRequest, *, yes: bool
-) -> None:
-    """Let the user decide on a changed configuration: what is completed stays as it is, the rest is made with it.
+ANSWERS = {"y": "keep", "yes": "keep", "r": "redo"}  # to the question about a changed configuration; others: no
 
-    Raises:
-        RefusedError: the answer is no, or there is neither --yes nor a terminal.
-    """
-    if not differences:
-        return
-    if dataset.progress.records:
-        lines = [f"  {key}: {old} -> {new}" for key, old, new in differences]
+
+class ChangedConfig(Exception):
+    """A dataset's configuration changed, and nobody has decided on that yet. It is asked when no lock is held."""
+
+    def __init__(self, dataset: PreparedDataset, differences: list[tuple[str, Any, Any]], *, can_redo: bool):
+        super().__init__(dataset.name)
+        self.dataset, self.differences, self.can_redo = dataset, differences, can_redo
+        self.facts = repr((dataset.name, differences, len(dataset.progress.records)))  # what an answer is good for
+
+    def decide(self, stop_request: StopRequest, *, yes: bool) -> str:
+        """Say what changed; keep: what is completed stays as it is, the rest is made with the new one; or redo.
+
+        Raises:
+            RefusedError: the answer is no, or there is neither --yes nor a terminal.
+        """
+        name, reset = self.dataset.name, progress_command(f"reset --cache-dir {self.dataset.config.cache_dir}")
         ways = (
             "Ways on: --yes keeps what is completed and makes the rest with the new configuration; --force-rebuild "
-            f"redoes everything, as {progress_command(f'reset --cache-dir {dataset.config.cache_dir}')} does; or undo "
-            "it"
+            f"redoes everything, as {reset} does; or undo it"
         )
-        for line in (f"{dataset.name}: the configuration changed since this cache was begun:", *lines):
+        lines = [f"  {key}: {old} -> {new}" for key, old, new in self.differences]
+        for line in (f"{name}: the configuration changed since this cache was begun:", *lines):
             LOG.warning("%s", line)
-        if not yes and not ask_to_continue("Continue with the changed configuration?", ways, stop_request):
-            raise RefusedError(
-                f"{dataset.name}: not continued with the changed configuration. Nothing was changed. {ways}"
-            )
-    for failure in dataset.progress.failures.values():
+        if self.can_redo and not yes and sys.stdin and sys.stdin.isatty() and is_there(CHOICES_MODULE):
+            for letter, what in open_door(CHOICES_MODULE).choices(self.dataset):
+                LOG.warning("  %s  %s", letter, what)
+        question = "Continue with the changed configuration?"
+        answer = ANSWERS.get("y" if yes else answer_to(question, ways, stop_request))
+        if answer is None or (answer == "redo" and not self.can_redo):
+            raise RefusedError(f"{name}: not continued with the changed configuration. Nothing was changed. {ways}")
+        return answer
+
+
+def confirm_changes(change: ChangedConfig, answers: dict[str, str], stop_request: StopRequest, *, yes: bool) -> str:
+    """What was decided on a changed configuration, if it did change: keep or redo.
+
+    Raises:
+        ChangedConfig: it is to be asked, on the terminal.
+        RefusedError: as for `decide`.
+    """
+    dataset, differences = change.dataset, change.differences
+    if differences and dataset.progress.records and change.facts not in answers:
+        if not yes and sys.stdin and sys.stdin.isatty():
+            raise change
+        answers[change.facts] = change.decide(stop_request, yes=yes)
+    for failure in dataset.progress.failures.values() if differences else ():
         failure["attempts"] = 0
+    return answers.get(change.facts, "keep")
 
 
-def ask_to_continue(question: str, ways: str, stop_request: StopRequest) -> bool:
+def answer_to(question: str, ways: str, stop_request: StopRequest) -> str:
     """Ask on the terminal; a signal ends the question."""
     stop_request.is_asking = True
     try:
-        return ask(question, otherwise="--yes")
+        return ask_for_answer(question, otherwise="--yes")
     except RefusedError as error:
         raise RefusedError(f"{error} {ways}") from None
     finally:
@@ -5343,12 +5364,6 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def human_list(names: list[str]) -> str:
-    """The first ten names, and how many more there are."""
-    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    return ", ".join(names[:SHOWN_NAMES]) + more
-
-
 def load_encoders(datasets: list[PreparedDataset], stop_request: StopRequest) -> None:
     """Give every dataset with work to do its encoder, one for all that compute the same, and know the digests."""
     loaded: dict[tuple, tuple[Encoder, str]] = {}
@@ -5394,12 +5409,12 @@ def remarks(dataset: PreparedDataset) -> list[str]:
     present = {trajectory.name for trajectory in dataset.trajectories}
     most = dataset.config.options.max_attempts
     tried_again = {state.trajectory.name for state in dataset.states if state.status == "pending"}
-    given_up = [
-        name for name in sorted((failures.keys() & present) - tried_again) if failures[name]["attempts"] >= most
-    ]
-    others = {
-        fingerprint for fingerprint, spec in dataset.progress.specs.items() if spec_differences(spec, dataset.spec)
-    }
+    given_up = sum(failures[name]["attempts"] >= most for name in (failures.keys() & present) - tried_again)
+    if given_up:  # their names and reasons are said at the end
+        lines.append(
+            f"{given_up} failed trajectories are not tried again after {most} attempts (reset-failed allows it)"
+        )
+    others = {key for key, spec in dataset.progress.specs.items() if spec_differences(spec, dataset.spec)}
     kept = [name for name, record in records.items() if record["fingerprint"] in others]
     for names, what in (
         (
@@ -5409,12 +5424,12 @@ def remarks(dataset: PreparedDataset) -> list[str]:
         ),
         (dataset.selection.missing, "names of the split are not in the data folder"),
         (dataset.selection.lack_poses, "folders hold frames but no pose file, left out"),
-        (given_up, f"failed trajectories are not tried again after {most} attempts (reset-failed allows it)"),
         (kept, "completed trajectories were made with another configuration, and stay"),
     ):
         if names:
             lines.append(f"{len(names)} {what}: {human_list(names)}")
-    if (other := other_sign(dataset.config, dataset.selection.lack_poses)) is not None:
+    lack = dataset.selection.lack_poses if is_there(HINTS_MODULE) else []
+    for other in open_door(HINTS_MODULE).other_signs(dataset.config, lack) if lack else ():
         lines.append(f"There are poses beside frames that are left out: format: {other.name} reads {other.sign}")
     return lines + [f"{len(found)} {what}: {human_list(found)}" for what, found in dataset.notes.items()]
 
@@ -5427,7 +5442,8 @@ LOST_MOUNT_FAILURES = 20  # unreadable trajectories in a row, without a success 
 SHOW_INTERVAL_S = 0.2  # time between two looks at the progress
 
 _LOST_MOUNT = "the mount seems lost. None of them is recorded as failed; mount it and run the same command again"
-_WORST_FIRST = (EXIT_STOPPED_BY_FAULT, EXIT_WORK_LEFT, EXIT_SOME_FAILED, EXIT_COMPLETED)
+_REFUSALS = (RefusedError.exit_code, CacheLockedError.exit_code)
+_WORST_FIRST = (EXIT_STOPPED_BY_FAULT, EXIT_SOME_FAILED, EXIT_WORK_LEFT, EXIT_COMPLETED)
 
 
 @dataclass(frozen=True)
@@ -5438,10 +5454,12 @@ class DatasetOutcome:
     exit_code: int
     num_trajectories: int  # present and selected
     num_completed: int  # of these, now
+    num_new: int  # of these, completed by this run
     num_chunks: int  # of the whole cache
     num_left: int  # trajectories that this run could not begin, and those beyond --limit
     num_waiting: int  # trajectories of datasets after this one, which a signal kept this run from
     failures: dict[str, Failure]  # recorded ones, of this run or earlier
+    told: frozenset[str]  # names of those whose reasons were said while the run was at work
     gone: frozenset[str]  # names of failures that are not among the data now
     held_back: list[str]  # why trajectories could not be read that are not recorded as failed
     num_odd: int  # completed ones that could not be checked or redone and stay, or that lost their chunks
@@ -5455,10 +5473,21 @@ class DatasetOutcome:
 
 @dataclass(frozen=True)
 class NightOutcome:
-    """How a run ended: all its datasets, and the exit code of the command."""
+    """How a run ended: all its datasets that were begun, and the exit code of the command."""
 
     datasets: list[DatasetOutcome]
     exit_code: int
+    verdict: str = ""  # the run's last line
+
+
+@dataclass
+class Night:
+    """What is known of a run so far, for its last line."""
+
+    num_datasets: int | None = None  # None: the config is not read yet
+    prepared: list[PreparedDataset] = field(default_factory=list)  # all datasets, once compared with their records
+    outcomes: list[DatasetOutcome] = field(default_factory=list)  # of those begun, once the work is over
+    begin: float = field(default_factory=time.time)  # epoch seconds
 
 
 def log_outcome(outcome: DatasetOutcome) -> None:
@@ -5481,11 +5510,12 @@ def log_outcome(outcome: DatasetOutcome) -> None:
     )
     if outcome.num_odd:
         LOG.warning("%d completed trajectories were not as they should be; the lines above say how", outcome.num_odd)
-    for name, failure in list(outcome.failures.items())[:SHOWN_NAMES]:
+    earlier = {name: failure for name, failure in outcome.failures.items() if name not in outcome.told}
+    for name, failure in list(earlier.items())[:SHOWN_NAMES]:
         gone = f" ({name} is not among the data now; reset-failed forgets it)" if name in outcome.gone else ""
         attempts = f"{failure['attempts']} of {outcome.max_attempts} attempts"
         LOG.warning("  failed (%s): %s%s", attempts, failure["reason"], gone)
-    if (more := len(outcome.failures) - SHOWN_NAMES) > 0:
+    if (more := len(earlier) - SHOWN_NAMES) > 0:
         LOG.warning("  ... and %d more; %s lists them", more, progress_command("show --all"))
     if outcome.stopped_by is not None:
         reason = "by a signal" if outcome.stopped_by == "signal" else "by --max-hours"
@@ -5505,7 +5535,7 @@ class RunCounts:
         self.num_pending = len(dataset.pending)
         self.frames_total = dataset.num_frames
         self.frames_encoded = self.frames_finished = 0  # finished: of trajectories that are completed or failed
-        self.num_results = self.num_bytes = 0
+        self.num_results = self.num_bytes = self.num_new = 0
         self._work = dataset.work
         self._unfinished = {trajectory.name for trajectory in dataset.pending}
         self._stream = deque(trajectory.name for trajectory in dataset.pending)  # in order, from the first
@@ -5577,6 +5607,7 @@ class ProgressDisplay:
         if now - self._last_line >= self._interval_s:
             self._last_line = now
             LOG.info("%s", counts.state(num_chunks).line())
+            EVENTS.info("progress", counts.state(num_chunks)._asdict())
         self._heartbeat.beat(lambda: counts.state(num_chunks))
 
 
@@ -5635,6 +5666,7 @@ class DatasetRun:
         self._unchanged_failures = {s.trajectory.name for s in dataset.states if s.status == "failed"}
         self._states = {s.trajectory.name: s for s in dataset.states if s.status != "completed"}
         self._num_odd = sum(bool(s.status == "completed" and s.remark) for s in dataset.states) + len(dataset.lost)
+        self._told: set[str] = set()  # trajectories that were said to have failed
         self._must_save = False  # a run that has nothing to do, and changes no setting, leaves the record as it is
         self._elapsed_before_s = dataset.progress.elapsed_s
 
@@ -5667,21 +5699,23 @@ class DatasetRun:
             stopped_by = "deadline"
         if error is not None:
             exit_code = error.exit_code if isinstance(error, DinoCacheError) else EXIT_STOPPED_BY_FAULT
-        elif stopped_by is not None:
+        elif stopped_by == "signal":
             exit_code = self._stop_request.exit_code
-        elif dataset.left_out:
-            exit_code = EXIT_WORK_LEFT
+        elif failures or held_back or self._num_odd:
+            exit_code = EXIT_SOME_FAILED
         else:
-            exit_code = EXIT_SOME_FAILED if failures or held_back or self._num_odd else EXIT_COMPLETED
+            exit_code = EXIT_WORK_LEFT if stopped_by or dataset.left_out else EXIT_COMPLETED
         return DatasetOutcome(
             name=dataset.name,
             exit_code=exit_code,
             num_trajectories=len(present),
             num_completed=counts.num_completed,
+            num_new=counts.num_new,
             num_chunks=self._progress.total_chunks,
             num_left=counts.num_pending - counts.num_results + dataset.left_out,
             num_waiting=num_waiting if stopped_by == "signal" else 0,
             failures=dict(failures),
+            told=frozenset(self._told),
             gone=frozenset(failures.keys() - present),
             held_back=[str(result.error) for result in held_back],
             num_odd=self._num_odd,
@@ -5789,6 +5823,9 @@ class DatasetRun:
             record["pairing"] = pairing
         self._progress.complete(result.name, result.checksum, record)
         self._counts.num_completed += 1
+        self._counts.num_new += 1
+        about = {"dataset": self._dataset.name, "trajectory": result.name}
+        EVENTS.info("completed", {**about, "chunks": len(result.spans), "bytes": sum(result.chunk_bytes)})
         for start, stop in result.left_out:
             why = f"less than min_chunk_distance_m {self._dataset.spec.min_chunk_distance_m} between pose jumps"
             LOG.info("%s: kept frames %d to %d are not stored: %s", result.name, start, stop - 1, why)
@@ -5801,6 +5838,9 @@ class DatasetRun:
         read changed and break a rule, or chunk files that it names are gone. Chunks that no record names are void."""
         name, error, state = result.name, result.error, self._states[result.name]
         LOG.warning("Failed: %s", error, exc_info=error)
+        self._told.add(name)
+        about = {"dataset": self._dataset.name, "trajectory": name}
+        EVENTS.info("failed", {**about, "reason": str(error), "error_type": type(error).__name__})
         is_recorded = name in self._progress.records
         is_removed = is_void(state, error) or (not is_recorded and isinstance(error, InvalidDataError))
         if is_recorded and state.is_whole and not is_removed:
@@ -5853,6 +5893,9 @@ def announce(dataset: PreparedDataset) -> None:
     total, completed = len(dataset.trajectories), dataset.num_completed
     LOG.info("dino_cache %s, %s", __version__, time.strftime("%Y-%m-%d %H:%M:%S"))
     LOG.info("Dataset %s: %s -> %s", dataset.name, dataset.config.data_folder, dataset.config.cache_dir)
+    places = {"data_folder": str(dataset.config.data_folder), "cache_dir": str(dataset.config.cache_dir)}
+    counts = {"trajectories": total, "completed": completed, "to_do": len(dataset.pending)}
+    EVENTS.info("start", {"dataset": dataset.name, **places, **counts, "frames": dataset.num_frames})
     if dataset.pending:
         announce_encoding(dataset)
     if dataset.progress.records:
@@ -5877,10 +5920,9 @@ def announce_encoding(dataset: PreparedDataset) -> None:
     source = dataset.weights["source"]
     how = spec.precision + (f" by {spec.engine}" if spec.engine != "torch" else ", compiled" if spec.compile else "")
     LOG.info("Encoding with %s (%s) in %s on %s", spec.dino_model_type, source, how, where)
-    is_on_gpu = workers.encodes_here and workers.device.startswith("cuda")
-    if is_on_gpu and (count := open_library("torch").cuda.device_count()) > 1:
-        how = f"`executor: ray` in the config uses all ({install_command('ray')})"
-        LOG.warning("%d GPUs are visible and one of them is used; %s", count, how)
+    if workers.encodes_here and workers.device.startswith("cuda") and is_there(HINTS_MODULE):
+        for hint in open_door(HINTS_MODULE).other_gpus():
+            LOG.warning("%s", hint)
     if spec.weights == "random":
         LOG.warning("WEIGHTS ARE RANDOM (seeded): the features are for trying things out and mean nothing")
 
@@ -5988,6 +6030,37 @@ def run_datasets(datasets: list[PreparedDataset], stop_request: StopRequest) -> 
     return NightOutcome(outcomes, next(code for code in _WORST_FIRST if code in codes))
 
 
+def verdict(night: Night, exit_code: int) -> str:
+    """A run's last line: how it went, and what is known of what it came to. A dataset that was not begun counts too.
+
+    STOPPED: by a signal or a fault (exit 3, 128 + n). FAILED: refused (2, 4), or some failed and none is completed, by
+    this run or earlier. PARTIAL: some failed, or work is left (1, 5). OK: neither (0).
+    """
+    begun, outcomes = {outcome.name for outcome in night.outcomes}, list(night.outcomes)
+    for dataset in night.prepared:
+        if dataset.name not in begun:
+            if not dataset.pending:  # not chosen yet
+                dataset.choose_pending(None)
+            outcomes.append(DatasetRun(dataset, StopRequest(None)).outcome(None, 0))
+
+    def total(key: str) -> Any:
+        return sum(getattr(outcome, key) for outcome in outcomes)
+
+    failed = sum(len(outcome.failures) + len(outcome.held_back) for outcome in outcomes)
+    duration, rate = human_duration(time.time() - night.begin), total("num_frames") / max(total("seconds"), 1e-9)
+    parts = [] if night.num_datasets is None else [f"{night.num_datasets} datasets"]
+    if outcomes:
+        parts += [f"{total('num_completed')} completed (+{total('num_new')})", f"{failed} failed"]
+        parts += [f"{total('num_left')} left", *[f"{total('num_odd')} odd"] * bool(total("num_odd"))]
+        parts += [human_bytes(total("num_bytes")), duration, f"{rate:.0f} frames/s"]
+    word = "OK" if exit_code == EXIT_COMPLETED else "PARTIAL"
+    if exit_code in _REFUSALS or (exit_code == EXIT_SOME_FAILED and failed and not total("num_completed")):
+        word = "FAILED"
+    elif exit_code == EXIT_STOPPED_BY_FAULT or exit_code > 128:
+        word = "STOPPED"
+    return f"{word}: {', '.join(parts or [duration])}, exit {exit_code}"
+
+
 def run_dataset(dataset: PreparedDataset, stop_request: StopRequest, num_waiting: int = 0) -> DatasetOutcome:
     """Do one dataset's work and say, in its log too, how it ended. Whatever ended it early is in the outcome: nothing
     false is recorded, and a rerun resumes."""
@@ -6009,28 +6082,6 @@ def run_dataset(dataset: PreparedDataset, stop_request: StopRequest, num_waiting
 # ======================================================================================================================
 
 
-def alternative_tokens(dataset: PreparedDataset) -> list[tuple[Token, ...]]:
-    """Choices of tokens, to compare what they take: each that the model has, those chosen, and all."""
-    known: list[Token] = [token for token in TOKEN_DATASETS if token != "register" or dataset.shape.num_registers]
-    return list(dict.fromkeys([*((token,) for token in known), dataset.spec.tokens, tuple(known)]))
-
-
-def print_cost(dataset: PreparedDataset, rates: dict[str, float | None]) -> None:
-    """The space that other tokens would take, and, where it was measured, the time."""
-    works = dataset.work.values()
-    if dataset.num_frames:
-        sizes = []
-        for tokens in alternative_tokens(dataset):
-            spec = dataset.spec.model_copy(update={"tokens": tokens})
-            chosen = " (chosen)" if tokens == dataset.spec.tokens else ""
-            sizes.append(f"{' + '.join(tokens)} {human_bytes(cache_bytes(dataset, spec, works))}{chosen}")
-        print_lines(f"  by tokens: {', '.join(sizes)}")
-    if rate := rates.get(dataset.name):
-        how = f"at {rate:.1f} frames/s, measured while decoding and encoding on {dataset.workers.device}"
-        how += " in one process, without Ray" if dataset.config.options.executor == "ray" else ""
-        print_lines(f"  estimated time: {human_duration(dataset.num_frames / rate)} {how}")
-
-
 def print_forecast(dataset: PreparedDataset, reasons: list[str], rates: dict[str, float | None]) -> None:
     """What a run would do. `reasons`: why trajectories will fail; `rates`: frames/s by dataset, where measured."""
     taken = new_bytes(dataset)
@@ -6041,7 +6092,8 @@ def print_forecast(dataset: PreparedDataset, reasons: list[str], rates: dict[str
     print_lines(f"  frames to encode: {dataset.num_frames}")
     print_lines(f"  chunks to write: {sum(work.num_chunks for work in dataset.work.values())}")
     print_lines(f"  bytes they take: {taken} ({human_bytes(taken)}), replacing {human_bytes(replaced_bytes(dataset))}")
-    print_cost(dataset, rates)
+    for line in open_door(MEASURE_MODULE).cost_lines(dataset, rates) if is_there(MEASURE_MODULE) else ():
+        print_lines(line)
     print_lines(f"  free space: {human_bytes(free_bytes(dataset.config.cache_dir))}")
     if dataset.progress.records:
         changes = configuration_changes(dataset)
@@ -6067,8 +6119,6 @@ def print_forecast(dataset: PreparedDataset, reasons: list[str], rates: dict[str
 # A run: every step from the config to the outcome, in the order that is promised
 # ======================================================================================================================
 
-FSTAB = Path("/etc/fstab")  # which disks belong where
-
 
 class RunArguments(NamedTuple):
     """What the command line asks for, the config's own settings apart."""
@@ -6081,36 +6131,52 @@ class RunArguments(NamedTuple):
     yes: bool = False
     limit: int | None = None
     told: list[Any] | None = None  # gets the config's hooks; None: no one is told
+    log_json: Path | None = None
 
 
-def run(arguments: RunArguments, stop_request: StopRequest) -> NightOutcome:
-    """Check everything that can be refused, for all datasets; then do the work. One refusal starts nothing.
+def run(arguments: RunArguments, stop_request: StopRequest, night: Night | None = None) -> NightOutcome:
+    """Check everything that can be refused, for all datasets; then do the work. One refusal starts nothing. What is
+    known at any moment, also when this raises, is in `night`.
 
     Raises:
         RefusedError, CacheLockedError, StoppedError: nothing was started.
     """
+    night, answers = night or Night(), {}
+    while True:
+        try:
+            return attempt(arguments, stop_request, night, answers)
+        except ChangedConfig as change:  # all locks are free while it is asked; then all is compared again
+            answers[change.facts] = change.decide(stop_request, yes=arguments.yes)
+
+
+def attempt(arguments: RunArguments, stop_request: StopRequest, night: Night, answers: dict[str, str]) -> NightOutcome:
+    """A run, with what was answered so far. Raises ChangedConfig where something is to be asked."""
     with contextlib.ExitStack() as resources:
         # 1) read the config
-        all_configs = load_config(arguments.config, arguments.overrides, arguments.told)
+        told = None if arguments.told else arguments.told  # who was told already is not told again
+        all_configs = load_config(arguments.config, arguments.overrides, told)
         configs = select_datasets(all_configs, arguments.datasets)
+        night.num_datasets = len(configs)
         # 2) see that every disk is there, and lock every cache before anything slow
         for config in configs:
             refuse_missing_data(config)
             if not arguments.dry_run:
                 refuse_gone_cache(config, all_configs, stop_request, yes=arguments.yes)
-                resources.enter_context(locked_cache(config.cache_dir))
-                BACKLOG.locked.append(config.cache_dir)
+        for config in () if arguments.dry_run else configs:
+            resources.enter_context(locked_cache(config.cache_dir))
+            BACKLOG.locked.append(config.cache_dir)
         # 3) read the records, list the trajectories, compare them
         with PROFILE("list"):
-            datasets = [prepare_dataset(config, stop_request) for config in configs]
-        for dataset in datasets:
-            dataset.other_caches = other_caches(dataset, all_configs)
+            datasets = night.prepared = [prepare_dataset(config, stop_request) for config in configs]
         # 4) have changed settings confirmed
-        if not arguments.dry_run:
-            for dataset in datasets:
-                confirm_changes(dataset, configuration_changes(dataset), stop_request, yes=arguments.yes)
+        for number, config in () if arguments.dry_run else enumerate(configs):
+            change = ChangedConfig(datasets[number], configuration_changes(datasets[number]), can_redo=True)
+            if confirm_changes(change, answers, stop_request, yes=arguments.yes) == "redo":
+                options = config.options.model_copy(update={"force_rebuild": True})
+                datasets[number] = prepare_dataset(dataclasses.replace(config, options=options), stop_request)
         # 5) choose what is to do
         for dataset in datasets:
+            dataset.other_caches = other_caches(dataset, all_configs)
             dataset.choose_pending(arguments.limit)
         if arguments.dry_run:
             forecast(datasets, stop_request, with_rates=arguments.measure)
@@ -6134,7 +6200,8 @@ def run(arguments: RunArguments, stop_request: StopRequest) -> NightOutcome:
         with PROFILE("load"):
             load_encoders(datasets, stop_request)
         for dataset in datasets:
-            confirm_changes(dataset, weights_differences(dataset), stop_request, yes=arguments.yes)
+            change = ChangedConfig(dataset, weights_differences(dataset), can_redo=False)
+            confirm_changes(change, answers, stop_request, yes=arguments.yes)
         # 9) wait for the workers
         for party in workers:
             party.gather(stop_request)
@@ -6142,7 +6209,20 @@ def run(arguments: RunArguments, stop_request: StopRequest) -> NightOutcome:
         # 10) from here on something is written: withdraw what is redone, then work
         for dataset in datasets:
             begin_rebuild(dataset)
-        return run_datasets(datasets, stop_request)
+        outcome = run_datasets(datasets, stop_request)
+        night.outcomes = outcome.datasets
+        record_history(night, outcome.exit_code)
+        return outcome
+
+
+def record_history(night: Night, exit_code: int) -> None:
+    """Add the run to the histories of the caches that it worked on, where there is what writes them."""
+    word = verdict(night, exit_code).partition(":")[0]
+    for dataset, outcome in zip(night.prepared, night.outcomes if is_there(HISTORY_MODULE) else ()):
+        try:
+            open_door(HISTORY_MODULE).add_run(dataset.config.cache_dir, outcome, word, night.begin, exit_code)
+        except OSError as error:  # a full disk, say; what was done stays done
+            LOG.warning("%s: this run is not added: %s", dataset.config.cache_dir / RUNS_FILE, error)
 
 
 def forecast(datasets: list[PreparedDataset], stop_request: StopRequest, *, with_rates: bool) -> None:
@@ -6154,7 +6234,7 @@ def forecast(datasets: list[PreparedDataset], stop_request: StopRequest, *, with
             settle_encoding(dataset)
     start_fork_server(READING_LIBRARIES if with_rates else ())
     reasons = estimate_all(datasets, stop_request)
-    rates = open_door("dino_cache_extras.measure").measure(datasets, stop_request) if with_rates else {}
+    rates = open_door(MEASURE_MODULE).measure(datasets, stop_request) if with_rates else {}
     for dataset, why in zip(datasets, reasons):
         print_forecast(dataset, why, rates)
 
@@ -6205,37 +6285,8 @@ def refuse_gone_cache(
     ways = "Ways on: mount the disk that it is on; or --yes begins it anew"
     gone = f"{where}: there was a cache, as {witnesses[0] / PROGRESS_FILE} says, and nothing is left of it"
     LOG.warning("%s", gone)
-    if not ask_to_continue("Begin it anew?", ways, stop_request):
+    if answer_to("Begin it anew?", ways, stop_request) not in ("y", "yes"):
         raise RefusedError(f"{gone}. Nothing was changed. {ways}")
-
-
-def is_empty_cache(cache_dir: Path) -> bool:
-    """Whether the folder is missing, or holds nothing that a run has made but its lock."""
-    try:
-        return not set(os.listdir(cache_dir)) - {LOCK_FILE, LOCK_OWNER_FILE, "lost+found"}
-    except OSError:
-        return not os.path.lexists(cache_dir)
-
-
-def absent_mount(folder: Path) -> str | None:
-    """The mount point of /etc/fstab in which `folder` lies and on which nothing is mounted; None where all are."""
-    try:
-        lines = FSTAB.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        return None
-    fields = [line.split() for line in lines if not line.lstrip().startswith("#")]
-    points = [entry[1].replace("\\040", " ") for entry in fields if len(entry) > 1 and entry[1].startswith("/")]
-    inside = [point for point in points if folder.is_relative_to(point)]
-    return next((point for point in sorted(inside, key=len) if not os.path.ismount(point)), None)
-
-
-def recorded_caches(cache_dir: Path) -> list[str]:
-    """Where the caches of the same config's other datasets were, as the record in `cache_dir` says."""
-    try:
-        progress = Progress.load(cache_dir)
-    except RefusedError:  # said where that dataset is prepared
-        return []
-    return (progress and progress.other_caches) or []
 
 
 def other_caches(dataset: PreparedDataset, all_configs: list[DatasetConfig]) -> list[str]:
@@ -6243,17 +6294,6 @@ def other_caches(dataset: PreparedDataset, all_configs: list[DatasetConfig]) -> 
     recorded = dataset.progress.other_caches or []
     others = [config.cache_dir for config in all_configs if config.name != dataset.name]
     return sorted(str(path) for path in others if str(path) in recorded or (path / PROGRESS_FILE).exists())
-
-
-@contextlib.contextmanager
-def locked_cache(cache_dir: Path) -> Iterator[None]:
-    """Make the cache folder and hold its lock."""
-    try:
-        make_directories_durably(cache_dir)
-    except OSError as error:
-        raise RefusedError(f"cache_dir {cache_dir}: cannot make it: {error.strerror}") from error
-    with cache_lock(cache_dir):
-        yield
 
 
 # ======================================================================================================================
@@ -6288,37 +6328,35 @@ def set_up_process() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+HELP_ON_EXITS = (
+    "Exit codes: 0 all completed, 1 some failed, 2 refused, 3 stopped by a fault, 4 another run holds the cache, 5 "
+    "stopped with work left, 128 + n by signal n; of several the first of 3, 1, 5, 0."
+)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog=program_name("dino_cache.py"),
         description="Turn robot trajectories into frozen DINO features. Running it again goes on where it stopped.",
-        epilog=example("dino_cache.py", "--config config/data/sample.yaml"),
+        epilog=f"{HELP_ON_EXITS} {example('dino_cache.py', '--config config/data/sample.yaml')}",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"dino_cache {__version__}")
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the YAML configuration")
-    parser.add_argument(
-        "--dataset", action="append", metavar="NAME", help="only this dataset of the config (may be repeated)"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be done and what it takes; write nothing"
-    )
-    parser.add_argument(
-        "--measure", action="store_true", help="with --dry-run: decode and encode for some seconds to estimate the time"
-    )
-    parser.add_argument("--force-rebuild", action="store_true", help="redo every trajectory (of the split)")
-    parser.add_argument(
-        "--yes", action="store_true", help="go on with a changed configuration, or where a cache is gone"
-    )
-    parser.add_argument("--limit", type=_positive(int), metavar="N", help="at most N pending trajectories per dataset")
-    parser.add_argument("--max-hours", type=_positive(float), metavar="H", help="stop, resumably, after H hours")
-    parser.add_argument("--profile", action="store_true", help="at the end, say where the time went, and the limit")
-    parser.add_argument("--device", metavar="D", help="auto, cpu, cuda or cuda:N, instead of the config's")
-    parser.add_argument(
-        "--batch-size", type=_positive(int), metavar="B", help="frames per batch, instead of the config's"
-    )
-    parser.add_argument(
+    add, version = parser.add_argument, f"dino_cache {__version__}"
+    add("--version", action="version", version=version)
+    add("--config", type=Path, required=True, metavar="FILE", help="the YAML configuration")
+    add("--dataset", action="append", metavar="NAME", help="only this dataset of the config (may be repeated)")
+    add("--dry-run", action="store_true", help="say what would be done and what it takes; write nothing")
+    add("--measure", action="store_true", help="with --dry-run: decode and encode for seconds, to estimate the time")
+    add("--force-rebuild", action="store_true", help="redo every trajectory (of the split)")
+    add("--yes", action="store_true", help="go on with a changed configuration, or where a cache is gone")
+    add("--limit", type=_positive(int), metavar="N", help="at most N pending trajectories per dataset")
+    add("--max-hours", type=_positive(float), metavar="H", help="stop, resumably, after H hours")
+    add("--profile", action="store_true", help="at the end, say where the time went, and the limit")
+    add("--log-json", type=Path, metavar="FILE", help="append what happens to a file, a JSON object a line")
+    add("--device", metavar="D", help="auto, cpu, cuda or cuda:N, instead of the config's")
+    add("--batch-size", type=_positive(int), metavar="B", help="frames per batch, instead of the config's")
+    add(
         "--set", action="append", type=_setting, default=[], metavar="KEY=VALUE",
         help="a key of the config, for every dataset; datasets.NAME.KEY=VALUE for one (may be repeated)",
     )  # fmt: skip
@@ -6348,19 +6386,12 @@ def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
 
 def run_arguments(parsed: argparse.Namespace) -> RunArguments:
     """The parsed command line as a run takes it; options that replace keys of the config are overrides."""
-    overrides = {
-        "device": parsed.device,
-        "batch_size": parsed.batch_size,
-        "force_rebuild": parsed.force_rebuild or None,
-    }
+    overrides = {key: getattr(parsed, key) for key in ("device", "batch_size")}
+    overrides["force_rebuild"] = parsed.force_rebuild or None
     return RunArguments(
-        config=parsed.config,
         datasets=parsed.dataset,
         overrides={**dict(parsed.set), **{key: value for key, value in overrides.items() if value is not None}},
-        dry_run=parsed.dry_run,
-        measure=parsed.measure,
-        yes=parsed.yes,
-        limit=parsed.limit,
+        **{key: getattr(parsed, key) for key in ("config", "dry_run", "measure", "yes", "limit", "log_json")},
     )
 
 
@@ -6369,6 +6400,7 @@ def main(argv: list[str] | None = None) -> int:
 
     0 everything completed; 1 some trajectories failed; 2 refused, nothing started; 3 stopped by storage, device or an
     unexpected error, resumable; 4 another run holds the cache; 5 --max-hours or --limit left work; 128 + n signal n.
+    Of several the first of 3, 1, 5, 0 stands.
     """
     set_up_console()
     parser = build_parser()
@@ -6394,28 +6426,39 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_and_say(arguments: RunArguments, stop_request: StopRequest, *, with_profile: bool) -> NightOutcome:
-    """Run, and say what kept it from running, if anything did."""
-    try:
-        refuse_locale()
-        with advice_on(arguments.config, arguments.overrides):
-            outcome = run(arguments, stop_request)
-        if with_profile and not arguments.dry_run:
-            for line in PROFILE.table():
-                LOG.info("%s", line)
-        return outcome
-    except DinoCacheError as error:
-        first, *more = error.args
-        for line in (f"error: {first}", *more):
-            LOG.error("%s", line)
-        return NightOutcome([], error.exit_code)
-    except ImportError as error:
-        refusal = missing_library(error)
-        LOG.error("error: %s", refusal)
-        return NightOutcome([], refusal.exit_code)
-    except Exception as error:
+    """Run, say what kept it from running, and end with the verdict."""
+    night = Night()
+    with contextlib.ExitStack() as resources:
+        try:
+            refuse_locale()
+            if arguments.log_json is not None:
+                resources.enter_context(open_door(JSON_LOG_MODULE).events_go_to(arguments.log_json))
+            with advice_on(arguments.config, arguments.overrides):
+                exit_code = run(arguments, stop_request, night).exit_code
+            if with_profile and not arguments.dry_run:
+                for line in PROFILE.table():
+                    LOG.info("%s", line)
+        except Exception as error:
+            exit_code = say_what_ended(error)
+        line = verdict(night, exit_code)
+        if not arguments.dry_run:
+            LOG.info("%s", line)
+            EVENTS.info("end", {"verdict": line, "exit_code": exit_code})
+    return NightOutcome(night.outcomes, exit_code, line)
+
+
+def say_what_ended(error: Exception) -> int:
+    """Say what kept a run from running; returns the exit code."""
+    if isinstance(error, ImportError):
+        error = missing_library(error)
+    if not isinstance(error, DinoCacheError):
         LOG.error("error: unexpected: %r", error, exc_info=error)
-        print_lines(*traceback.format_exc().splitlines(), file=sys.stderr)
-        return NightOutcome([], EXIT_STOPPED_BY_FAULT)
+        print_lines(*"".join(traceback.format_exception(error)).splitlines(), file=sys.stderr)
+        return EXIT_STOPPED_BY_FAULT
+    first, *more = error.args
+    for line in (f"error: {first}", *more):
+        LOG.error("%s", line)
+    return error.exit_code
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Read and edit the progress record of a dino_cache.
 
-    python progress_utils.py show         CACHE [--json | --watch [SECONDS]] [--all]
+    python progress_utils.py show         CACHE [--json | --watch [SECONDS]] [--all] [--runs]
     python progress_utils.py list         [--root .] [--json]
     python progress_utils.py reset-failed CACHE
     python progress_utils.py reset        CACHE [--yes]
@@ -73,10 +73,12 @@ STAGING_FOLDER = ".staging"
 LOCK_FILE = ".lock"
 LOCK_OWNER_FILE = ".lock.owner"  # who holds the lock and how far it is; advisory, the lock itself decides
 LOG_FILE = "dino_cache.log"
-RUNS_FILE = "runs.jsonl"  # how each run went, a line a run
+RUNS_FILE = "runs.jsonl"  # a line a run; nothing is decided by it
 # What a killed save leaves.
-TEMPORARY_FILES = tuple(f"{name}.tmp" for name in (PROGRESS_FILE, BACKUP_FILE, LOCK_OWNER_FILE))
+TEMPORARY_FILES = tuple(f"{name}.tmp" for name in (PROGRESS_FILE, BACKUP_FILE, LOCK_OWNER_FILE, RUNS_FILE))
 
+SHOWN_NAMES = 10  # names of a list that a message shows
+FSTAB = Path("/etc/fstab")  # which disks belong where
 # Errors of reading that are the mount's fault or the user's, so that a file that gives one is not called damaged.
 CANNOT_LOOK = (errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOTCONN, errno.ENXIO, errno.ETIMEDOUT)
 SAVE_SHARE = 0.02  # saves of the record may take this share of a run's time before they are spaced
@@ -173,6 +175,12 @@ def human_duration(seconds: float) -> str:
     if seconds >= 3600:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+def human_list(names: list[str]) -> str:
+    """The first ten names, and how many more there are."""
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(names[:SHOWN_NAMES]) + more
 
 
 # ======================================================================================================================
@@ -466,6 +474,37 @@ def cache_lock(cache_dir: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             owner.unlink(missing_ok=True)
         lock.release()
+
+
+@contextlib.contextmanager
+def locked_cache(cache_dir: Path) -> Iterator[None]:
+    """Make the cache folder and hold its lock."""
+    try:
+        make_directories_durably(cache_dir)
+    except OSError as error:
+        raise RefusedError(f"cache_dir {cache_dir}: cannot make it: {error.strerror}") from error
+    with cache_lock(cache_dir):
+        yield
+
+
+def is_empty_cache(cache_dir: Path) -> bool:
+    """Whether the folder is missing, or holds nothing that a run has made but its lock."""
+    try:
+        return not set(os.listdir(cache_dir)) - {LOCK_FILE, LOCK_OWNER_FILE, "lost+found"}
+    except OSError:
+        return not os.path.lexists(cache_dir)
+
+
+def absent_mount(folder: Path) -> str | None:
+    """The mount point of /etc/fstab in which `folder` lies and on which nothing is mounted; None where all are."""
+    try:
+        lines = FSTAB.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    fields = [line.split() for line in lines if not line.lstrip().startswith("#")]
+    points = [entry[1].replace("\\040", " ") for entry in fields if len(entry) > 1 and entry[1].startswith("/")]
+    inside = [point for point in points if folder.is_relative_to(point)]
+    return next((point for point in sorted(inside, key=len) if not os.path.ismount(point)), None)
 
 
 class RunState(NamedTuple):
@@ -1113,6 +1152,15 @@ WATCH_INTERVAL_S = 2.0
 MOST_RUN_BYTES = 1_000_000  # of a line of runs.jsonl
 
 
+def recorded_caches(cache_dir: Path) -> list[str]:
+    """Where the caches of the same config's other datasets were, as the record in `cache_dir` says."""
+    try:
+        progress = Progress.load(cache_dir)
+    except RefusedError:  # said where that dataset is prepared
+        return []
+    return (progress and progress.other_caches) or []
+
+
 def load_or_refuse(cache_dir: Path) -> Progress:
     """The record in `cache_dir`; RefusedError where there is none."""
     return Progress.parse(cache_dir, read_or_refuse(cache_dir))
@@ -1399,7 +1447,12 @@ def reset_failed(cache_dir: Path) -> int:
 
 
 def ask(question: str, *, otherwise: str) -> bool:
-    """Ask on the terminal; the default is no.
+    """Ask on the terminal; the default is no. RefusedError as for `ask_for_answer`."""
+    return ask_for_answer(question, otherwise=otherwise) in ("y", "yes")
+
+
+def ask_for_answer(question: str, *, otherwise: str) -> str:
+    """What is answered on the terminal, in small letters.
 
     Raises:
         RefusedError: there is no terminal to ask on; the message names the option that answers, `otherwise`.
@@ -1410,8 +1463,8 @@ def ask(question: str, *, otherwise: str) -> bool:
         )
     print(f"{printable(question)} [y/N] ", end="", file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):  # a terminal that is gone says no
-        return sys.stdin.readline().strip().lower() in ("y", "yes")
-    return False
+        return sys.stdin.readline().strip().lower()
+    return "n"
 
 
 # ======================================================================================================================
@@ -1429,6 +1482,7 @@ class CommandModule(NamedTuple):
 
 NAMED_CACHES_MODULE = "dino_cache_extras.commands.named_caches"  # finds those of a configuration
 NARROW_TABLE_MODULE = "dino_cache_extras.commands.narrow_table"  # fits the list of caches into a terminal
+HISTORY_MODULE = "dino_cache_extras.run_history"  # what show --runs prints
 COMMAND_MODULES = {
     "verify": CommandModule(
         "dino_cache_extras.commands.verify", "Check the chunk files against the record.", "--cache-dir D --deep"
@@ -1506,7 +1560,8 @@ def _run_on_cache(arguments: argparse.Namespace) -> int:
 def _add_show(parser: argparse.ArgumentParser) -> None:
     add_cache_dir(parser)
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="print the whole record as JSON")
+    how.add_argument("--json", action="store_true", help="print the whole record, or the runs, as JSON")
+    parser.add_argument("--runs", action="store_true", help="print what the last runs came to, a line a run")
     how.add_argument(
         "--watch", type=_seconds, nargs="?", const=WATCH_INTERVAL_S, metavar="SECONDS",
         help=f"show it anew every so often (default: {WATCH_INTERVAL_S:g} s) until Ctrl-C, also while a run works; "
@@ -1517,6 +1572,10 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_show(arguments: argparse.Namespace) -> int:
+    if arguments.runs:
+        if arguments.watch is not None:
+            raise RefusedError("--runs goes with --json, not with --watch")
+        return open_door(HISTORY_MODULE).show_runs(arguments.cache_dir, as_json=arguments.json)
     if arguments.watch is not None:
         return watch(arguments.cache_dir, every_s=arguments.watch, show_all=arguments.all)
     return show(arguments.cache_dir, as_json=arguments.json, show_all=arguments.all)

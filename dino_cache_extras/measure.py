@@ -1,4 +1,4 @@
-"""--dry-run --measure: frames/s of decoding and encoding, after a few seconds of it."""
+"""For --dry-run: what other tokens would take; and with --measure frames/s, after a few seconds of the work."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import sys
 import time
 
 from dino_cache import (
+    TOKEN_DATASETS,
     ChunkLabel,
     Hooks,
     PreparedDataset,
     StopRequest,
+    Token,
+    cache_bytes,
     cache_trajectories,
     load_encoders,
     resolve_batch_size,
     token_shapes,
 )
-from progress_utils import print_lines
+from progress_utils import human_bytes, human_duration, print_lines
 
 MEASURE_S = 5.0  # time after the first batch in which --measure decodes and encodes
 
@@ -56,3 +59,26 @@ def measure(datasets: list[PreparedDataset], stop_request: StopRequest) -> dict[
         rates[dataset.name] = measure_rate(dataset, stop_request)
         stop_request.check()
     return rates
+
+
+def alternative_tokens(dataset: PreparedDataset) -> list[tuple[Token, ...]]:
+    """Choices of tokens, to compare what they take: each that the model has, those chosen, and all."""
+    known: list[Token] = [token for token in TOKEN_DATASETS if token != "register" or dataset.shape.num_registers]
+    return list(dict.fromkeys([*((token,) for token in known), dataset.spec.tokens, tuple(known)]))
+
+
+def cost_lines(dataset: PreparedDataset, rates: dict[str, float | None]) -> list[str]:
+    """The space that other tokens would take, and, where it was measured, the time."""
+    works, lines = dataset.work.values(), []
+    if dataset.num_frames:
+        sizes = []
+        for tokens in alternative_tokens(dataset):
+            spec = dataset.spec.model_copy(update={"tokens": tokens})
+            chosen = " (chosen)" if tokens == dataset.spec.tokens else ""
+            sizes.append(f"{' + '.join(tokens)} {human_bytes(cache_bytes(dataset, spec, works))}{chosen}")
+        lines.append(f"  by tokens: {', '.join(sizes)}")
+    if rate := rates.get(dataset.name):
+        how = f"at {rate:.1f} frames/s, measured while decoding and encoding on {dataset.workers.device}"
+        how += " in one process, without Ray" if dataset.config.options.executor == "ray" else ""
+        lines.append(f"  estimated time: {human_duration(dataset.num_frames / rate)} {how}")
+    return lines

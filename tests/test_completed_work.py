@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import dino_cache
+import progress_utils
 from support import (
     CHUNKS,
     FRAMES,
@@ -388,7 +389,7 @@ def test_a_cache_that_was_never_there_is_made_without_a_question(pair, run_here)
 def test_a_cache_on_a_disk_that_is_not_mounted_is_refused(pair, run_here, monkeypatch, tmp_path):
     fstab = tmp_path / "fstab"
     fstab.write_text(f"# disks\nUUID=1 / ext4 defaults 0 1\nUUID=2 {tmp_path / 'caches'} ext4 nofail 0 2\n\n")
-    monkeypatch.setattr(dino_cache, "FSTAB", fstab)
+    monkeypatch.setattr(progress_utils, "FSTAB", fstab)
     outcome = run_here(pair[0].config, "--yes")
     assert outcome.code == 2
     assert f"nothing is mounted on {tmp_path / 'caches'}" in outcome.err

@@ -38,23 +38,6 @@ def test_dry_run_tells_what_a_run_would_do_and_writes_nothing(robot, run_here, e
     assert tree(tmp_path) == before
 
 
-def test_dry_run_tells_what_other_tokens_would_take(robot, run_here):
-    robot.add("t0", "t1")
-    line = next(line for line in run_here(robot.config, "--dry-run").out.splitlines() if "by tokens: " in line)
-    found = re.findall(r"([a-z][a-z +]*) ([\d.]+) (k?B|bytes)( \(chosen\))?", line.partition("by tokens: ")[2])
-    assert [(tokens, chosen) for tokens, _, _, chosen in found] == [
-        ("cls", " (chosen)"),
-        ("patch", ""),
-        ("cls + patch", ""),
-    ]
-    told = [float(number) * (1000 if unit == "kB" else 1) for _, number, unit, _ in found]
-    for tokens, size in zip(("cls", "patch", ["cls", "patch"]), told):
-        robot.configure(tokens=[tokens] if isinstance(tokens, str) else tokens)
-        assert run_here(robot.config, "--force-rebuild").code == 0
-        taken = sum(path.stat().st_size for path in chunk_files(robot.cache))
-        assert 0.95 * taken <= size <= 1.5 * taken
-
-
 def set_free_space(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     usage = functools.partial(SimpleNamespace, total=10**12, used=0, free=count)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage())

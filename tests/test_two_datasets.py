@@ -40,7 +40,9 @@ def pair(tmp_path: Path) -> dict[str, Robot]:
         ([], [], 0),
         (["lab"], [], 1),
         (["yard"], [], 1),
-        (["lab"], ["--limit", "1"], 5),
+        ([], ["--limit", "1"], 5),
+        (["lab"], ["--limit", "1"], 5),  # the broken one is left
+        (["lab"], ["--limit", "3"], 1),
         (["yard"], ["--dataset", "lab"], 0),
         (["yard"], ["--dataset", "yard"], 1),
     ],
@@ -61,10 +63,10 @@ def test_the_worst_outcome_of_two_datasets_is_the_exit_code(pair, run_here, enco
         assert not pair[other].cache.exists()
 
 
-def test_work_left_in_one_dataset_is_worse_than_a_failure_in_the_other(pair, run_here):
+def test_a_failure_in_one_dataset_is_worse_than_work_left_in_the_other(pair, run_here):
     pair["lab"].add_broken("t0")
     pair["yard"].add("t0", "t1")
-    assert run_here(pair["lab"].config, "--limit", "1").code == 5
+    assert run_here(pair["lab"].config, "--limit", "1").code == 1
     assert attempts(pair["lab"]) == {"t0": 1}
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dino_cache_extras.commands.report_facts import CacheSample, ChunkFacts
-from progress_utils import LOG_FILE, human_duration
+from progress_utils import LOG_FILE, RUNS_FILE, human_duration
 
-RUNS_FILE = "runs.jsonl"  # in the cache folder, a JSON object for each run
 MOST_BYTES = 8 << 20  # of either file, from its end
 CHART_WEEKS = 4  # before the last run
 CHART_RUNS = 40

@@ -1,5 +1,6 @@
 """--dry-run --measure tells the speed of this machine and writes nothing."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import dino_cache
 from dino_cache import CacheSpec, RunOptions
 from dino_cache_extras import measure
-from support import FRAMES, STAMP_SHAPE, make_trajectory, tree
+from support import FRAMES, STAMP_SHAPE, chunk_files, make_trajectory, tree
 
 
 @pytest.fixture
@@ -70,3 +71,20 @@ def test_measure_without_dry_run_is_refused(robot, run_here, encoders, capsys):
     assert refused.value.code == 2
     assert "--dry-run" in capsys.readouterr().err
     assert encoders == []
+
+
+def test_dry_run_tells_what_other_tokens_would_take(robot, run_here):
+    robot.add("t0", "t1")
+    line = next(line for line in run_here(robot.config, "--dry-run").out.splitlines() if "by tokens: " in line)
+    found = re.findall(r"([a-z][a-z +]*) ([\d.]+) (k?B|bytes)( \(chosen\))?", line.partition("by tokens: ")[2])
+    assert [(tokens, chosen) for tokens, _, _, chosen in found] == [
+        ("cls", " (chosen)"),
+        ("patch", ""),
+        ("cls + patch", ""),
+    ]
+    told = [float(number) * (1000 if unit == "kB" else 1) for _, number, unit, _ in found]
+    for tokens, size in zip(("cls", "patch", ["cls", "patch"]), told):
+        robot.configure(tokens=[tokens] if isinstance(tokens, str) else tokens)
+        assert run_here(robot.config, "--force-rebuild").code == 0
+        taken = sum(path.stat().st_size for path in chunk_files(robot.cache))
+        assert 0.95 * taken <= size <= 1.5 * taken
