@@ -39,6 +39,7 @@ def test_dry_run_tells_what_a_run_would_do_and_writes_nothing(robot, run_here, e
 
 
 def test_dry_run_tells_what_other_tokens_would_take(robot, run_here):
+    pytest.importorskip("dino_cache_extras")
     robot.add("t0", "t1")
     line = next(line for line in run_here(robot.config, "--dry-run").out.splitlines() if "by tokens: " in line)
     found = re.findall(r"([a-z][a-z +]*) ([\d.]+) (k?B|bytes)( \(chosen\))?", line.partition("by tokens: ")[2])
