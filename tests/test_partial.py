@@ -369,3 +369,47 @@ def test_ten_kills_at_random_cost_a_chunk_each_and_what_was_in_flight(trial, exp
     encoded = len(told.read_text()) + len(trial.finish())
     check_same(trial.cache, expected)
     assert encoded <= FRAMES + kills * (9 + IN_FLIGHT)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Workers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_lost_workers_chunks_go_to_the_next_one_and_it_can_write_no_more(trial, expected, tmp_path):
+    """A worker stages in a folder of its own. When the driver takes it for dead, it may live on."""
+    trial.interrupt(30)
+    (journal,) = trial.journals
+    driver = dino_cache.ChunkStore(trial.cache)
+    staging = driver.new_staging_folder()
+    (partial,) = progress_utils.find_partials(trial.cache / ".staging")
+    progress_utils.move_partial(partial, staging / "tmp1")
+    assert not journal.exists()
+    driver.keep_partials(staging)
+    driver.discard_staged([staging])
+    assert trial.journals == [journal]
+    with pytest.raises(FileNotFoundError):
+        progress_utils.note_partial(staging / "tmp1", [{"bytes": 1}])
+    assert trial.finish()[0] == trial_first(30)
+    check_same(trial.cache, expected)
+
+
+def test_staging_of_a_worker_that_was_killed_with_its_driver_is_looked_through(trial, expected):
+    trial.interrupt(30)
+    (partial,) = progress_utils.find_partials(trial.cache / ".staging")
+    (trial.cache / ".staging" / "tmpworker").mkdir()
+    progress_utils.move_partial(partial, trial.cache / ".staging" / "tmpworker" / "tmp1")
+    assert trial.finish()[0] == trial_first(30)
+    check_same(trial.cache, expected)
+
+
+def test_links_in_staging_are_not_followed(trial, tmp_path):
+    trial.interrupt(30)
+    (partial,) = progress_utils.find_partials(trial.cache / ".staging")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    progress_utils.move_partial(partial, outside / "tmp1")
+    before = tree(outside)
+    (trial.cache / ".staging" / "link").symlink_to(outside)
+    assert trial.finish() == list(range(FRAMES))
+    assert tree(outside) == before
