@@ -46,7 +46,6 @@ import difflib
 import errno
 import functools
 import gc
-import glob
 import hashlib
 import importlib
 import importlib.metadata
@@ -102,6 +101,7 @@ from progress_utils import (
     DinoCacheError,
     Failure,
     Heartbeat,
+    Partial,
     Progress,
     RefusedError,
     RunState,
@@ -115,6 +115,7 @@ from progress_utils import (
     console_error,
     end_without_library,
     example,
+    find_partials,
     fsync_path,
     human_bytes,
     human_duration,
@@ -124,12 +125,17 @@ from progress_utils import (
     is_there,
     locked_cache,
     missing_library,
+    move_partial,
+    note_partial,
     open_door,
     open_library,
+    partial_folder,
+    partial_journal,
     print_lines,
     printable,
     program_name,
     progress_command,
+    read_partial,
     recorded_caches,
     refuse_locale,
     set_aside,
@@ -187,6 +193,7 @@ FORMAT_MODULES = {  # format -> the module that reads it; gnm is read here
     "rosbag": "dino_cache_extras.formats.rosbag",
 }
 EXECUTOR_MODULES = {"ray": "dino_cache_extras.ray_workers"}  # executor -> its module; local is this process
+PARTIAL_WORK_MODULE = "dino_cache_extras.partial_work"  # what is left of trajectories that are begun, for estimates
 ENGINE_MODULES = {"openvino": "dino_cache_extras.openvino_engine"}  # engine -> its module; torch is used here
 HOOKS_MODULE = "dino_cache_extras.hooks"  # tells others how a run went, as the settings HOOK_KEYS want it
 HOOK_KEYS = ("notify", "metrics_file")
@@ -2005,6 +2012,7 @@ class TrajectoryPlan:
     read: Poses | None = None  # as the source gave them, every frame
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)  # dataset name -> (T, ...): what comes along
     task: str | None = None
+    partial: Partial | None = None  # its first chunks, of an interrupted run; frames are wanted from the next one on
 
     @property
     def datasets(self) -> dict[str, np.ndarray]:
@@ -2019,9 +2027,10 @@ class TrajectoryPlan:
 
     @functools.cached_property
     def stored_rows(self) -> np.ndarray:
-        """(n,) int64: kept frames that lie in a chunk, each once, in order."""
-        done = [0, *(span.stop for span in self.spans)]
-        return np.concatenate([np.arange(max(span.start, begin), span.stop) for begin, span in zip(done, self.spans)])
+        """(n,) int64: kept frames that lie in a chunk that is not there yet, each once, in order."""
+        spans = self.spans[len(self.partial.chunks) if self.partial else 0 :]
+        done = [0, *(span.stop for span in spans)]
+        return np.concatenate([np.arange(max(span.start, begin), span.stop) for begin, span in zip(done, spans)])
 
     @property
     def stored_numbers(self) -> list[int]:
@@ -2328,6 +2337,11 @@ def device_errors(what: str) -> Iterator[None]:
         ) from error
 
 
+def unused_gpu() -> list[str]:
+    """A line on why torch cannot use the GPU that is plugged in; none where dino_cache_extras is not there to tell."""
+    return open_door(HINTS_MODULE).unused_gpu() if is_there(HINTS_MODULE) else []
+
+
 def resolve_device(device: str) -> str:
     """`auto` is CUDA where torch can use one; a warning says why not, where one is plugged in.
 
@@ -2344,41 +2358,6 @@ def resolve_device(device: str) -> str:
     if device != "cpu" and (count := torch.cuda.device_count()) <= index:
         raise RefusedError(f"device: {device}: torch sees {count} CUDA devices; use cpu or auto", *unused_gpu())
     return device
-
-
-# What shows an NVIDIA GPU: its driver, the driver's device file, or (no driver loaded) the maker's number on the bus.
-GPU_SIGNS = ("/proc/driver/nvidia/gpus/*", "/dev/nvidia[0-9]*")
-BUS_DEVICES, NVIDIA, DISPLAY_CLASS = Path("/sys/bus/pci/devices"), "0x10de", "0x03"
-
-
-def _is_nvidia_gpu(bus_device: Path) -> bool:
-    try:
-        maker, kind = ((bus_device / name).read_text().strip() for name in ("vendor", "class"))
-    except OSError:
-        return False
-    return maker == NVIDIA and kind.startswith(DISPLAY_CLASS)
-
-
-def unused_gpu() -> list[str]:
-    """A line on why torch cannot use the GPU that is plugged in; none where there is no GPU, or CUDA_VISIBLE_DEVICES
-    hides it on purpose."""
-    import torch
-
-    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return []
-    sign = next((path for pattern in GPU_SIGNS for path in sorted(glob.glob(pattern))), None)
-    if sign is None:
-        sign = next(filter(_is_nvidia_gpu, sorted(BUS_DEVICES.glob("*"))), None)
-    if sign is None:
-        return []
-    try:
-        torch.cuda.init()
-        why = "it reports no usable device"
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
-        why = one_line(error)
-    return [
-        f"An NVIDIA GPU is plugged in ({sign}), which torch {torch.__version__} cannot use: {why}; see `nvidia-smi`"
-    ]
 
 
 def resolve_precision(wanted: str, recorded: str | None, device: str, model_type: ModelType) -> str:
@@ -2873,11 +2852,35 @@ def metadata_digest(file: BinaryIO, data: list[list[int]]) -> str:
     """Digest over all bytes of a chunk file but the seal and these pieces, [offset, size] each, in order of offset."""
     running, position = bytes_digest(json.dumps(data).encode()), SEAL_BYTES
     for offset, size in [*data, [sys.maxsize, 0]]:
-        file.seek(position)
-        while block := file.read(min(READ_BLOCK_BYTES, max(0, offset - file.tell()))):
-            running.update(block)
+        _digest_bytes(running, file, position, offset)
         position = offset + size
     return running.hexdigest()
+
+
+def _digest_bytes(running: hashlib.blake2b, file: BinaryIO, start: int, stop: int) -> str:
+    file.seek(start)
+    while block := file.read(min(READ_BLOCK_BYTES, max(0, stop - file.tell()))):
+        running.update(block)
+        FENCE.getting_on()
+    return running.hexdigest()
+
+
+def is_as_noted(path: Path, note: dict[str, Any]) -> bool:
+    """Whether a chunk file is, to the byte, what ChunkWriter.finish noted of it."""
+    try:
+        with open(path, "rb") as file:
+            size, seal, digests = os.fstat(file.fileno()).st_size, file.read(SEAL_BYTES), []
+            digests.append(metadata_digest(file, note["data"]))
+            digests += [_digest_bytes(bytes_digest(), file, at, at + count) for at, count in note["data"]]
+    except OSError:
+        return False
+    return note == _chunk_note(size, note["data"], digests) and seal == seal_of(note["data"], digests[0])
+
+
+def _chunk_note(size: int, data: list[list[int]], digests: list[str]) -> dict[str, Any]:
+    """What a journal tells of a chunk file: its size, [offset, size] of the data that have digests of their own, and a
+    digest over all, that of the metadata first."""
+    return {"bytes": size, "data": data, "digest": bytes_digest("".join(digests).encode()).hexdigest()}
 
 
 class ChunkFile(io.FileIO):
@@ -2999,8 +3002,8 @@ class ChunkWriter:
             self._raw.check()
         self._rows_left -= len(rows)
 
-    def finish(self) -> int:
-        """Add poses, columns, attributes and digests, force the file to the disk; returns its size in bytes."""
+    def finish(self) -> dict[str, Any]:
+        """Add poses, columns, attributes and digests, force the file to the disk; returns what is to be noted of it."""
         self._write_columns()
         digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
         for name, digest in digests.items():
@@ -3009,18 +3012,19 @@ class ChunkWriter:
         for name, value in {**attributes, "attributes_digest": attributes_digest(attributes, digests)}.items():
             write_attribute(self._file.id, name, value)
         data = sealed_apart([it.get_offset(), self._num_bytes[name]] for name, it in self._datasets.items())
+        digest_at = {it.get_offset(): digests[name] for name, it in self._datasets.items()}
         self._datasets.clear()
         self._file.close()
         self._raw.check()
-        seal = seal_of(data, metadata_digest(self._raw, data))
+        metadata = metadata_digest(self._raw, data)
         self._raw.seek(0)
-        self._raw.write(seal)
+        self._raw.write(seal_of(data, metadata))
         self._raw.check()
         with PROFILE("fsync"):
             os.fsync(self._raw.fileno())
         size = os.fstat(self._raw.fileno()).st_size
         self._raw.close()
-        return size
+        return _chunk_note(size, data, [metadata, *(digest_at[offset] for offset, _ in data)])
 
     def _write_columns(self) -> None:
         """Poses, and what comes along."""
@@ -3067,14 +3071,33 @@ class ChunkWriter:
             self._raw.close()
 
 
+def made_from(plan: TrajectoryPlan, label: ChunkLabel) -> dict[str, Any]:
+    """What a trajectory's chunks are made from, as JSON: where nothing of it differs, work on them may go on."""
+    content = bytes_digest(json.dumps([plan.task, format_named(plan.trajectory.format).pairing]).encode())
+    for name, values in sorted(plan.datasets.items()):
+        content.update(f"{name} {values.dtype} {values.shape}".encode())
+        content.update(np.ascontiguousarray(values))
+    return {
+        "trajectory": plan.trajectory.name,
+        "dataset_name": label.dataset_name,
+        "fingerprint": label.fingerprint,
+        "weights_digest": label.weights_digest,
+        "checksum": plan.checksum,
+        "checksum_kind": plan.checksum_kind,
+        "spans": [list(span) for span in plan.spans],
+        "columns_digest": content.hexdigest(),
+    }
+
+
 class TrajectoryWriter:
-    """The chunks of one trajectory, in a staging folder until all of them are durable. Few are open at a time."""
+    """The chunks of one trajectory, in a staging folder until all of them are durable. Few are open at a time. Each but
+    the last, after which nothing is left to do, is noted in the folder's journal; those of plan.partial lie there."""
 
     def __init__(self, folder: Path, plan: TrajectoryPlan, label: ChunkLabel):
         self.folder, self.plan, self._label = folder, plan, label
         self._open: dict[int, ChunkWriter] = {}
-        self._next_chunk = 0
-        self.chunk_bytes: list[int] = []
+        self.chunk_bytes = [note["bytes"] for note in plan.partial.chunks] if plan.partial else []
+        self._next_chunk = len(self.chunk_bytes)
 
     @property
     def is_complete(self) -> bool:
@@ -3091,14 +3114,20 @@ class TrajectoryWriter:
             if low < high:
                 chunk.write(int(rows[low]), {name: values[low:high] for name, values in tokens.items()}, camera)
             if chunk.is_whole:
-                self.chunk_bytes.append(chunk.finish())
+                note = chunk.finish()
                 del self._open[index]
+                self.chunk_bytes.append(note["bytes"])
+                if not self.is_complete:
+                    head = [made_from(self.plan, self._label)] if index == 0 else []
+                    note_partial(self.folder, [*head, note])
 
-    def abandon(self) -> None:
-        """Close what is open and remove the staging folder."""
+    def abandon(self, *, keep: bool) -> None:
+        """Close what is open and remove the staging folder; with `keep`, unless a chunk in it is finished."""
         for chunk in self._open.values():
             chunk.abandon()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if not (keep and self.chunk_bytes):
+            partial_journal(self.folder).unlink(missing_ok=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class ChunkStore:
@@ -3109,14 +3138,57 @@ class ChunkStore:
         self._staging = staging or cache_dir / STAGING_FOLDER
         self._durable_folders = {cache_dir}  # whose own entries this run has forced to the disk
 
-    def empty_staging(self) -> None:
-        """Remove what an interrupted run left half-made."""
+    def empty_staging(self, wanted: Container[str] | None = None) -> None:
+        """Remove what an interrupted run left half-made; partial trajectories stay, or those that are `wanted`."""
         for name in TEMPORARY_FILES:
             (self.cache_dir / name).unlink(missing_ok=True)
         if self._staging.is_symlink():
             self._staging.unlink()  # what it points to is not ours
         self._staging.mkdir(exist_ok=True)
-        self.discard_staged(list(self._staging.iterdir()))
+        kept = self.keep_partials(self._staging, wanted)
+        self.discard_staged([path for path in self._staging.iterdir() if path not in kept])
+
+    def keep_partials(self, staging: Path, wanted: Container[str] | None = None) -> set[Path]:
+        """Bring partial trajectories to where the next run, or worker, looks for them; returns those places. They are
+        renamed, and so out of reach of a worker that outlived its driver."""
+        kept: set[Path] = set()
+        for partial in find_partials(staging):
+            name = partial.made_from["trajectory"]
+            folder = partial_folder(self.cache_dir, name)
+            if folder in kept or (wanted is not None and name not in wanted):
+                continue
+            if partial.folder != folder:
+                self._discard_partial(folder)
+                move_partial(partial, folder)
+            kept |= {folder, partial_journal(folder)}
+        return kept
+
+    def _discard_partial(self, folder: Path) -> bool:
+        """Remove it; says whether there was one."""
+        paths = [path for path in (partial_journal(folder), folder) if os.path.lexists(path)]
+        self.discard_staged(paths)
+        return bool(paths)
+
+    def partial_of(self, plan: TrajectoryPlan, label: ChunkLabel) -> Partial | None:
+        """The chunks of it that an interrupted run finished from the same data with the same settings, and that are
+        intact, up to the first that is not."""
+        partial = read_partial(partial_folder(self.cache_dir, plan.trajectory.name))
+        if partial is None or partial.made_from != made_from(plan, label):
+            return None
+        paths = (partial.folder / chunk_file_name(index) for index in range(len(plan.spans) - 1))
+        intact = [note for _, note in itertools.takewhile(lambda it: is_as_noted(*it), zip(paths, partial.chunks))]
+        return partial._replace(chunks=intact) if intact else None
+
+    def new_chunks_folder(self, plan: TrajectoryPlan) -> Path:
+        """A new staging folder for a trajectory's chunks, with those in it after which the plan goes on. What else an
+        interrupted run left of it is removed."""
+        folder, name = self.new_staging_folder(), plan.trajectory.name
+        if plan.partial is not None:
+            move_partial(plan.partial, folder)
+            LOG.info("%s: goes on after %d of %d chunks", name, len(plan.partial.chunks), len(plan.spans))
+        elif self._discard_partial(partial_folder(self.cache_dir, name)):
+            LOG.info("%s: its chunks of an interrupted run are of other data or settings, or damaged: made anew", name)
+        return folder
 
     def discard_staged(self, paths: list[Path]) -> None:
         """Remove what lies in staging. Renamed first: a worker that outlived its driver finds nothing under the names
@@ -3197,11 +3269,13 @@ class ChunkStore:
             replaced = self.new_staging_folder() / "replaced"
             if any(entry.is_dir() for entry in self._entries(name)):
                 self._replace_files(target, staged, replaced)
+                partial_journal(staged).unlink(missing_ok=True)
                 return replaced
             os.rename(target, replaced)
         os.rename(staged, target)
         with PROFILE("fsync"):
             fsync_path(target.parent)
+        partial_journal(staged).unlink(missing_ok=True)
         return replaced
 
     def _replace_files(self, target: Path, staged: Path, replaced: Path) -> None:
@@ -3418,6 +3492,7 @@ class ReadingJob(NamedTuple):
     spec: CacheSpec
     checksum_kind: ChecksumKind
     store: ChunkStore | None = None  # in which there must be a place for a trajectory's chunks
+    label: ChunkLabel | None = None  # theirs; without one, none of an interrupted run are looked for
 
 
 class Wanted(NamedTuple):
@@ -3466,6 +3541,8 @@ def open_plan(trajectory: Trajectory, job: ReadingJob) -> tuple[TrajectoryPlan, 
             source = open_source(trajectory, data_keys(spec))
             checksum = checksum_of(source, job.checksum_kind)
             plan = plan_trajectory(trajectory, source, checksum, job.checksum_kind, spec)
+            if job.label is not None:
+                plan = dataclasses.replace(plan, partial=job.store.partial_of(plan, job.label))
             numbers = plan.stored_numbers
             frames, *others = [open_camera(source, numbers, camera) for camera in spec.cameras]  # checks all of them
             for other in others:
@@ -4400,7 +4477,7 @@ class StreamWriter:
         with storage_errors(self._store.cache_dir), PROFILE("write"):
             if isinstance(item, TrajectoryResult):
                 if self._open is not None and self._open.plan.trajectory.name == item.name:
-                    self.close()
+                    self.close(keep=isinstance(item.error, OSError))  # what cannot be read tonight proves nothing
                 return [item]
             runs = _runs_of_one_camera(item)
             return [result for run in runs for result in self._write_rows(*run)]
@@ -4414,7 +4491,7 @@ class StreamWriter:
             frame = self._frame_name(plan, int(rows[int(np.argmin(encoded.finite))]), camera)
             return self._give_up(plan, InvalidDataError(f"{frame}: its features are not finite"))
         if self._open is None:
-            self._open = TrajectoryWriter(self._store.new_staging_folder(), plan, self._label)
+            self._open = TrajectoryWriter(self._store.new_chunks_folder(plan), plan, self._label)
         self._open.write(rows, encoded.tokens, camera)
         return self._publish() if self._open.is_complete else []
 
@@ -4445,13 +4522,13 @@ class StreamWriter:
         return [result]
 
     def _give_up(self, plan: TrajectoryPlan, error: InputError) -> list[TrajectoryResult]:
-        self.close()
+        self.close(keep=False)
         return _fail(plan, error, self._failed)
 
-    def close(self) -> None:
-        """Drop the trajectory begun, if any."""
+    def close(self, *, keep: bool = True) -> None:
+        """Leave the trajectory begun, if any; its finished chunks stay for the next run unless it failed."""
         if self._open is not None:
-            self._open.abandon()
+            self._open.abandon(keep=keep)
             self._open = None
 
 
@@ -4501,7 +4578,7 @@ def cache_trajectories(
         StorageError, DeviceError: the fault is not a trajectory's; nothing further is yielded.
     """
     failed, batch_size = FailedTrajectories(), resolve_batch_size(options, encoder)
-    job = ReadingJob(label.spec, options.checksum, store)
+    job = ReadingJob(label.spec, options.checksum, store, None if store is None else label)
     with contextlib.closing(FrameStream(job, options, batch_size, encoder.batches_in_flight, hooks)) as stream:
         writer = NoWriter()
         if store is not None:
@@ -4684,6 +4761,7 @@ class PreparedDataset:
     weights: dict[str, Any] | None  # source, size, mtime, digest
     lost: dict[str, str]  # recorded, not among the data now, and with chunk files that are not as recorded -> how
     has_forgotten: bool = False  # a forced rebuild that begins now forgot completed trajectories
+    begins_rebuild: bool = False  # a forced rebuild begins now
     other_caches: list[str] = field(default_factory=list)  # of the config's other datasets, where they are or were
     pending: list[Trajectory] = field(default_factory=list)  # to do in this run, failed ones last
     left_out: int = 0  # pending too, beyond --limit
@@ -4734,6 +4812,7 @@ def prepare_dataset(config: DatasetConfig, stop_request: StopRequest) -> Prepare
     selection = select_trajectories(config, spec, stop_request)
     refuse_case_collisions(config.cache_dir, selection.trajectories)
     store, has_forgotten = ChunkStore(config.cache_dir), False
+    begins_rebuild = config.options.force_rebuild and progress.rebuild_started is None
     if config.options.force_rebuild:
         has_forgotten = forget_selected(config, progress, selection, store)
     states = compare_with_record(config, spec, progress, store, selection.trajectories, stop_request)
@@ -4747,6 +4826,7 @@ def prepare_dataset(config: DatasetConfig, stop_request: StopRequest) -> Prepare
         weights=progress.weights,
         lost=lost_trajectories(progress, store, {trajectory.name for trajectory in selection.trajectories}),
         has_forgotten=has_forgotten,
+        begins_rebuild=begins_rebuild,
     )
 
 
@@ -5247,7 +5327,7 @@ def plan_costs(_: TrajectoryReader, trajectories: list[Trajectory], job: Reading
     look_at = open_door(POSE_FACTS_MODULE).look_at if is_there(POSE_FACTS_MODULE) else None
     costs: list[Cost | TrajectoryResult] = []
     for trajectory in trajectories:
-        outcome = plan_or_fail(trajectory, *job)
+        outcome = plan_or_fail(trajectory, job.spec, job.checksum_kind, job.store)
         FENCE.allow()
         if isinstance(outcome, TrajectoryPlan):
             work = Work(
@@ -5287,6 +5367,8 @@ def estimate_work(
             dataset.notes.setdefault(note.what, []).append(f"{trajectory.name} ({note.detail})")
         size = cache_bytes(dataset, dataset.spec, [cost.work])
         dataset.work[trajectory.name] = cost.work._replace(num_bytes=size)
+    if is_there(PARTIAL_WORK_MODULE) and not dataset.begins_rebuild:
+        open_door(PARTIAL_WORK_MODULE).count_only_what_is_left(dataset)
     stop_request.check()
     return reasons
 
@@ -5665,6 +5747,7 @@ class DatasetRun:
         self._mount = MountGuard(dataset.config.data_folder, dataset.pending)
         self._unchanged_failures = {s.trajectory.name for s in dataset.states if s.status == "failed"}
         self._states = {s.trajectory.name: s for s in dataset.states if s.status != "completed"}
+        self._unfinished = set(self._states)  # whose chunks in staging are still wanted
         self._num_odd = sum(bool(s.status == "completed" and s.remark) for s in dataset.states) + len(dataset.lost)
         self._told: set[str] = set()  # trajectories that were said to have failed
         self._must_save = False  # a run that has nothing to do, and changes no setting, leaves the record as it is
@@ -5756,7 +5839,7 @@ class DatasetRun:
         has_changed |= (self._store.cache_dir / JOURNAL_FILE).exists()  # of a killed run
         self._must_save = bool(dataset.pending or progress.rebuild_started) or has_changed
         with storage_errors(self._store.cache_dir):
-            self._store.empty_staging()
+            self._store.empty_staging(self._unfinished)
         if dataset.pending:
             self._save()
 
@@ -5800,11 +5883,13 @@ class DatasetRun:
         if self._counts.is_finished and not self._dataset.left_out:
             self._progress.rebuild_started = None
         with storage_errors(self._store.cache_dir):
-            self._store.empty_staging()
+            self._store.empty_staging(self._unfinished)
 
     def _record_result(self, result: TrajectoryResult, fingerprint: str) -> None:
         """Record what became of one trajectory, unless it is held back while it may be the mount's fault."""
         self._counts.add(result)
+        if not isinstance(result.error, OSError):
+            self._unfinished.discard(result.name)
         if result.error is None:
             for held_back in self._mount.release():
                 self._fail(held_back)
@@ -5931,6 +6016,9 @@ def begin_rebuild(dataset: PreparedDataset) -> None:
     """Where much is redone, withdraw it from the record before any dataset's work: a plain run then goes on with all.
     The record before it is set aside."""
     progress, cache_dir = dataset.progress, dataset.config.cache_dir
+    if dataset.begins_rebuild:
+        with storage_errors(cache_dir):
+            dataset.store.empty_staging(())  # partial trajectories are redone too
     if progress.rebuild_started is not None and dataset.config.options.enable_progress_tracking:
         with storage_errors(cache_dir):
             if dataset.has_forgotten:

@@ -29,7 +29,7 @@ A save survives a killed process and, as far as the disk keeps its word about fs
 stays as progress.json.bak. Only the standard library is imported at the top, so that every command starts at once.
 
 Sections, each using only those above it: constants - errors - names and small helpers - the console - doors - durable
-writing - the lock - the journal - the record - showing and resetting the record - command line.
+writing - the lock - the journal - partial trajectories - the record - showing and resetting it - command line.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ import copy
 import errno
 import fcntl
 import gc
+import hashlib
 import importlib
 import importlib.util
 import io
@@ -639,8 +640,7 @@ class Journal:
 
     def append(self, entries: Iterable[dict[str, Any]]) -> None:
         """Add entries; they survive this process at once, and a power cut after `sync`."""
-        texts = [json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") for entry in entries]
-        rest = memoryview(b"".join(b"%08x %b\n" % (zlib.crc32(text), text) for text in texts))
+        rest = memoryview(journal_lines(entries))
         if self._file is None:
             self._file = io.FileIO(self._path, "x")  # a new one, never through a link
             fsync_path(self._path.parent)
@@ -669,6 +669,12 @@ class Journal:
         self._path.unlink(missing_ok=True)
 
 
+def journal_lines(entries: Iterable[dict[str, Any]]) -> bytes:
+    """Entries as a journal's bytes."""
+    texts = [json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") for entry in entries]
+    return b"".join(b"%08x %b\n" % (zlib.crc32(text), text) for text in texts)
+
+
 def journal_entries(journal: bytes) -> Iterator[dict[str, Any] | None]:
     """The entries in a journal's bytes, None for a line that is damaged."""
     lines = journal.split(b"\n")
@@ -678,6 +684,74 @@ def journal_entries(journal: bytes) -> Iterator[dict[str, Any] | None]:
     for line in lines:
         digits, _, text = line.partition(b" ")
         yield json.loads(text) if digits == b"%08x" % zlib.crc32(text) else None
+
+
+# ======================================================================================================================
+# Partial trajectories: finished chunks of one that no run has come to the end of, in a folder of staging
+# ======================================================================================================================
+
+PARTIAL_SUFFIX = ".journal"  # of the file beside the folder: what the chunks are made from, then a line for each
+
+
+class Partial(NamedTuple):
+    """The first chunks of a trajectory, as their journal tells."""
+
+    folder: Path
+    made_from: dict[str, Any]  # the trajectory's name, and all that the chunks are void without
+    chunks: list[dict[str, Any]]  # what was noted of each, in order: its bytes and digests
+
+
+def partial_journal(folder: Path) -> Path:
+    """The journal of a partial trajectory's folder."""
+    return folder.with_name(folder.name + PARTIAL_SUFFIX)
+
+
+def partial_folder(cache_dir: Path, name: str) -> Path:
+    """Where the chunks of a trajectory lie that nobody works on. A name may be long and hold `/`: its digest stands
+    for it."""
+    digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+    return cache_dir / STAGING_FOLDER / f"partial-{digest}"
+
+
+def note_partial(folder: Path, entries: list[dict[str, Any]]) -> None:
+    """Append to a folder's journal, durably; the first entry tells what the chunks are made from."""
+    with open(partial_journal(folder), "ab") as file:
+        file.write(journal_lines(entries))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_partial(folder: Path) -> Partial | None:
+    """What a folder's journal tells, up to a line that is torn or damaged; None where it tells nothing. Whether the
+    chunks are there and intact is another question."""
+    try:
+        entries = list(itertools.takewhile(bool, journal_entries(partial_journal(folder).read_bytes())))
+    except (OSError, ValueError):
+        return None
+    if not entries or folder.is_symlink() or not folder.is_dir():
+        return None
+    return Partial(folder, entries[0], entries[1:])
+
+
+def find_partials(staging: Path) -> list[Partial]:
+    """Those in staging, and in the folders that workers have there."""
+    if staging.is_symlink() or not staging.is_dir():
+        return []
+    with os.scandir(staging) as entries:
+        places = [staging, *sorted(Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False))]
+    names = [path for place in places for path in sorted(place.glob(f"*{PARTIAL_SUFFIX}"))]
+    found = (read_partial(path.with_name(path.name.removesuffix(PARTIAL_SUFFIX))) for path in names)
+    return [partial for partial in found if partial is not None]
+
+
+def move_partial(partial: Partial, folder: Path) -> None:
+    """Give it another folder, which is empty or not there, with the chunks that it names and nothing else. At every
+    moment one of the two folders has its journal; whoever still writes into the old one finds it no more."""
+    write_durably(partial_journal(folder), journal_lines([partial.made_from, *partial.chunks]))
+    os.rename(partial.folder, folder)
+    partial_journal(partial.folder).unlink()
+    for path in set(folder.iterdir()) - {folder / chunk_file_name(index) for index in range(len(partial.chunks))}:
+        path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
 
 
 # ======================================================================================================================
@@ -1411,6 +1485,8 @@ def reset(cache_dir: Path, *, yes: bool) -> int:
         question = f"{cache_dir}: set the record ({remark}) aside? The next run then redoes every trajectory."
         if not yes and not ask(question, otherwise="--yes"):
             return 2
+        for partial in find_partials(cache_dir / STAGING_FOLDER):  # all is redone, and so are these
+            partial_journal(partial.folder).unlink()
         kept = set_aside(cache_dir, "reset")
         Progress(cache_dir, dataset_name).save(keep_old=False)
     print_lines(f"Reset {cache_dir}; the old record is {kept.name}")

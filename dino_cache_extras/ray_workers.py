@@ -708,10 +708,12 @@ class RayDataset:
         self._workers.start_worker()
 
     def _remove(self, handle: WorkerHandle) -> None:
-        """End a worker; what it staged is gone, so that it can publish nothing even if it lives on."""
+        """End a worker; what it staged is gone, so that it can publish nothing even if it lives on. The finished chunks
+        of what it did not come to the end of go to the next one."""
         self._workers.kill_worker(handle)
         if handle.staging is not None:
             with storage_errors(self._store.cache_dir):
+                self._store.keep_partials(handle.staging)
                 self._store.discard_staged([handle.staging])
 
     def _check_presence(self) -> None:

@@ -195,7 +195,8 @@ class _Counter:
         setattr(owner, name, counted)
 
     def _open(self, path: Any, mode: str = "r", **keywords: Any) -> Any:
-        return _RecordFile(path, self) if mode == "xb" else io.open(path, mode, **keywords)  # noqa: UP020
+        is_record = mode == "xb" and os.path.basename(path).startswith(progress_utils.PROGRESS_FILE)
+        return _RecordFile(path, self) if is_record else io.open(path, mode, **keywords)  # noqa: UP020
 
 
 class _RecordFile(io.BufferedWriter):

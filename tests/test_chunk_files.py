@@ -280,7 +280,7 @@ def test_old_chunks_stay_where_the_record_cannot_be_withdrawn(tmp_path):
 
     with pytest.raises(StorageError, match="the record cannot be saved"):
         cache_t1(tmp_path, hooks=Hooks(before_replacing=before_replacing))
-    assert contents(tmp_path / "cache") == old
+    assert {path: data for path, data in contents(tmp_path / "cache").items() if ".staging" not in path} == old
 
 
 def test_reader_of_an_old_chunk_keeps_reading_the_old_bytes(tmp_path):

@@ -11,6 +11,7 @@ from crash_harness import Disk
 from crash_lab import (
     BOTH,
     FRAMES,
+    LONG,
     NESTED,
     A,
     C,
@@ -105,7 +106,25 @@ def mended_and_journalled(lab: Lab) -> None:
     journalled(lab.cache)
 
 
+def one_long(lab: Lab) -> None:
+    lab.add(LONG)
+    lab.configure()
+
+
+def one_begun(lab: Lab) -> None:
+    """A run was stopped in the last batch but one of a trajectory of four chunks."""
+    one_long(lab)
+    assert lab.execute(lab.start, "run-stopped").code == 143
+    (journal,) = (lab.cache / ".staging").glob("*.journal")
+    assert journal.read_bytes().count(b"\n") in (2, 3, 4)
+    lab.add(A)
+
+
 SCENARIOS = {
+    "a long trajectory": Scenario(one_long, "run", 0, 0, {LONG: 5}),
+    "a trajectory that is begun": Scenario(one_begun, "run", 0, 0, {A: 1, LONG: 5}),
+    "force_rebuild of one that is begun": Scenario(one_begun, "run --force-rebuild", 0, 0, {A: 1, LONG: 5}),
+    "reset of one that is begun": Scenario(one_begun, "reset --yes", 0, 0, {A: 1, LONG: 5}),
     "a fresh run": Scenario(nothing_yet, "run", 1, 1, BOTH),
     "a redo": Scenario(changed_data, "run", 1, 1, {A: 11, NESTED: 2, D: 4}, {A: 1, C: 3}, (NESTED,)),
     "a redo, rarely saved": Scenario(two_changed, "run-rarely-saved", 0, 0, {A: 11, D: 14}, {A: 1, D: 4}),

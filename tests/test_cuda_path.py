@@ -372,10 +372,11 @@ def test_fp32_has_all_its_bits_on_a_gpu(model, monkeypatch, tf32_allowed, precis
 @pytest.fixture
 def bus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The devices of a machine without a GPU; torch finds no driver."""
+    hints = pytest.importorskip("dino_cache_extras.hints")
     for number, (maker, kind) in enumerate([("0x8086", "0x030000"), ("0x10de", "0x0c0330")]):  # Intel; NVIDIA's USB
         add_device(tmp_path / f"0000:00:0{number}.0", maker, kind)
-    monkeypatch.setattr(dino_cache, "GPU_SIGNS", (str(tmp_path / "nvidia[0-9]"),))
-    monkeypatch.setattr(dino_cache, "BUS_DEVICES", tmp_path)
+    monkeypatch.setattr(hints, "GPU_SIGNS", (str(tmp_path / "nvidia[0-9]"),))
+    monkeypatch.setattr(hints, "BUS_DEVICES", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -28,9 +28,11 @@ from progress_utils import (
     cache_lock,
     chunk_file_name,
     chunk_folders,
+    find_partials,
     is_chunk_file,
     load_or_refuse,
     lock_owner,
+    partial_journal,
     print_lines,
     program_name,
 )
@@ -128,7 +130,11 @@ def find_leftovers(progress: Progress) -> list[Finding]:
     if staging.is_symlink():
         paths.append(staging)  # what it points to is not ours
     elif staging.is_dir():
-        paths += sorted(staging.iterdir())
+        begun = {
+            path for partial in find_partials(staging) for path in (partial.folder, partial_journal(partial.folder))
+        }
+        begun |= {path.parent for path in begun} - {staging}  # of workers
+        paths += sorted(set(staging.iterdir()) - begun)  # the next run goes on with the others
     return [
         Finding("leftover", None, path.relative_to(cache_dir).as_posix(), "left by an interrupted run")
         for path in paths
