@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from dino_cache import DatasetOutcome, NightOutcome
 
+SIGNALLED = 128  # exit codes above it are those of signals
+
 
 class RunOutcome(NamedTuple):
     """What hooks and metrics say of a run."""
