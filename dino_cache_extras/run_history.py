@@ -34,11 +34,16 @@ MOST_CAUSES = 20  # of failures that a run's line names, the most frequent first
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "h5py")  # whose versions are told, where they were imported
 
 
+def without_name(reason: str, name: str) -> str:
+    """A reason without the trajectory's name where it stands as a path or begins one."""
+    return re.sub(rf"(?:^|(?<=/)){re.escape(name)}(?=[/:])", "...", reason) if name else reason
+
+
 def cause_of(name: str, failure: Failure) -> str:
     """A failure's reason without names and numbers: what is equal is one cause."""
     reason = failure["reason"].removeprefix(name)
     reason = re.sub(r"^/[^:]*?(\.\w+)?: ", lambda match: f"*{match[1] or ''}: ", reason).removeprefix(": ")
-    reason = reason.replace(name, "...")
+    reason = without_name(reason, name)
     return re.sub(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", "#", reason)
 
 

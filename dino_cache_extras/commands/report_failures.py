@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from dino_cache_extras.run_history import cause_of, without_name
 from progress_utils import Failure
 
 
@@ -151,25 +152,13 @@ def failure_groups(failures: dict[str, Failure]) -> list[FailureGroup]:
 
 def known_cause(reason: str, name: str) -> Cause | None:
     """The cause that a reason tells of; what the trajectory's `name` holds does not count."""
-    told = _without_name(reason, name)
+    told = without_name(reason, name)
     return next((cause for cause in CAUSES if re.search(cause.pattern, told)), None)
-
-
-def _without_name(reason: str, name: str) -> str:
-    """A reason without the trajectory's name where it stands as a path or begins one."""
-    return re.sub(rf"(?:^|(?<=/)){re.escape(name)}(?=[/:])", "...", reason) if name else reason
 
 
 def failure_causes(failures: dict[str, Failure]) -> dict[str, list[tuple[str, Failure]]]:
     """Failures by cause, the most frequent first: reasons that differ in names and numbers alone are one cause."""
     causes: dict[str, list[tuple[str, Failure]]] = {}
     for name, failure in failures.items():
-        causes.setdefault(_cause(name, failure), []).append((name, failure))
+        causes.setdefault(cause_of(name, failure), []).append((name, failure))
     return dict(sorted(causes.items(), key=lambda item: -len(item[1])))
-
-
-def _cause(name: str, failure: Failure) -> str:
-    reason = failure["reason"].removeprefix(name)
-    reason = re.sub(r"^/[^:]*?(\.\w+)?: ", lambda match: f"*{match[1] or ''}: ", reason).removeprefix(": ")
-    reason = _without_name(reason, name)
-    return re.sub(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", "#", reason)
