@@ -6241,8 +6241,8 @@ def attempt(arguments: RunArguments, stop_request: StopRequest, night: Night, an
     """A run, with what was answered so far. Raises ChangedConfig where something is to be asked."""
     with contextlib.ExitStack() as resources:
         # 1) read the config
-        told = None if arguments.told else arguments.told  # who was told already is not told again
-        all_configs = load_config(arguments.config, arguments.overrides, told)
+        not_told_yet = None if arguments.told else arguments.told
+        all_configs = load_config(arguments.config, arguments.overrides, not_told_yet)
         configs = select_datasets(all_configs, arguments.datasets)
         night.num_datasets = len(configs)
         # 2) see that every disk is there, and lock every cache before anything slow
@@ -6277,9 +6277,8 @@ def attempt(arguments: RunArguments, stop_request: StopRequest, night: Night, an
                 open_library(library)
         workers = open_workers(datasets, resources)
         stop_request.check()
-        for dataset in datasets:
-            if dataset.pending:
-                settle_encoding(dataset)
+        for dataset in (dataset for dataset in datasets if dataset.pending):
+            settle_encoding(dataset)
         # 7) see that the disks can hold it
         with PROFILE("list"):
             estimate_all(datasets, stop_request)

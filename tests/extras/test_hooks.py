@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -127,7 +128,7 @@ def test_a_good_run_is_told_of_at_its_start_and_its_end(robot: Robot, run_here, 
     assert outcome.code == 0
     assert listener.paths == [f"/{SECRET}/start", f"/{SECRET}/0"]
     first, *lines = listener.requests[1].body.splitlines()
-    assert first.startswith("OK: 1 dataset, 2 completed, 0 failed, 0 left, ")
+    assert first.startswith("OK: 1 datasets, 2 completed (+2), 0 failed, 0 left, ")
     assert first.endswith("frames/s, exit 0")
     assert any("robot: 2/2 trajectories completed, 0 failed" in line for line in lines)
     assert warnings_of(outcome) == []
@@ -140,7 +141,7 @@ def test_a_partial_run(robot: Robot, run_here, listener) -> None:
     robot.configure(notify=healthchecks(listener))
     assert run_here(robot.config).code == 1
     assert listener.paths == [f"/{SECRET}/start", f"/{SECRET}/1"]
-    assert listener.requests[1].body.startswith("PARTIAL: 1 dataset, 1 completed, 1 failed, 0 left")
+    assert listener.requests[1].body.startswith("PARTIAL: 1 datasets, 1 completed (+1), 1 failed, 0 left")
 
 
 def test_a_run_that_a_fault_ends(robot: Robot, run_here, listener, monkeypatch) -> None:
@@ -182,7 +183,7 @@ def test_sigterm(robot: Robot, listener) -> None:
         out, err = process.communicate(timeout=60)
     assert process.returncode == 143
     assert listener.paths == [f"/{SECRET}/start", f"/{SECRET}/143"]
-    assert listener.requests[1].body.startswith("STOPPED: 1 dataset, ")
+    assert listener.requests[1].body.startswith("STOPPED: 1 datasets, ")
     refuse_secrets(robot.cache, out, err)
 
 
@@ -205,7 +206,7 @@ def test_a_run_that_the_configuration_refuses(robot: Robot, run_here, listener, 
     assert outcome.code == 2
     assert listener.paths == [f"/{SECRET}/start", f"/{SECRET}/2"]
     body = listener.requests[1].body
-    assert body.startswith("FAILED: exit 2")
+    assert re.match(r"FAILED: (1 datasets|[\d.]+ m?s), exit 2\n", body)
     assert outcome.err.strip().splitlines()[0] in body
     refuse_secrets(robot.config.parent, outcome.out, outcome.err)
 
@@ -252,7 +253,7 @@ def test_ntfy_gets_a_title_and_a_priority(robot: Robot, run_here, listener) -> N
     good, bad = listener.requests
     assert good.headers["Title"].startswith("dino_cache OK on ")
     assert (good.headers["Priority"], bad.headers["Priority"]) == ("low", "high")
-    assert bad.body.startswith("FAILED: exit 2\nerror: ")
+    assert re.match(r"FAILED: \S+ s, exit 2\nerror: ", bad.body)
 
 
 def test_a_command_gets_the_verdict_and_the_exit_code(robot: Robot, run_here, tmp_path) -> None:
@@ -263,7 +264,7 @@ def test_a_command_gets_the_verdict_and_the_exit_code(robot: Robot, run_here, tm
     assert outcome.code == 0
     first, second = (tmp_path / "told").read_text().splitlines()
     assert first == "0 OK success"
-    assert second.startswith("OK: 1 dataset, 1 completed")
+    assert second.startswith("OK: 1 datasets, 1 completed (+1)")
 
 
 @pytest.mark.parametrize(("arguments", "event"), [((), "success"), (("--limit", "1"), "stop")])

@@ -65,7 +65,17 @@ def test_records_set_aside_and_leftovers_go(cached: Robot, run_here: Callable[..
     assert "gone from the data: site/t1 (" in said  # its chunks lie there still, recorded or not
     assert run_utils("prune", cached.cache, "--yes").returncode == 0
     assert sorted(path.name for path in cached.cache.iterdir()) == sorted(
-        [".lock", ".staging", "dino_cache.log", "notes.txt", "progress.json", "progress.json.bak", "site", "t0"]
+        [
+            ".lock",
+            ".staging",
+            "dino_cache.log",
+            "notes.txt",
+            "progress.json",
+            "progress.json.bak",
+            "runs.jsonl",
+            "site",
+            "t0",
+        ]
     )
     assert os.listdir(cached.cache / ".staging") == []
     assert completed(cached) == ["site/t2", "t0"]
