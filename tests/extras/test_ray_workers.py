@@ -502,7 +502,7 @@ def test_a_killed_worker_loses_nothing(lab):
     lab.add(24)
 
     def kill() -> None:
-        wait_until(lambda: len(chunk_files(lab.cache)) > 4)
+        wait_until(lambda: len(chunk_files(lab.cache)) > 4, 240)
         lab.kill_a_worker()
 
     with meanwhile(kill):
@@ -589,7 +589,7 @@ def test_sigterm_stops_the_workers_and_the_run_resumes(lab):
     lab.add(24)
 
     def stop() -> None:
-        wait_until(lambda: len(chunk_files(lab.cache)) > 4)
+        wait_until(lambda: len(chunk_files(lab.cache)) > 4, 240)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with meanwhile(stop):
@@ -634,7 +634,7 @@ def test_a_node_that_is_lost_loses_nothing(lab, cluster):
     node = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
 
     def lose_it() -> None:
-        wait_until(lambda: len(chunk_files(lab.cache)) > 4)
+        wait_until(lambda: len(chunk_files(lab.cache)) > 4, 240)
         raylet = node.all_processes["raylet"][0].process.pid
         lost = [pid for pid in lab.worker_pids() if f"PPid:\t{raylet}\n" in Path(f"/proc/{pid}/status").read_text()]
         cluster.remove_node(node, allow_graceful=False)
