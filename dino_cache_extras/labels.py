@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 
+VINT_GOAL_STEPS = (0, 20)  # of the goals that ViNT is trained on
 MAX_POSE_BYTES = 1 << 26  # of poses that a process keeps: those of some 2.8 million frames
 MEASURED_CHUNKS = 256  # of a cache, whose steps are measured
 
@@ -63,7 +64,9 @@ class LabelRules(NamedTuple):
         if not 0 <= self.negatives <= 1:
             raise RefusedError(f"negatives: {self.negatives} must be a share, from 0 to 1")
         if self.negatives > 0 and self.goal_steps is None:
-            raise RefusedError("negatives: they are goals; give goal_steps too, the high one is their distance")
+            raise RefusedError(
+                "negatives: they are goals by steps; give goal_steps in place of goal, the high one is their distance"
+            )
         if self.normalise is not False and not self.is_asked:
             raise RefusedError("normalise: there is nothing to divide; give waypoints or goal_steps too")
         self._check_lengths(num_caches)

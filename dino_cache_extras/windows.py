@@ -34,7 +34,15 @@ from dino_cache_extras.chunk_files import (
     refuse_outdated,
 )
 from dino_cache_extras.frame_data import POSE_NAMES, FrameType, column_types, pose_types, token_types
-from dino_cache_extras.labels import Goals, LabelRules, Labels, draw, jump_lengths, refuse_without_poses
+from dino_cache_extras.labels import (
+    VINT_GOAL_STEPS,
+    Goals,
+    LabelRules,
+    Labels,
+    draw,
+    jump_lengths,
+    refuse_without_poses,
+)
 from progress_utils import DamagedChunkError, RefusedError
 
 if TYPE_CHECKING:
@@ -373,7 +381,8 @@ class CacheWindows:
             last one, or before where negative, of its trajectory as far as that is not cut; where there is none
             (goal_valid False) it is that part's last frame, or its first.
         negatives: share of goals that are drawn, uniformly, from the frames of the cache's other trajectories instead:
-            is_negative is True, goal_distance the high one of `goal_steps`, goal_pose NaN.
+            is_negative is True, goal_distance the high one of `goal_steps`, goal_pose NaN. Without `goal_steps`, these
+            are ViNT's, (0, 20).
 
     Raises:
         RefusedError: a cache is empty, mixed, newer than this program, or lacks what is asked for (tokens, cameras,
@@ -408,6 +417,8 @@ class CacheWindows:
         counts = {"window": window, "stride": stride, "frame_step": frame_step}
         _check_arguments(counts, tokens, {"extra": extra, "cameras": cameras}, goal)
         lengths = normalise if isinstance(normalise, Real) else tuple(normalise)
+        if negatives and goal is None and goal_steps is None:
+            goal_steps = VINT_GOAL_STEPS
         rules = LabelRules(waypoints, waypoint_step, lengths, goal_steps, negatives)
         dtype = dtype or torch.float16
         if not dtype.is_floating_point:

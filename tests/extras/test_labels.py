@@ -315,6 +315,16 @@ def test_each_frame_of_the_other_trajectories_is_as_likely_a_negative(arcs):
     assert np.abs(drawn - mean).max() < 5 * math.sqrt(mean) < mean / 2
 
 
+def test_negatives_alone_are_among_goals_as_vint_draws_them(arcs):
+    windows = CacheWindows(arcs, 2, negatives=0.25, waypoints=8, waypoint_step=1, normalise=True)
+    same = CacheWindows(arcs, 2, negatives=0.25, waypoints=8, waypoint_step=1, normalise=True, goal_steps=(0, 20))
+    for index in range(0, len(windows), 7):
+        assert {
+            key: value.tolist() for key, value in windows[index].items() if "goal" in key and "pose" not in key
+        } == {key: value.tolist() for key, value in same[index].items() if "goal" in key and "pose" not in key}
+    assert {int(windows[index]["goal_distance"]) for index in range(len(windows))} <= {*range(21)}
+
+
 def test_negatives_are_of_the_windows_own_cache(tmp_path):
     first = write_cache(tmp_path / "one", {"a": Robot(1, *arc(20)), "b": Robot(2, *arc(20))})
     second = write_cache(tmp_path / "two", {"a": Robot(3, *arc(20)), "b": Robot(4, *arc(20))})
@@ -434,7 +444,7 @@ def test_a_cache_without_poses_is_refused_by_name(tmp_path):
         (r"goal_steps: \(1, 2.5\) must be whole numbers", {"goal_steps": (1, 2.5)}),
         ("goal, goal_steps: ", {"goal_steps": (1, 5), "goal": (0.0, 1.0)}),
         ("negatives: 1.5 must be a share", {"goal_steps": (1, 5), "negatives": 1.5}),
-        ("negatives: they are goals; give goal_steps too", {"negatives": 0.1}),
+        ("negatives: they are goals by steps", {"goal": (0.0, 1.0), "negatives": 0.1}),
         ("normalise: there is nothing to divide", {"normalise": True}),
         ("normalise: 0 must be True, or the length", {"waypoints": 2, "normalise": 0}),
         ("normalise: nan must be", {"waypoints": 2, "normalise": math.nan}),
