@@ -1706,6 +1706,23 @@ def _plain_rows(values: Any) -> Any:
     return values
 
 
+class FileFrames:
+    """A FrameReader of frames that are files of their own: where each lies, and its name for messages, by number."""
+
+    def __init__(self, path_of: Callable[[int], str], name_of: Callable[[int], str]):
+        self._path_of, self.name = path_of, name_of
+
+    def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+        return map_files(self._read_frame, numbers, measured=2, together=1)
+
+    def _read_frame(self, number: int) -> np.ndarray:
+        with PROFILE("read"):
+            return read_file(self._path_of(number))
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+
 class FolderSource:
     """gnm: a folder with a pose file and numbered frames."""
 
@@ -1739,20 +1756,11 @@ class FolderSource:
         return poses
 
     def open_frames(self, numbers: Sequence[int]) -> FrameReader:
-        return self
-
-    def name(self, number: int) -> str:
-        return f"{self._name}/{recordable_name(self._listing.frames[number].file_name)}"
-
-    def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        return map_files(self._read_frame, numbers, measured=2, together=1)
-
-    def _read_frame(self, number: int) -> np.ndarray:
-        with PROFILE("read"):
-            return read_file(f"{self._folder}/{self._listing.frames[number].file_name}")
-
-    def close(self) -> None:
-        """Nothing stays open."""
+        frames = self._listing.frames
+        return FileFrames(
+            path_of=lambda number: f"{self._folder}/{frames[number].file_name}",
+            name_of=lambda number: f"{self._name}/{recordable_name(frames[number].file_name)}",
+        )
 
 
 # ======================================================================================================================

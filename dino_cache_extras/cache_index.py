@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dino_cache import StorageError, bytes_digest, with_defaults, without_guesses
+from dino_cache import NOT_OF_ENCODER, StorageError, bytes_digest, with_defaults, without_guesses
 from dino_cache_extras.chunk_files import ChunkHeader, RecordedChunk, check_recorded
 from progress_utils import (
     PROGRESS_FILE,
@@ -202,17 +202,9 @@ def open_table(cache_dirs: str | os.PathLike[str] | Sequence[str | os.PathLike[s
     return ChunkTable(paths, [cache_index(path) for path in paths])
 
 
-# Settings that choose frames or cut trajectories but leave a frame's features as they are. `weights` is where those
-# were found; what they are, weights_digest tells.
-NOT_OF_FEATURES = {
-    *("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m", "frame_stride", "frame_pattern"),
-    *("tokens", "weights", "position_key", "yaw_key", "position_scale", "yaw_unit", "pose_axes"),
-    *("time_zero", "time_scale"),
-    *("chunk_by", "max_chunk_frames", "overlap_frames", "yaw_offset", "sample_hz", "max_pose_gap_s"),
-    *("layout", "pose_file", "pose_columns", "pose_match", "poses_folder", "time_offset", "frame_times"),
-    *("tf", "stamps"),
-    *("extra_keys", "integrate"),
-}
+# Settings that leave a frame's features as they are: those that reach no encoder, but for those that choose and fit the
+# picture; which tokens are stored; and where weights were found (what they are, weights_digest tells).
+NOT_OF_FEATURES = NOT_OF_ENCODER - {"image_key", "resize", "guessed_keys"} | {"tokens", "weights"}
 
 
 def refuse_mixed(chunks: list[RecordedChunk], headers: list[ChunkHeader]) -> None:

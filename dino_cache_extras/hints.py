@@ -58,6 +58,8 @@ def other_gpus() -> list[str]:
 def other_signs(config: DatasetConfig, names: Sequence[str]) -> list[FoundFormat]:
     """The first sign of another format at trajectories that lack poses, or in the folders that hold these: images/
     beside poses.csv, for one."""
+    if not names:
+        return []  # without opening all formats
     others = [(name, format_named(name)) for name in format_names() if name != config.format]
     for name in names[:SHOWN_NAMES]:
         for folder in (name, os.path.dirname(name)):

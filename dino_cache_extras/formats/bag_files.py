@@ -22,7 +22,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from dino_cache import FENCE, DinoCacheError, InputError, open_regular
+from dino_cache import FENCE, DinoCacheError, InputError, free_bytes, open_regular
 from progress_utils import open_library
 
 MOST_CHUNK_BYTES = 1 << 29  # of an unpacked chunk; more are refused
@@ -116,8 +116,7 @@ def unpack_file(packed: Path, where: str) -> BinaryIO:
         with open(open_regular(packed), "rb") as file:
             reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(file, read_across_frames=True)
             while block := reader.read(1 << 20):
-                state = os.statvfs(target.name)
-                if state.f_bavail * state.f_frsize < FREE_BYTES + len(block):
+                if free_bytes(Path(target.name)) < FREE_BYTES + len(block):
                     raise InputError(
                         f"{where}: is packed as a whole, and {os.path.dirname(target.name)} has no room to unpack it; "
                         "set TMPDIR to a folder on a larger disk"
@@ -261,6 +260,7 @@ class ChunkedFile:
         return self._file.read(*self._table.chunk(chunk)[:2]) if content is None else content
 
     def messages(self, wanted: dict[int, int | None]) -> Iterator[tuple[int, int, int, int, bytes]]:
+        """As Part has it: (channel, log time [ns], chunk or -1, offset, data). Raises InputError: damaged."""
         for chunk, entries in self._entries(wanted):
             content = self._content(chunk) if chunk >= 0 else None
             for channel, log_ns, offset in entries:

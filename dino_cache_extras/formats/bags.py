@@ -135,6 +135,7 @@ class SqliteFile:
         }
 
     def messages(self, wanted: dict[int, int | None]) -> Iterator[tuple[int, int, int, int, bytes]]:
+        """As Part has it: (channel, log time [ns], -1, row, data). Raises InputError where the file is damaged."""
         whole = ", ".join(str(int(number)) for number, most in wanted.items() if most is None)
         data_or_none = f"CASE WHEN topic_id IN ({whole}) THEN data END"
         query = f"SELECT id, topic_id, timestamp, {data_or_none} FROM messages ORDER BY id"

@@ -71,12 +71,7 @@ class Layout(NamedTuple):
     expected: str  # files of poses, for messages
     axes: str = "z_up"  # what pose_axes means where it is at its default
     by_time: bool = False  # poses are found by the pictures' times
-    poses: Callable[[Place, str, str, DataKeys], Poses] | None = None  # from a file; None: read_rows
-
-
-def read_rows(place: Place, file: str, where: str, keys: DataKeys) -> Poses:
-    """Poses from any file of poses."""
-    return poses_of(where, read_columns(place.folder / file, where, keys), keys)
+    poses: Callable[[Place, str, str, DataKeys], Poses] | None = None  # from a file; None: one a row
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,10 +15,10 @@ from dino_cache import (
     DEFAULT_KEYS,
     LOG,
     POSE_FILES,
-    PROFILE,
     CacheSpec,
     ChecksumKind,
     DataKeys,
+    FileFrames,
     FolderFiles,
     Format,
     FrameReader,
@@ -30,7 +30,6 @@ from dino_cache import (
     checked_extra,
     columns_asked_for,
     data_keys,
-    map_files,
     read_file,
     recordable_name,
     walk_folders,
@@ -42,11 +41,10 @@ from dino_cache_extras.formats.frame_layouts import (
     Layout,
     Place,
     layouts_of,
-    read_rows,
     rows_of_files,
 )
 from dino_cache_extras.formats.pose_files import likely_time_scale, table_apart
-from dino_cache_extras.formats.pose_rows import POSE_SUFFIXES, extra_columns, read_columns, rising
+from dino_cache_extras.formats.pose_rows import POSE_SUFFIXES, extra_columns, poses_of, read_columns, rising
 from dino_cache_extras.formats.pose_times import SAME_TIME_S, poses_at
 from progress_utils import RefusedError
 
@@ -187,7 +185,7 @@ def axes_of(layout: Layout, keys: DataKeys) -> str:
 
 
 class FramesSource:
-    """frames: pictures in files of their own, and one file of poses. Also the reader of its frames."""
+    """frames: pictures in files of their own, and one file of poses."""
 
     def __init__(self, trajectory: Trajectory, keys: DataKeys):
         files = os.listdir(trajectory.path)
@@ -227,12 +225,12 @@ class FramesSource:
         if self._pose_file is None:
             extra = columns_asked_for(self._name, {}, self._keys.extra_keys)
             return Poses(numbers, None, None, times=self._times, extra=extra)
-        table = self._read_poses()
+        table, files = self._read_poses()
         is_custom = self._layout_name == "custom"
         by_time = self._layout.by_time or (
             is_custom and (self._keys.pose_match == "time" or self._keys.frame_times is not None)
         )
-        return self._at_times(numbers, table) if by_time else self._by_row(numbers, table)
+        return self._at_times(numbers, table) if by_time else self._by_row(numbers, table, files)
 
     @property
     def _pose_where(self) -> str:
@@ -253,13 +251,17 @@ class FramesSource:
         if self._times is not None:
             rising(self._place.where(self._lists[0] if self._lists else "pictures"), "time", self._times)
 
-    def _read_poses(self) -> Poses:
-        """One a row of the file."""
-        read = self._layout.poses or read_rows
-        return read(self._place, self._pose_file, self._pose_where, self._keys)
+    def _read_poses(self) -> tuple[Poses, list[str] | None]:
+        """One a row of the file; and the pictures that its rows name, if those of a custom table do."""
+        if self._layout.poses is not None:
+            return self._layout.poses(self._place, self._pose_file, self._pose_where, self._keys), None
+        columns = read_columns(self._place.folder / self._pose_file, self._pose_where, self._keys)
+        files = columns.get("file") if self._layout_name == "custom" else None
+        is_text = files is not None and files.dtype.kind == "U"  # arrays of numbers name none
+        return poses_of(self._pose_where, columns, self._keys), files.tolist() if is_text else None
 
-    def _by_row(self, numbers: np.ndarray, table: Poses) -> Poses:
-        files = self._files_of_rows()
+    def _by_row(self, numbers: np.ndarray, table: Poses, files: list[str] | None) -> Poses:
+        """`files`: the picture of each row, where the rows name them."""
         if files is not None:
             numbers = rows_of_files(self._place, self._pose_file, files, self._pictures)
         elif len(table.position) != len(numbers):
@@ -278,13 +280,6 @@ class FramesSource:
         if not self._keys.extra_keys:
             return {}
         return extra_columns(self._place.folder / self._pose_file, self._pose_where, self._keys)
-
-    def _files_of_rows(self) -> list[str] | None:
-        """The pictures that the rows of a custom table name."""
-        if self._layout_name != "custom" or self._pose_file.lower().endswith((".npy", ".npz")):
-            return None
-        columns = read_columns(self._place.folder / self._pose_file, self._pose_where, self._keys)
-        return columns["file"].tolist() if "file" in columns else None
 
     def _at_times(self, numbers: np.ndarray, table: Poses) -> Poses:
         if table.times is None:
@@ -311,20 +306,10 @@ class FramesSource:
         return (Note(what, f"{without} of {len(self._pictures)}"),) if without else ()
 
     def open_frames(self, numbers: Sequence[int]) -> FrameReader:
-        return self
-
-    def name(self, number: int) -> str:
-        return self._place.where(self._pictures[number].file)
-
-    def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        return map_files(self._read_frame, numbers, measured=2, together=1)
-
-    def _read_frame(self, number: int) -> np.ndarray:
-        with PROFILE("read"):
-            return read_file(f"{self._place.folder}/{self._pictures[number].file}")
-
-    def close(self) -> None:
-        """Nothing stays open."""
+        return FileFrames(
+            path_of=lambda number: f"{self._place.folder}/{self._pictures[number].file}",
+            name_of=lambda number: self._place.where(self._pictures[number].file),
+        )
 
 
 def snapped(times: np.ndarray, at: np.ndarray) -> np.ndarray:

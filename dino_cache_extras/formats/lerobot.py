@@ -241,6 +241,12 @@ class LeRobotSource:
             raise InputError(f"{self._where}: {key}: cannot be read as {column.type}: {str(error)[:200]}") from error
 
     def poses(self, *, required: bool) -> Poses:
+        """Of every row of the episode: position (T, 2), in the data's unit, yaw (T,) [rad] and times (T,) [s].
+
+        Raises:
+            InputError: rows, pictures or meta data contradict each other; poses are missing or no poses.
+            OSError: a file cannot be read.
+        """
         position, yaw = self._pose_keys
         self._dataset.refuse_contradiction(self._episode)
         if required and None in self._pose_keys:

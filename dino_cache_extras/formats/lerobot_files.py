@@ -7,13 +7,11 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from dino_cache import PROFILE, ChecksumKind, InputError, InvalidDataError, map_files, read_file, recordable_name
+from dino_cache import ChecksumKind, FileFrames, InputError, InvalidDataError, read_file, recordable_name
 from dino_cache_extras.formats.common import FileCache
 
 STATS = "meta/episodes_stats.jsonl"
@@ -185,24 +183,15 @@ def _by_length(name: str, shown: str, own: dict[int, str], number: int, lengths:
     return range(least + before, least + before + lengths[number])
 
 
-class PictureFiles:
+class PictureFiles(FileFrames):
     """An episode's frames as files, by row."""
 
     def __init__(self, folder: Path, name: str, files: list[str]):
-        self._folder, self._name, self._files = folder, name, files
-
-    def name(self, number: int) -> str:
-        return f"{self._name}: frame {number} ({recordable_name(self._files[number])})"
-
-    def read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        return map_files(self._read_frame, numbers, measured=2, together=1)
-
-    def _read_frame(self, number: int) -> np.ndarray:
-        with PROFILE("read"):
-            return read_file(self._folder / self._files[number])
-
-    def close(self) -> None:
-        """Nothing stays open."""
+        self._folder, self._files = folder, files
+        super().__init__(
+            path_of=lambda number: f"{folder}/{files[number]}",
+            name_of=lambda number: f"{name}: frame {number} ({recordable_name(files[number])})",
+        )
 
     def add_to(self, digest: hashlib._Hash, kind: ChecksumKind) -> None:
         """Add names and sizes (`stat`), or names and bytes (`content`)."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from dino_cache import InputError, Poses
 
-SAME_TIME_S = 1e-6  # two times that are no further apart are the same, rounded
+SAME_TIME_S = 1e-6  # two times that are no further apart are the same, computed in two ways
 
 
 def poses_at(name: str, numbers: np.ndarray, times: np.ndarray, table: Poses, max_gap_s: float) -> Poses:
@@ -27,7 +27,7 @@ def poses_at(name: str, numbers: np.ndarray, times: np.ndarray, table: Poses, ma
     """
     at = table.times
     gaps = np.flatnonzero(np.diff(at) > max_gap_s)  # each between this pose and the next
-    has_pose = (times >= at[0] - SAME_TIME_S) & (times <= at[-1] + SAME_TIME_S)
+    has_pose = are_between(times, at)
     for gap in gaps:
         has_pose &= (times <= at[gap] + SAME_TIME_S) | (times >= at[gap + 1] - SAME_TIME_S)
     if not has_pose.any():
@@ -48,6 +48,11 @@ def poses_at(name: str, numbers: np.ndarray, times: np.ndarray, table: Poses, ma
         num_without=int((~has_pose).sum()),
         breaks=breaks[(breaks > 0) & (breaks < len(kept))].astype(np.int64),
     )
+
+
+def are_between(times: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """(n,) whether frames at these times lie between the first and the last of poses at `at`, both in seconds."""
+    return (times >= at[0] - SAME_TIME_S) & (times <= at[-1] + SAME_TIME_S)
 
 
 def turned_between(times: np.ndarray, at: np.ndarray, yaw: np.ndarray) -> np.ndarray:

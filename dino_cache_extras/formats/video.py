@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,8 +40,8 @@ from dino_cache_extras.formats.pose_files import (
     table_apart,
 )
 from dino_cache_extras.formats.pose_rows import rising
+from dino_cache_extras.formats.pose_times import SAME_TIME_S, are_between, poses_at
 from dino_cache_extras.formats.video_frames import (
-    SAME_TIME_S,
     VIDEO_TOLERANCE,
     VideoFrames,
     changed_picture,
@@ -165,22 +166,14 @@ class VideoSource:
                 f"time_scale says how many their unit is{likely_time_scale(at, times, self._keys.time_scale)}; rows "
                 "that are not of this video are to be taken out"
             )
-        numbers = np.flatnonzero(are_between(times, at))
-        position = np.stack([np.interp(times[numbers], at, table[axis]) for axis in ("x", "y")], axis=1)
-        yaw = np.interp(times[numbers], at, np.unwrap(table["yaw"]))
         points = np.stack([table["x"], table["y"]], axis=1)
-        return Poses(
-            numbers.astype(np.int64),
-            position,
-            np.arctan2(np.sin(yaw), np.cos(yaw)),
-            times=times[numbers],
-            num_without=len(times) - len(numbers),
-            table=Poses(np.arange(len(at)), points, table["yaw"], table.get("height"), at),
+        all_poses = Poses(np.arange(len(at)), points, table["yaw"], table.get("height"), at)
+        numbers = np.arange(len(times), dtype=np.int64)
+        poses = poses_at(self._name, numbers, times, all_poses, math.inf)  # however far apart they are
+        extra = extra_columns(rows, self._keys.extra_keys)
+        return poses._replace(
             notes=self._notes(at),
-            extra={
-                key: np.interp(times[numbers], at, column)
-                for key, column in extra_columns(rows, self._keys.extra_keys).items()
-            },
+            extra={key: np.interp(poses.times, at, column) for key, column in extra.items()},
         )
 
     def _times(self, zero: str) -> np.ndarray:
@@ -254,11 +247,6 @@ class VideoSource:
         times = frame_times(self._path)
         tolerance_s = max(np.diff(times).min(initial=1.0) * VIDEO_TOLERANCE, SAME_TIME_S)
         return VideoFrames(self._path, self._name, numbers, times[list(numbers)].tolist(), tolerance_s)
-
-
-def are_between(times: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """(n,) whether frames at these times lie between the first and the last of poses at `at`, both in seconds."""
-    return (times >= at[0] - SAME_TIME_S) & (times <= at[-1] + SAME_TIME_S)
 
 
 def _signs(folder: FolderFiles, is_top: bool) -> list[str]:

@@ -28,6 +28,7 @@ from dino_cache import (
 )
 from dino_cache_extras.formats.common import FileCache
 from dino_cache_extras.formats.playlists import Segments, is_playlist, segments_of
+from dino_cache_extras.formats.pose_times import SAME_TIME_S
 from progress_utils import available_cores, open_library
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ SEEK_BACK_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # so long before a frame a k
 MOST_TIMES = 1 << 24  # times of frames that are kept, so that no video that was just planned is looked through again
 AVI = "avi"  # FFmpeg's name of the container
 VP8_DECODERS = ("vp8", "libvpx")
-SAME_TIME_S = 1e-6  # what times may differ by that were computed in two ways
 
 
 @contextlib.contextmanager
