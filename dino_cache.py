@@ -6245,6 +6245,18 @@ def run(arguments: RunArguments, stop_request: StopRequest, night: Night | None 
             answers[change.facts] = change.decide(stop_request, yes=arguments.yes)
 
 
+def confirmed(
+    dataset: PreparedDataset, config: DatasetConfig, answers: dict[str, str], stop_request: StopRequest, *, yes: bool
+) -> PreparedDataset:
+    """The dataset, once its changed settings are confirmed; prepared anew where all is redone. Raises ChangedConfig
+    where that is to be asked."""
+    change = ChangedConfig(dataset, configuration_changes(dataset), can_redo=True)
+    if confirm_changes(change, answers, stop_request, yes=yes) != "redo":
+        return dataset
+    options = config.options.model_copy(update={"force_rebuild": True})
+    return prepare_dataset(dataclasses.replace(config, options=options), stop_request)
+
+
 def attempt(arguments: RunArguments, stop_request: StopRequest, night: Night, answers: dict[str, str]) -> NightOutcome:
     """A run, with what was answered so far. Raises ChangedConfig where something is to be asked."""
     with contextlib.ExitStack() as resources:
@@ -6266,10 +6278,7 @@ def attempt(arguments: RunArguments, stop_request: StopRequest, night: Night, an
             datasets = night.prepared = [prepare_dataset(config, stop_request) for config in configs]
         # 4) have changed settings confirmed
         for number, config in () if arguments.dry_run else enumerate(configs):
-            change = ChangedConfig(datasets[number], configuration_changes(datasets[number]), can_redo=True)
-            if confirm_changes(change, answers, stop_request, yes=arguments.yes) == "redo":
-                options = config.options.model_copy(update={"force_rebuild": True})
-                datasets[number] = prepare_dataset(dataclasses.replace(config, options=options), stop_request)
+            datasets[number] = confirmed(datasets[number], config, answers, stop_request, yes=arguments.yes)
         # 5) choose what is to do
         for dataset in datasets:
             dataset.other_caches = other_caches(dataset, all_configs)
