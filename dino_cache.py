@@ -15,7 +15,7 @@ The output, one folder a trajectory, one HDF5 file a chunk of travelled distance
 
     <cache_dir>/progress.json, dino_cache.log, <trajectory>/chunk_00000.h5, chunk_00001.h5, ...
         cls_token           (L, D) float16         position            (L, 2) float64 [m]
-        patch_tokens        (L, h, w, D) float16   yaw                 (L,) float64 [rad]
+        patch_tokens        (L, h, w, D) float16   yaw                 (L,) float64 [rad]   (store: int8: see docs)
         register_tokens     (L, R, D) float16      frame_index         (L,) int64, row of the source's poses
         (those asked for)                          travelled_distance  (L,) float64 [m] from frame 0
         timestamp           (L,) float64 [s]       delta               (L, 3) float64 to the next frame [m, m, rad]
@@ -199,6 +199,7 @@ HOOKS_MODULE = "dino_cache_extras.hooks"  # tells others how a run went, as the 
 HOOK_KEYS = ("notify", "metrics_file")
 TRANSFORMERS_NAMES_MODULE = "dino_cache_extras.transformers_names"  # reads facebook's weights files of the hub
 HUB_MODULE = "dino_cache_extras.hub"  # keeps the hub quiet, and knows soon when it cannot be reached
+SMALLER_TOKENS_MODULE = "dino_cache_extras.smaller_tokens"  # patch tokens pooled, and as int8
 CONFIG_ADVICE_MODULE = "dino_cache_extras.config_advice"  # says what to write instead
 DOORS = {"CacheWindows": "dino_cache_extras.windows", "encode_images": "dino_cache_extras.images"}  # see __getattr__
 __all__.extend(DOORS)
@@ -479,6 +480,16 @@ def token_dataset(camera: str | None, name: str) -> str:
     return name if camera is None else f"{camera}/{name}"
 
 
+def scale_dataset(name: str) -> str:
+    """Beside a dataset of int8 tokens, that of their scales, one a token."""
+    return f"{name}_scale"
+
+
+def token_type(name: str, names: Container[str]) -> np.dtype:
+    """What a dataset of tokens holds, of a chunk that has datasets of these names: int8 beside scales, else float16."""
+    return np.dtype(np.int8 if scale_dataset(name) in names else np.float16)
+
+
 CAMERA_NAME = re.compile(r"[A-Za-z0-9_-]+")
 NOT_CAMERAS = (  # what else lies, or may come to lie, where a camera's datasets do
     *TOKEN_DATASETS.values(), "position", "yaw", "frame_index", "travelled_distance", "timestamp", "delta", "extra",
@@ -573,6 +584,8 @@ class CacheSpec(BaseModel):
     stamps: Literal["header", "log"] = "header"  # by which a bag's messages are brought together
     extra_keys: tuple[DataKey, ...] = ()  # columns of the data that are stored beside the poses
     integrate: StrictBool = False  # position_key and yaw_key name velocities, which are added up to poses
+    patch_pool: PositiveInt = 1  # patch tokens are means over n x n patches
+    store: Literal["float16", "int8"] = "float16"  # of patch tokens
 
     @field_validator("tokens")
     @classmethod
@@ -651,12 +664,23 @@ class CacheSpec(BaseModel):
                 f"tokens: register needs a model with registers; dino_model_type: {self.dino_model_type} has none, "
                 f"{self.dino_model_type}_reg and every dinov3 model have"
             )
+        for key, value in (("patch_pool", self.patch_pool), ("store", self.store)):
+            if "patch" not in self.tokens and value != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key}: {value} is of patch tokens, and tokens: {', '.join(self.tokens)} has none; add patch, or "
+                    f"leave {key} out"
+                )
         return self
 
     @property
     def cameras(self) -> tuple[str | None, ...]:
         """Their names; (None,) for a single one."""
         return cameras_of(self.image_key)
+
+    @property
+    def has_smaller_tokens(self) -> bool:
+        """Whether patch tokens are stored otherwise than as they are computed, in float16."""
+        return self.patch_pool > 1 or self.store != "float16"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, key by key. Settings that came later are left out where they are at their defaults, which
@@ -701,7 +725,7 @@ _LATER_SETTINGS = (
     "time_zero", "yaw_unit", "pose_axes", "time_scale", "engine", "compile",
     "yaw_offset", "sample_hz", "max_pose_gap_s", "extra_keys", "integrate",
     "layout", "pose_file", "pose_columns", "pose_match", "poses_folder", "time_offset", "frame_times",
-    "tf", "stamps",
+    "tf", "stamps", "patch_pool", "store",
 )  # fmt: skip
 _LATER_DEFAULTS = CacheSpec().model_dump(mode="json", include=set(_LATER_SETTINGS))
 
@@ -2299,15 +2323,27 @@ def check_image_size(spec: CacheSpec, shape: ModelShape) -> None:
         )
 
 
+def check_smaller_tokens(spec: CacheSpec, shape: ModelShape) -> None:
+    """Raise RefusedError unless patch tokens can be stored as asked for."""
+    if spec.has_smaller_tokens:
+        open_door(SMALLER_TOKENS_MODULE).check(spec, shape)
+
+
 def token_shapes(spec: CacheSpec, shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Dataset name -> shape of one frame's tokens, of the tokens asked for."""
-    height, width = (size // shape.patch_size for size in spec.image_size)
+    """Dataset name -> shape of one frame's tokens, of the tokens asked for; those of int8 are followed by their scales.
+    What type they are says `token_type`."""
+    height, width = (size // shape.patch_size // spec.patch_pool for size in spec.image_size)
     shapes = {
         "cls": (shape.width,),
         "patch": (height, width, shape.width),
         "register": (shape.num_registers, shape.width),
     }
-    return {TOKEN_DATASETS[token]: shapes[token] for token in spec.tokens}
+    stored: dict[str, tuple[int, ...]] = {}
+    for token in spec.tokens:
+        stored[TOKEN_DATASETS[token]] = shapes[token]
+        if token == "patch" and spec.store == "int8":
+            stored[scale_dataset(TOKEN_DATASETS[token])] = shapes[token][:-1]
+    return stored
 
 
 def one_line(error: BaseException) -> str:
@@ -2595,7 +2631,8 @@ def one_torch_thread() -> None:
 
 
 class EncodedRows(NamedTuple):
-    """Tokens of B frames on the host: dataset name -> (B, ...) float16, and (B,) bool, whether a row is all finite."""
+    """Tokens of B frames on the host: dataset name -> (B, ...) of `token_type`, float16 most often, and (B,) bool,
+    whether a row is all finite. Beside int8 tokens there are a few as computed, for `ChunkWriter` to sample."""
 
     tokens: dict[str, np.ndarray]
     finite: np.ndarray
@@ -2615,6 +2652,15 @@ class Encoder(Protocol):
 
     def drop(self) -> None:
         """Do not begin what encode was asked for and has not begun: its results raise CancelledError."""
+
+
+def as_float16(tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Dataset name -> (B, ...) as computed, to float16, and "finite": (B,) bool, whether a row is."""
+    import torch
+
+    rows = {name: values.half() for name, values in tokens.items()}
+    finite = [values.isfinite().flatten(1).all(1) for values in rows.values()]
+    return {**rows, "finite": torch.stack(finite).all(0)}
 
 
 class DinoEncoder:
@@ -2649,6 +2695,7 @@ class DinoEncoder:
             keep_freed_memory()
         self._grid = set_input_size(model.eval(), spec.image_size, device)  # in fp32, before any cast
         self._num_prefix = model.num_prefix_tokens
+        self._to_store = open_door(SMALLER_TOKENS_MODULE).stage(spec) if spec.has_smaller_tokens else as_float16
         self._features = self._features_of(model.requires_grad_(False))
         self._mean = torch.tensor(spec.pixel_mean, device=self._device).view(3, 1, 1) * 255
         self._std = torch.tensor(spec.pixel_std, device=self._device).view(3, 1, 1) * 255
@@ -2716,16 +2763,14 @@ class DinoEncoder:
         return collect
 
     def _forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(B, 3, H, W) uint8 to dataset name -> (B, ...) float16, after the final norm, and "finite": (B,) bool."""
-        features = self._features((pixels - self._mean) / self._std).half()  # (B, 1 + R + h*w, D)
+        """(B, 3, H, W) uint8 to dataset name -> (B, ...) as stored, after the final norm, and "finite": (B,) bool."""
+        features = self._features((pixels - self._mean) / self._std)  # (B, 1 + R + h*w, D)
         parts = {
             "cls": features[:, 0],
             "patch": features[:, self._num_prefix :].unflatten(1, self._grid),
             "register": features[:, 1 : self._num_prefix],
         }
-        rows = {TOKEN_DATASETS[token]: parts[token] for token in self._spec.tokens}
-        finite = [values.isfinite().flatten(1).all(1) for values in rows.values()]
-        return {**rows, "finite": self._torch.stack(finite).all(0)}
+        return self._to_store({TOKEN_DATASETS[token]: parts[token] for token in self._spec.tokens})
 
     def _to_pinned(self, tensor: torch.Tensor) -> torch.Tensor:
         return self._pinned(tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
@@ -2989,10 +3034,10 @@ class ChunkWriter:
         }
         for camera in filter(None, cameras):
             h5py.h5g.create(self._file.id, camera.encode())
-        self._datasets = {
-            name: new_dataset(self._file.id, name, shape, np.dtype(np.float16)) for name, shape in shapes.items()
-        }
-        self._num_bytes = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
+        kinds = {name: token_type(name, shapes) for name in shapes}
+        self._datasets = {name: new_dataset(self._file.id, name, shapes[name], kinds[name]) for name in shapes}
+        self._num_bytes = {name: kinds[name].itemsize * math.prod(shape) for name, shape in shapes.items()}
+        self._sample = open_door(SMALLER_TOKENS_MODULE).Sample(label) if label.spec.store == "int8" else None
         self._digests = {name: bytes_digest() for name in self._datasets}
         self._rows_left = length * len(cameras)
 
@@ -3002,12 +3047,14 @@ class ChunkWriter:
         return self._rows_left == 0
 
     def write(self, first: int, tokens: dict[str, np.ndarray], camera: str | None = None) -> None:
-        """Write a camera's kept frames from `first` on: dataset name -> (n, ...) float16."""
+        """Write a camera's kept frames from `first` on: dataset name -> (n, ...) of `token_type`."""
         for token in self._label.token_shapes:
             name, rows = token_dataset(camera, token), np.ascontiguousarray(tokens[token])
             write_rows(self._datasets[name], first - self._span.start, rows)
             self._digests[name].update(rows)
             self._raw.check()
+        if self._sample is not None:
+            self._sample.add(first, tokens, camera)
         self._rows_left -= len(rows)
 
     def finish(self) -> dict[str, Any]:
@@ -3066,6 +3113,7 @@ class ChunkWriter:
             "checksum_kind": plan.checksum_kind,
             **({"pairing": pairing} if pairing > 1 else {}),
             **({} if plan.task is None else {"task": plan.task}),
+            **({} if self._sample is None else self._sample.attributes()),
             "versions": versions_of(label.spec),
             "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
@@ -5320,6 +5368,7 @@ def settle_encoding(dataset: PreparedDataset) -> None:
     check_engine(dataset.spec, dataset.workers.device if dataset.workers is not None else None)
     dataset.shape = model_shape(dataset.spec.dino_model_type)
     check_image_size(dataset.spec, dataset.shape)
+    check_smaller_tokens(dataset.spec, dataset.shape)
     weights_source(dataset.spec)
 
 
@@ -5419,7 +5468,8 @@ def pose_lines(dataset: PreparedDataset) -> tuple[list[str], list[str]]:
 
 def cache_bytes(dataset: PreparedDataset, spec: CacheSpec, works: Iterable[Work]) -> int:
     """What the chunk files take with the tokens of `spec`, about."""
-    tokens = len(spec.cameras) * sum(2 * math.prod(shape) for shape in token_shapes(spec, dataset.shape).values())
+    shapes = token_shapes(spec, dataset.shape)
+    tokens = len(spec.cameras) * sum(token_type(name, shapes).itemsize * math.prod(shapes[name]) for name in shapes)
     return sum(work.num_rows * tokens + work.pose_bytes + work.num_chunks * CHUNK_OVERHEAD_BYTES for work in works)
 
 

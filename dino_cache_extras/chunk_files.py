@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -29,7 +29,9 @@ from dino_cache import (
     cameras_of,
     extra_dataset,
     metadata_digest,
+    scale_dataset,
     token_dataset,
+    token_type,
 )
 from progress_utils import (
     CANNOT_LOOK,
@@ -77,8 +79,10 @@ def read_chunk_header(path: Path, *, deep: bool) -> ChunkHeader:
     with hdf5_errors(), h5py.File(path, locking=False) as file:  # a chunk never changes, whoever else has it open
         attributes, stored = plain_attributes(file.attrs), stored_datasets(file)
         _check_attributes(attributes, {name: str(dataset.attrs.get("digest")) for name, dataset in stored.items()})
-        shapes = _dataset_shapes(attributes, stored)
-        datasets = {name: check_dataset(stored[name], name, shape) for name, shape in shapes}
+        shapes = dict(_dataset_shapes(attributes, stored))
+        datasets = {
+            name: check_dataset(stored[name], name, shape, dataset_type(name, shapes)) for name, shape in shapes.items()
+        }
     if deep:
         for name, dataset in datasets.items():
             _check_bytes(path, name, dataset)
@@ -166,6 +170,8 @@ def _dataset_shapes(
     for token in spec["tokens"]:
         for name in token_datasets(spec, token):
             yield name, (length, *[None] * token_dimensions[token])
+            if token == "patch" and spec.get("store") == "int8":
+                yield scale_dataset(name), (length, None, None)
 
 
 def camera_prefixes(names: Iterable[str]) -> list[str]:
@@ -196,11 +202,12 @@ def check_dataset(
     )
 
 
-def dataset_type(name: str) -> str | None:
-    """The type that a dataset of this name has; None where that is the source's, in extra/."""
+def dataset_type(name: str, names: Container[str] = ()) -> str | None:
+    """The type that a dataset of this name has, of a chunk with datasets of these `names`; None where that is the
+    source's, in extra/."""
     if name.startswith(EXTRA_PREFIX):
         return None
-    return "<f8" if name in COLUMN_SHAPES else POSE_TYPES.get(name, "<f2")
+    return "<f8" if name in COLUMN_SHAPES else POSE_TYPES.get(name) or token_type(name, names).str
 
 
 def _type_of_numbers(dataset: h5py.Dataset) -> str:

@@ -10,7 +10,16 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
-from dino_cache import COLUMN_SHAPES, EXTRA_PREFIX, POSE_SHAPES, TOKEN_DATASETS, Token, extra_dataset, human_list
+from dino_cache import (
+    COLUMN_SHAPES,
+    EXTRA_PREFIX,
+    POSE_SHAPES,
+    TOKEN_DATASETS,
+    Token,
+    extra_dataset,
+    human_list,
+    scale_dataset,
+)
 from dino_cache_extras.cache_index import ChunkTable, reading_error
 from dino_cache_extras.chunk_files import (
     ChunkHeader,
@@ -59,7 +68,8 @@ def pose_types(
 def token_types(
     chunks: list[RecordedChunk], headers: list[ChunkHeader], tokens: Sequence[Token], cameras: Sequence[str] | None
 ) -> dict[str, FrameType]:
-    """Dataset name -> one frame's tokens, the same in all these chunks. `cameras`: None for all there are.
+    """Dataset name -> one frame's tokens, the same in all these chunks; int8 tokens are followed by their scales.
+    `cameras`: None for all there are.
 
     Raises:
         RefusedError: a chunk lacks one of the tokens or cameras, or shapes differ.
@@ -74,12 +84,15 @@ def token_types(
                 f"{chunk.path}: tokens: {token} is asked for, and this cache holds {', '.join(held)}; ask for those, "
                 f"or make one with tokens: [{', '.join([*held, token])}]"
             )
-        shape = header.datasets[name].shape[1:]
-        if types.setdefault(name, FrameType(shape, dataset_type(name))).shape != shape:
+        found = FrameType(header.datasets[name].shape[1:], header.datasets[name].dtype)
+        if (before := types.setdefault(name, found)) != found:
+            kinds = ("", "") if before.dtype == found.dtype else (f" {found.dtype}", f" {before.dtype}")
             raise RefusedError(
-                f"{chunk.path}: {name} of a frame is {shape}, in {chunks[0].path} {types[name].shape}: they do not fit "
-                "into one batch. Read these caches apart"
+                f"{chunk.path}: {name} of a frame is {found.shape}{kinds[0]}, in {chunks[0].path} "
+                f"{before.shape}{kinds[1]}: they do not fit into one batch. Read these caches apart"
             )
+        if (scale := scale_dataset(name)) in header.datasets:
+            types.setdefault(scale, FrameType(header.datasets[scale].shape[1:], header.datasets[scale].dtype))
     return types
 
 

@@ -22,6 +22,7 @@ from dino_cache import (
     Rows,
     Token,
     check_image_size,
+    check_smaller_tokens,
     encode_batches,
     encoder_key,
     explain_faults,
@@ -35,6 +36,7 @@ from dino_cache import (
     token_shapes,
     weights_source,
 )
+from dino_cache_extras.smaller_tokens import without_scales
 from progress_utils import RefusedError, available_cores
 
 if TYPE_CHECKING:
@@ -58,6 +60,8 @@ def encode_images(
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     engine: str = "torch",
     device: str = "auto",
+    patch_pool: int = 1,
+    store: Literal["float16", "int8"] = "float16",
 ) -> dict[str, np.ndarray]:
     """Features of pictures: what a cache of the same settings holds for them, to the rounding of its batches.
 
@@ -71,7 +75,8 @@ def encode_images(
 
     Returns:
         Of the tokens asked for, (N, ...) float16: cls_token (N, D), patch_tokens (N, h, w, D) over the patch grid,
-        register_tokens (N, R, D).
+        pooled where that is asked for, register_tokens (N, R, D). With store: int8, patch_tokens are what a reader
+        makes of such a cache.
 
     Raises:
         InputError: a picture does not decode, is no such array, or its features are not finite; it is named.
@@ -91,14 +96,18 @@ def encode_images(
         "pixel_std": tuple(pixel_std),
         "precision": precision,
         "engine": engine,
+        "patch_pool": patch_pool,
+        "store": store,
     }
     device = resolve_device(device)
     spec = _settled_spec(settings, device)
     shape = dino_cache.model_shape(spec.dino_model_type)
     check_image_size(spec, shape)
-    rows = {name: [np.zeros((0, *row), np.float16)] for name, row in token_shapes(spec, shape).items()}
+    check_smaller_tokens(spec, shape)
+    none = {name: np.zeros((0, *row), np.float16) for name, row in token_shapes(spec, shape).items()}
+    rows = {name: [values] for name, values in without_scales(none).items()}
     for tokens_of_part in _encoded_parts(images, spec, _encoder(spec, device)):
-        for name, values in tokens_of_part.items():
+        for name, values in without_scales(tokens_of_part).items():
             rows[name].append(values)
     return {name: np.concatenate(parts) for name, parts in rows.items()}
 

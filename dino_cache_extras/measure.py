@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 
@@ -14,11 +15,12 @@ from dino_cache import (
     Token,
     cache_bytes,
     cache_trajectories,
+    check_smaller_tokens,
     load_encoders,
     resolve_batch_size,
     token_shapes,
 )
-from progress_utils import human_bytes, human_duration, print_lines
+from progress_utils import RefusedError, human_bytes, human_duration, print_lines
 
 MEASURE_S = 5.0  # time after the first batch in which --measure decodes and encodes
 
@@ -67,6 +69,19 @@ def alternative_tokens(dataset: PreparedDataset) -> list[tuple[Token, ...]]:
     return list(dict.fromkeys([*((token,) for token in known), dataset.spec.tokens, tuple(known)]))
 
 
+def _smaller_sizes(dataset: PreparedDataset) -> list[str]:
+    """The space that the cache takes with patch tokens pooled, as int8, both and neither."""
+    known = [(pool, store) for pool in (1, 2) for store in ("float16", "int8")]
+    chosen, sizes = (dataset.spec.patch_pool, dataset.spec.store), []
+    for pool, store in dict.fromkeys([*known, chosen]):
+        spec = dataset.spec.model_copy(update={"patch_pool": pool, "store": store})
+        with contextlib.suppress(RefusedError):
+            check_smaller_tokens(spec, dataset.shape)
+            mark = " (chosen)" if (pool, store) == chosen else ""
+            sizes.append(f"{pool} {store} {human_bytes(cache_bytes(dataset, spec, dataset.work.values()))}{mark}")
+    return sizes
+
+
 def cost_lines(dataset: PreparedDataset, rates: dict[str, float | None]) -> list[str]:
     """The space that other tokens would take, and, where it was measured, the time."""
     works, lines = dataset.work.values(), []
@@ -77,6 +92,8 @@ def cost_lines(dataset: PreparedDataset, rates: dict[str, float | None]) -> list
             chosen = " (chosen)" if tokens == dataset.spec.tokens else ""
             sizes.append(f"{' + '.join(tokens)} {human_bytes(cache_bytes(dataset, spec, works))}{chosen}")
         lines.append(f"  by tokens: {', '.join(sizes)}")
+        if "patch" in dataset.spec.tokens:
+            lines.append(f"  by patch_pool and store: {', '.join(_smaller_sizes(dataset))}")
     if rate := rates.get(dataset.name):
         how = f"at {rate:.1f} frames/s, measured while decoding and encoding on {dataset.workers.device}"
         how += " in one process, without Ray" if dataset.config.options.executor == "ray" else ""

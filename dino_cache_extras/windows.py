@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import h5py
 import numpy as np
 
-from dino_cache import EXTRA_PREFIX, POSE_SHAPES, POSE_TYPES, TOKEN_DATASETS, Token
+from dino_cache import EXTRA_PREFIX, POSE_SHAPES, POSE_TYPES, TOKEN_DATASETS, Token, scale_dataset
 from dino_cache_extras.cache_index import (
     ChunkTable,
     open_table,
@@ -43,6 +43,7 @@ from dino_cache_extras.labels import (
     jump_lengths,
     refuse_without_poses,
 )
+from dino_cache_extras.smaller_tokens import dequantise_into, has_scale, restored
 from progress_utils import DamagedChunkError, RefusedError
 
 if TYPE_CHECKING:
@@ -53,28 +54,37 @@ MAX_OPEN_CHUNKS = 128  # chunk files that a reader holds open; 256 open files is
 
 
 class SampleField(NamedTuple):
-    """One key of a sample, and the dataset that it is read from."""
+    """One key of a sample, and the dataset that it is read from; of int8 tokens, that of their scales."""
 
     key: str
     dataset: str | None
     shape: tuple[int, ...]
     dtype: torch.dtype
     is_goal: bool = False
+    scales: str | None = None
 
 
 def sample_fields(
-    types: dict[str, FrameType], window: int, dtype: torch.dtype, *, with_goal: bool
+    types: dict[str, FrameType], window: int, dtype: torch.dtype, *, with_goal: bool, raw: bool = False
 ) -> list[SampleField]:
-    """The keys of a sample, in order. `types`: dataset name -> one frame's values; tokens become `dtype`."""
+    """The keys of a sample, in order. `types`: dataset name -> one frame's values; tokens become `dtype`, but with
+    `raw` those of int8, whose scales have keys of their own then."""
     import torch
 
-    kinds = {name: dtype if is_tokens(name) else torch_type(stored.dtype) for name, stored in types.items()}
+    scales = {name: scale_dataset(name) for name in types if has_scale(name, types)}
+    undone = {} if raw else scales
+    kept = {name: stored for name, stored in types.items() if name not in undone.values()}
+    kinds = {
+        name: dtype if is_tokens(name) and (name in undone or name not in scales) else torch_type(stored.dtype)
+        for name, stored in kept.items()
+    }
     fields = [SampleField("index", None, (), torch.int64)]
-    fields += [SampleField(name, name, (window, *stored.shape), kinds[name]) for name, stored in types.items()]
-    if with_goal:
+    for prefix, rows in (("", (window,)), ("goal_", ())) if with_goal else (("", (window,)),):
         fields += [
-            SampleField(f"goal_{name}", name, stored.shape, kinds[name], is_goal=True) for name, stored in types.items()
+            SampleField(prefix + name, name, (*rows, *stored.shape), kinds[name], bool(prefix), undone.get(name))
+            for name, stored in kept.items()
         ]
+    if with_goal:
         fields.append(SampleField("goal_valid", None, (), torch.bool))
     return fields
 
@@ -203,16 +213,18 @@ class ChunkFiles:
 
 class WindowBatch(Sequence):
     """B samples; their tensors are views of the batch's, `whole`: key -> (B, ...). All lie in one piece of memory, in a
-    DataLoader's worker shared memory, so that a batch goes to the main process as it is, by a single descriptor."""
+    DataLoader's worker shared memory, so that a batch goes to the main process as it is, by a single descriptor.
+    `pin`: elsewhere in pinned memory."""
 
-    def __init__(self, fields: list[SampleField], count: int):
+    def __init__(self, fields: list[SampleField], count: int, *, pin: bool = False):
         import torch.utils.data
 
         sizes = [count * math.prod(field.shape) * field.dtype.itemsize for field in fields]
         begins = [0, *itertools.accumulate(-(-size // 64) * 64 for size in sizes)]  # aligned for every dtype
-        is_worker = torch.utils.data.get_worker_info() is not None
-        storage = (torch.UntypedStorage._new_shared if is_worker else torch.UntypedStorage)(begins[-1])
-        flat = torch.empty(0, dtype=torch.uint8).set_(storage)
+        if torch.utils.data.get_worker_info() is not None:
+            flat = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(begins[-1]))
+        else:
+            flat = torch.empty(begins[-1], dtype=torch.uint8, pin_memory=pin)
         pieces = {field.key: flat[begin : begin + size] for field, begin, size in zip(fields, begins, sizes)}
         self.whole = {field.key: pieces[field.key].view(field.dtype).view(count, *field.shape) for field in fields}
         self._poses = [
@@ -234,12 +246,15 @@ class WindowBatch(Sequence):
         self._count = count
 
     @staticmethod
-    def _as_stored(field: SampleField) -> torch.Tensor | None:
-        """Where tokens are read to that are then converted."""
+    def _as_stored(field: SampleField) -> dict[str, torch.Tensor] | None:
+        """Dataset -> where it is read to, of tokens that are then converted."""
         import torch
 
-        is_other = is_tokens(field.dataset) and field.dtype != torch.float16
-        return torch.empty(field.shape, dtype=torch.float16) if is_other else None
+        if field.scales is not None:
+            values, scales = torch.empty(field.shape, dtype=torch.int8), torch.empty(field.shape[:-1], dtype=torch.half)
+            return {field.dataset: values, field.scales: scales}
+        is_other = is_tokens(field.dataset) and field.dtype not in (torch.float16, torch.int8)
+        return {field.dataset: torch.empty(field.shape, dtype=torch.float16)} if is_other else None
 
     def fill(self, place: int, chunk: OpenChunk, rows: range, *, is_goal: bool = False) -> None:
         """Read the window of sample number `place`, or its goal, one row, from a chunk's rows."""
@@ -247,11 +262,17 @@ class WindowBatch(Sequence):
         for field, values in self._poses[is_goal]:
             values[place] = chunk.poses[field.dataset][chosen]
         for field, memory, stored in self._rows[is_goal]:
-            size = len(memory) // self._count
-            into = memory[place * size : (place + 1) * size] if stored is None else memoryview(stored.numpy()).cast("B")
-            chunk.read_rows(field.dataset, rows, into)
-            if stored is not None:
-                self.whole[field.key][place].copy_(stored)
+            if stored is None:
+                size = len(memory) // self._count
+                chunk.read_rows(field.dataset, rows, memory[place * size : (place + 1) * size])
+                continue
+            for dataset, values in stored.items():
+                chunk.read_rows(dataset, rows, memoryview(values.numpy()).cast("B"))
+            target = self.whole[field.key][place]
+            if field.scales is None:
+                target.copy_(stored[field.dataset])
+            else:
+                dequantise_into(stored[field.dataset], stored[field.scales], target)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return list, (self._samples,)
@@ -334,7 +355,8 @@ class CacheWindows:
 
     A sample is a dict of tensors, of W frames:
 
-        cls_token (W, D), patch_tokens (W, h, w, D), register_tokens (W, R, D): those asked for, of `dtype`
+        cls_token (W, D), patch_tokens (W, h, w, D), register_tokens (W, R, D): those asked for, of `dtype`; of a cache
+            with patch_pool, h and w are those of the pooled grid, and of one with store: int8 values are de-quantised
         position (W, 2) float64 [m], yaw (W,) float64 [rad], frame_index (W,) int64,
         travelled_distance (W,) float64 [m] from the trajectory's frame 0; of a cache cut with chunk_by: frames, no
             travelled_distance, and only the poses that the first trajectory has, NaN in those that lack them
@@ -383,10 +405,14 @@ class CacheWindows:
         negatives: share of goals that are drawn, uniformly, from the frames of the cache's other trajectories instead:
             is_negative is True, goal_distance the high one of `goal_steps`, goal_pose NaN. Without `goal_steps`, these
             are ViNT's, (0, 20).
+        raw: give tokens that are stored as int8 as they are, and patch_tokens_scale (W, h, w) float16: half the bytes
+            to a device, where `restored` de-quantises them.
+        pin_memory: have batches in pinned memory, for copies to a device that do not wait. Those of a DataLoader's
+            workers it pins itself, with its own pin_memory=True.
 
     Raises:
         RefusedError: a cache is empty, mixed, newer than this program, or lacks what is asked for (tokens, cameras,
-            columns, poses; distances for goals); the file or folder is named.
+            columns, poses; distances for goals); the file or folder is named. Or no memory can be pinned.
         DamagedChunkError: when read, a chunk file is missing, damaged, or not the one recorded.
         StorageError: when read, a chunk file cannot be read.
     """
@@ -410,6 +436,8 @@ class CacheWindows:
         normalise: bool | float | Sequence[float] = False,
         goal_steps: tuple[int, int] | None = None,
         negatives: float = 0.0,
+        raw: bool = False,
+        pin_memory: bool = False,
     ):
         import torch
 
@@ -423,6 +451,9 @@ class CacheWindows:
         dtype = dtype or torch.float16
         if not dtype.is_floating_point:
             raise RefusedError(f"dtype: {dtype} is no floating type")
+        if pin_memory and not torch.cuda.is_available():
+            raise RefusedError("pin_memory: torch sees no CUDA device, without which no memory is pinned; leave it out")
+        self._pin = pin_memory
         self._table = open_table(cache_dirs)
         rules.check(goal, len(self._table.cache_dirs))
         chunks = self._table.one_of_each_configuration()
@@ -437,7 +468,8 @@ class CacheWindows:
             **column_types(self._table, extra),
         }
         self._files = ChunkFiles(self._table, types)
-        self._fields = sample_fields(types, window, dtype, with_goal=goal is not None or goal_steps is not None)
+        with_goal = goal is not None or goal_steps is not None
+        self._fields = sample_fields(types, window, dtype, with_goal=with_goal, raw=raw)
         self._length, self._stride, self._frame_step = (window - 1) * frame_step + 1, stride, frame_step
         self._goal, self._seed = goal, seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # it reaches workers that are at work already
@@ -504,7 +536,7 @@ class CacheWindows:
         import torch
 
         numbers, rows = self._locate(indices)
-        batch = WindowBatch(self._fields, len(numbers))
+        batch = WindowBatch(self._fields, len(numbers), pin=self._pin)
         batch.whole["index"].copy_(torch.as_tensor(indices))
         for place in np.lexsort((rows, numbers)).tolist():
             number = int(numbers[place])
@@ -541,6 +573,12 @@ class CacheWindows:
         import torch.utils.data
 
         return samples.whole if isinstance(samples, WindowBatch) else torch.utils.data.default_collate(samples)
+
+    @staticmethod
+    def restored(batch: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """A batch, or a sample, that was read `raw`, as it is read otherwise: int8 tokens times their scales, in
+        `dtype` (None: float16), on the device that they are on."""
+        return restored(batch, dtype)
 
     def _locate(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Of each window its chunk's number and its first row."""

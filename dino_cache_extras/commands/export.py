@@ -31,6 +31,7 @@ from dino_cache import (
 )
 from dino_cache_extras.chunk_files import NewRows, is_cut_by_frames, pieces, recorded_chunk, token_datasets
 from dino_cache_extras.commands.workers import with_bar
+from dino_cache_extras.smaller_tokens import read_rows, read_type
 from progress_utils import (
     Progress,
     RefusedError,
@@ -48,7 +49,8 @@ FLAT_DESCRIPTION = (
     "ends where a pose jump cut the trajectory. A frame that lies in two chunks appears once. Poses that no trajectory "
     "has (chunk_by: frames) are no columns; where only some have them, the others' rows are NaN. So are those of "
     "timestamp and delta in chunks that have none. What extra_keys named is in extra.<name>, where every chunk has it. "
-    "Of several cameras, each has columns of its own: front.cls_token, left.cls_token."
+    "Of several cameras, each has columns of its own: front.cls_token, left.cls_token. Patch tokens that are stored as "
+    "int8 are de-quantised to float16."
 )
 VINT_DESCRIPTION = (
     "vint: a folder with one .pt file a chunk (features (L, D) float16: the CLS tokens; positions, yaws, indices) and "
@@ -192,7 +194,7 @@ def _make_columns(progress: Progress, file: Any, common: list[str], num_frames: 
     if all(map(is_cut_by_frames, progress.specs.values())):
         del rows["travelled_distance"]
     with recorded_chunk(progress, next(iter(progress.records)), 0, deep=False) as chunk:
-        rows |= {name: (chunk[name].shape[1:], chunk[name].dtype) for name in common}
+        rows |= {name: (chunk[name].shape[1:], read_type(chunk, name)) for name in common}
         empty = {name for name in COLUMN_SHAPES if name not in chunk}  # as in all others, most likely
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in rows.items()}
     needed = num_frames * sum(size for name, size in sizes.items() if name not in empty)
@@ -227,10 +229,10 @@ def _copy_rows(chunk: Any, rows: NewRows, columns: dict[str, Any], position: int
     """Copy a chunk's rows into the columns from `position` on; returns the columns that it has."""
     there = {name: column for name, column in columns.items() if name in chunk}
     for name, column in there.items():
-        dataset = chunk[name]
-        if (dataset.shape[1:], dataset.dtype) != (column.shape[1:], column.dtype):
-            what = "rows of shape {0}" if dataset.shape[1:] != column.shape[1:] else "{1} values"
-            here, before = (what.format(it.shape[1:], it.dtype) for it in (dataset, column))
+        found, kept = (chunk[name].shape[1:], read_type(chunk, name)), (column.shape[1:], column.dtype)
+        if found != kept:
+            what = "rows of shape {0}" if found[0] != kept[0] else "{1} values"
+            here, before = (what.format(*it) for it in (found, kept))
             raise RefusedError(
                 f"{chunk.filename}: {name} has {here}, those before have {before.removeprefix('rows of shape ')}: one "
                 "column cannot hold both. Choose other --tokens, or redo the cache"
@@ -239,7 +241,7 @@ def _copy_rows(chunk: Any, rows: NewRows, columns: dict[str, Any], position: int
         for start in range(rows.start, rows.stop, block):
             stop = min(start + block, rows.stop)
             target = position + start - rows.start
-            column[target : target + stop - start] = dataset[start:stop]
+            column[target : target + stop - start] = read_rows(chunk, name, slice(start, stop))
     return set(there)
 
 

@@ -46,6 +46,7 @@ from dino_cache_extras.commands.report_facts import (
 from dino_cache_extras.commands.report_failures import failure_groups
 from dino_cache_extras.commands.report_runs import Rate, charted, known_runs, last_rate, left_out
 from dino_cache_extras.commands.report_verdict import CONFIG, num_left, verdict
+from dino_cache_extras.smaller_tokens import describe_cosines
 from progress_utils import (
     LOG_FILE,
     LockOwner,
@@ -433,6 +434,8 @@ def _configuration(sample: CacheSample) -> dict[str, Any]:
         rows["made with"] = ", ".join(f"{name} {version}" for name, version in versions.items())
     if columns := sample.tried(stored_columns, progress):
         rows["stored with each frame"] = columns
+    if cosines := [value for fact in sample.facts for value in fact.cosines]:
+        rows["stored against computed tokens"] = describe_cosines(cosines)
     return rows | {"data folder": sample.data_folder, "data format": progress.data_format}
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from dino_cache import TOKEN_DATASETS, cameras_of, token_dataset
 from dino_cache_extras.chunk_files import NewRows, pieces, recorded_chunk, stored_datasets
+from dino_cache_extras.smaller_tokens import read_rows, stored_cosines
 from progress_utils import Progress, RefusedError
 
 REPORT_SEED = 0
@@ -38,6 +39,7 @@ class ChunkFacts(NamedTuple):
     created_at: float  # epoch seconds
     new_frames: int  # of it and of the chunks since the one sampled before, in the order of completion
     versions: str
+    cosines: list[float]  # between stored and computed, of the int8 tokens that it has a sample of
 
 
 class TrajectorySample(NamedTuple):
@@ -123,7 +125,8 @@ def _chunk_facts(progress: Progress, name: str, index: int, new_frames: int) -> 
         travelled = chunk.get("travelled_distance")
         created_at = calendar.timegm(time.strptime(chunk.attrs["created_at"], "%Y-%m-%dT%H:%M:%SZ"))
         distance_m = None if travelled is None else float(travelled[-1] - travelled[0])
-        return ChunkFacts(len(chunk["frame_index"]), distance_m, created_at, new_frames, chunk.attrs["versions"])
+        num_frames, cosines = len(chunk["frame_index"]), stored_cosines(chunk)
+        return ChunkFacts(num_frames, distance_m, created_at, new_frames, chunk.attrs["versions"], cosines)
 
 
 def _sample_trajectory(progress: Progress, name: str) -> TrajectorySample:
@@ -181,7 +184,7 @@ def _unit_pairs(pairs: list[Any]) -> Any:
 def _feature_pair(chunk: Any, row: int, camera: str | None) -> Any:
     """(2, D): a frame's vector and the next one's: the CLS token, else the mean of the tokens that there are."""
     name = next(name for token in TOKEN_DATASETS.values() if (name := token_dataset(camera, token)) in chunk)
-    tokens = chunk[name][row : row + 2].astype("float32")
+    tokens = read_rows(chunk, name, slice(row, row + 2)).astype("float32")
     return tokens.reshape(2, -1, tokens.shape[-1]).mean(1)
 
 
@@ -246,7 +249,7 @@ def read_patches(progress: Progress, name: str, index: int, row: int) -> tuple[s
     """Trajectory, frame's row in the source, patch tokens (h, w, D) float32."""
     dataset = token_dataset(first_camera(progress, name), TOKEN_DATASETS["patch"])
     with recorded_chunk(progress, name, index, deep=False) as chunk:
-        return name, int(chunk["frame_index"][row]), chunk[dataset][row].astype("float32")
+        return name, int(chunk["frame_index"][row]), read_rows(chunk, dataset, row).astype("float32")
 
 
 def colours_of_patches(patches: list[Any]) -> list[Any]:

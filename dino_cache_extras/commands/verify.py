@@ -10,10 +10,14 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
+
+import h5py
 
 from dino_cache_extras.chunk_files import check_recorded, recorded_chunks
 from dino_cache_extras.commands.workers import on_all_cores
+from dino_cache_extras.smaller_tokens import describe_cosines, stored_cosines
 from progress_utils import (
     CANNOT_LOOK,
     JOURNAL_FILE,
@@ -61,12 +65,15 @@ def verify(cache_dir: Path, *, deep: bool, as_json: bool, repair: bool, yes: boo
             holder = None if repair else lock_owner(cache_dir)  # one that began during the look
             findings += others if holder is None else []
         mixed = len(progress.fingerprints) > 1
+        cosines = _stored_cosines(progress, findings) if deep else []
         if not as_json:
-            _print_findings(progress, findings, holder, deep=deep)
+            _print_findings(progress, findings, holder, cosines, deep=deep)
         repaired = repair and _repair(progress, findings, yes=yes)
         if as_json:
             report = {"cache_dir": str(cache_dir), "deep": deep, "sound": not findings, "mixed": mixed}
             report |= {"repaired": repaired, "findings": [finding._asdict() for finding in findings]}
+            if cosines:
+                report["stored_cosine"] = {"worst": min(cosines), "median": median(cosines), "tokens": len(cosines)}
             print(json.dumps(report, ensure_ascii=False))
     return 1 if findings else 0
 
@@ -107,6 +114,28 @@ def check_trajectory(cache_dir: Path, task: tuple[str, TrajectoryRecord, str], *
     return findings
 
 
+def _stored_cosines(progress: Progress, findings: list[Finding]) -> list[float]:
+    """Of tokens stored as int8, those between stored and computed, of sound trajectories."""
+    quantised = {fingerprint for fingerprint, spec in progress.specs.items() if spec.get("store") == "int8"}
+    wrong = {finding.trajectory for finding in findings}
+    tasks = [
+        [chunk.path for chunk in recorded_chunks(progress.cache_dir, name, record, progress.checksums[name])]
+        for name, record in progress.records.items()
+        if record["fingerprint"] in quantised and name not in wrong
+    ]
+    return [value for values in on_all_cores(_cosines_in, tasks, "Comparing") for value in values]
+
+
+def _cosines_in(paths: list[str]) -> list[float]:
+    """Of a trajectory's chunk files, which were found sound; none of one that a run has replaced since. Runs in a
+    worker process."""
+    cosines: list[float] = []
+    for path in paths:
+        with contextlib.suppress(OSError, KeyError, ValueError), h5py.File(path, locking=False) as chunk:
+            cosines += stored_cosines(chunk)
+    return cosines
+
+
 def damage_of(path: Path, problem: Exception) -> str:
     """What is wrong with a chunk file. Raises RefusedError where the file could not be looked at."""
     if isinstance(problem, OSError) and problem.errno in CANNOT_LOOK:
@@ -141,7 +170,9 @@ def find_leftovers(progress: Progress) -> list[Finding]:
     ]
 
 
-def _print_findings(progress: Progress, findings: list[Finding], holder: str | None, *, deep: bool) -> None:
+def _print_findings(
+    progress: Progress, findings: list[Finding], holder: str | None, cosines: list[float], *, deep: bool
+) -> None:
     how = "every byte read" if deep else "names, sizes, shapes and attributes; --deep reads every byte"
     print_lines(
         f"Verified {progress.cache_dir}: {len(progress.records)} trajectories, {progress.total_chunks} chunks ({how})"
@@ -150,6 +181,8 @@ def _print_findings(progress: Progress, findings: list[Finding], holder: str | N
         print_lines(f"Note: a run is at work ({holder}); unrecorded and leftover files are not looked for")
     if len(progress.fingerprints) > 1:
         print_lines(f"Note: mixed cache: made with {len(progress.fingerprints)} different configurations")
+    if cosines:
+        print_lines(f"Stored against computed tokens: {describe_cosines(cosines)}")
     for finding in findings:
         print_lines(f"  {finding.kind}: {finding.path}: {finding.reason}")
     if not findings:
