@@ -50,6 +50,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -145,7 +146,15 @@ from progress_utils import (
 try:
     import numpy as np
     import yaml
-    from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+    from pydantic import (
+        BaseModel,
+        ConfigDict,
+        Field,
+        ValidationError,
+        ValidationInfo,
+        field_validator,
+        model_validator,
+    )
     from tqdm import tqdm
 except ImportError as missing:
     end_without_library(missing)
@@ -164,7 +173,7 @@ __all__ = [  # the public API, documented in docs/api.md; also what DOORS names
 # Constants: names and limits that are not the user's to set
 # ======================================================================================================================
 
-TOKEN_DATASETS = {"cls": "cls_token", "patch": "patch_tokens", "register": "register_tokens"}
+TOKEN_DATASETS = {"cls": "cls_token", "patch": "patch_tokens", "register": "register_tokens", "mean": "mean_token"}
 DINOV2_NAMES = {
     f"{size}{suffix}": f"vit_{size}_patch14{timm_suffix}_dinov2.lvd142m"
     for size in ("small", "base", "large", "giant")
@@ -174,7 +183,8 @@ DINOV3_NAMES = {
     f"dinov3_{size}": f"vit_{size}_patch16_dinov3.lvd1689m"
     for size in ("small", "small_plus", "base", "large", "huge_plus", "7b")
 }
-MODEL_NAMES = DINOV2_NAMES | DINOV3_NAMES  # dino_model_type -> the model's name in timm
+MODEL_NAMES = DINOV2_NAMES | DINOV3_NAMES  # dino_model_type -> the model's name in timm; others: TIMM_MODELS_MODULE
+IMAGENET = {"pixel_mean": (0.485, 0.456, 0.406), "pixel_std": (0.229, 0.224, 0.225)}  # of DINOv2 and DINOv3
 
 FRAME_PATTERN = r"(\d+)\.(?:jpg|jpeg|png|JPG|JPEG|PNG)"
 FILE_THREADS = 16  # threads that wait for files of a slow disk or a network
@@ -198,13 +208,14 @@ ENGINE_MODULES = {"openvino": "dino_cache_extras.openvino_engine"}  # engine -> 
 HOOKS_MODULE = "dino_cache_extras.hooks"  # tells others how a run went, as the settings HOOK_KEYS want it
 HOOK_KEYS = ("notify", "metrics_file")
 TRANSFORMERS_NAMES_MODULE = "dino_cache_extras.transformers_names"  # reads facebook's weights files of the hub
+TIMM_MODELS_MODULE = "dino_cache_extras.timm_models"  # any other model of timm
 HUB_MODULE = "dino_cache_extras.hub"  # keeps the hub quiet, and knows soon when it cannot be reached
 SMALLER_TOKENS_MODULE = "dino_cache_extras.smaller_tokens"  # patch tokens pooled, and as int8
 CONFIG_ADVICE_MODULE = "dino_cache_extras.config_advice"  # says what to write instead
 DOORS = {"CacheWindows": "dino_cache_extras.windows", "encode_images": "dino_cache_extras.images"}  # see __getattr__
 __all__.extend(DOORS)
 
-Token = Literal["cls", "patch", "register"]
+Token = Literal["cls", "patch", "register", "mean"]
 ModelType = Literal[
     "small", "small_reg", "base", "base_reg", "large", "large_reg", "giant", "giant_reg",
     "dinov3_small", "dinov3_small_plus", "dinov3_base", "dinov3_large", "dinov3_huge_plus", "dinov3_7b",
@@ -490,6 +501,20 @@ def token_type(name: str, names: Container[str]) -> np.dtype:
     return np.dtype(np.int8 if scale_dataset(name) in names else np.float16)
 
 
+def token_names(token: Token, layers: Sequence[int] | None) -> list[str]:
+    """What a token's datasets are called, of one camera: patch_tokens, or of layers patch_tokens_l05, ..._l11."""
+    return [f"{TOKEN_DATASETS[token]}_l{layer:02d}" for layer in layers or ()] or [TOKEN_DATASETS[token]]
+
+
+_NAMED_TOKENS = re.compile(rf"(?!{EXTRA_PREFIX})(?s:.*/)?({'|'.join(TOKEN_DATASETS.values())})(?:_l\d{{2,}})?")
+
+
+def token_of(dataset: str) -> Token | None:
+    """Which token a dataset of a chunk file holds, of any camera and layer: patch of front/patch_tokens_l05."""
+    found = _NAMED_TOKENS.fullmatch(dataset)
+    return found and next(token for token, name in TOKEN_DATASETS.items() if name == found[1])
+
+
 CAMERA_NAME = re.compile(r"[A-Za-z0-9_-]+")
 NOT_CAMERAS = (  # what else lies, or may come to lie, where a camera's datasets do
     *TOKEN_DATASETS.values(), "position", "yaw", "frame_index", "travelled_distance", "timestamp", "delta", "extra",
@@ -544,13 +569,13 @@ class CacheSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    dino_model_type: ModelType = "large"
+    dino_model_type: str = "large"  # one of MODEL_NAMES, or of TIMM_MODELS_MODULE
     weights: Annotated[str, Field(min_length=1)] = "pretrained"  # pretrained | random | absolute path of a file
     tokens: Annotated[tuple[Token, ...], Field(min_length=1)] = ("cls",)
     image_size: tuple[PositiveInt, PositiveInt] = (224, 308)  # height, width [px]
     resize: Literal["crop", "stretch"] = "crop"
-    pixel_mean: ChannelValues = (0.485, 0.456, 0.406)
-    pixel_std: ChannelValues = (0.229, 0.224, 0.225)
+    pixel_mean: ChannelValues = Field(default=None, validate_default=True)  # None: the model's own, put in here
+    pixel_std: ChannelValues = Field(default=None, validate_default=True)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     engine: str = "torch"
     compile: StrictBool = False
@@ -584,8 +609,37 @@ class CacheSpec(BaseModel):
     stamps: Literal["header", "log"] = "header"  # by which a bag's messages are brought together
     extra_keys: tuple[DataKey, ...] = ()  # columns of the data that are stored beside the poses
     integrate: StrictBool = False  # position_key and yaw_key name velocities, which are added up to poses
+    layers: tuple[Annotated[int, Field(strict=True)], ...] | None = None  # from 0; None: what comes out at the end
+    layer_norm: StrictBool = True  # of layers: after the model's final norm
     patch_pool: PositiveInt = 1  # patch tokens are means over n x n patches
     store: Literal["float16", "int8"] = "float16"  # of patch tokens
+
+    @field_validator("dino_model_type", mode="before")
+    @classmethod
+    def _model_is_known(cls, name: Any) -> str:
+        if isinstance(name, str) and name not in MODEL_NAMES and is_there(TIMM_MODELS_MODULE):
+            return open_door(TIMM_MODELS_MODULE).checked_name(name)
+        return one_of(name, tuple(MODEL_NAMES))
+
+    @field_validator("pixel_mean", "pixel_std", mode="before")
+    @classmethod
+    def _pixels_are_the_models_own(cls, values: Any, others: ValidationInfo) -> Any:
+        name = others.data.get("dino_model_type", "large")  # absent where it was refused
+        if values is not None:
+            return values
+        own = IMAGENET if name in MODEL_NAMES else open_door(TIMM_MODELS_MODULE).pixels(name)
+        return own[others.field_name]
+
+    @field_validator("layers")
+    @classmethod
+    def _layers_in_order(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if layers is None:
+            return None
+        if not layers or min(layers) < 0:
+            raise ValueError("should be numbers of the model's blocks, from 0, like [5, 11]")
+        if len(set(layers)) != len(layers):
+            raise ValueError("names a layer twice")
+        return tuple(sorted(layers))
 
     @field_validator("tokens")
     @classmethod
@@ -659,7 +713,9 @@ class CacheSpec(BaseModel):
             raise ValueError(f"tf: {self.tf} and position_key: {self.position_key} both say where poses are; set one")
         if self.compile and self.engine != "torch":
             raise ValueError(f"compile: true is for engine: torch; engine: {self.engine} compiles by itself")
-        if "register" in self.tokens and self.dino_model_type not in MODELS_WITH_REGISTERS:
+        if self.layers is None and not self.layer_norm:
+            raise ValueError("layer_norm: false is for layers; set them, or take it out")
+        if "register" in self.tokens and self.dino_model_type in MODEL_NAMES.keys() - set(MODELS_WITH_REGISTERS):
             raise ValueError(
                 f"tokens: register needs a model with registers; dino_model_type: {self.dino_model_type} has none, "
                 f"{self.dino_model_type}_reg and every dinov3 model have"
@@ -725,7 +781,7 @@ _LATER_SETTINGS = (
     "time_zero", "yaw_unit", "pose_axes", "time_scale", "engine", "compile",
     "yaw_offset", "sample_hz", "max_pose_gap_s", "extra_keys", "integrate",
     "layout", "pose_file", "pose_columns", "pose_match", "poses_folder", "time_offset", "frame_times",
-    "tf", "stamps", "patch_pool", "store",
+    "tf", "stamps", "layers", "layer_norm", "patch_pool", "store",
 )  # fmt: skip
 _LATER_DEFAULTS = CacheSpec().model_dump(mode="json", include=set(_LATER_SETTINGS))
 
@@ -922,7 +978,7 @@ def _load_dataset(path: Path, name: Any, top: dict[str, Any], section: Any, over
         raise RefusedError(*(f"{path}: {fault}" for fault in faults))
     spec, options, paths = parsed
     data_folder = _resolve_path(path, f"{prefix}data_folder", paths.data_folder)
-    default_cache_dir = data_folder / f"dino_cache_{spec.dino_model_type}"
+    default_cache_dir = data_folder / f"dino_cache_{spec.dino_model_type.replace(':', '_')}"
     cache_dir = _resolve_path(path, f"{prefix}cache_dir", paths.cache_dir) if paths.cache_dir else default_cache_dir
     split = _resolve_path(path, f"{prefix}split", paths.split) if paths.split else None
     if spec.weights not in ("pretrained", "random"):
@@ -2288,12 +2344,17 @@ class FrameDecoder:
 
 
 # ======================================================================================================================
-# Encoding: frames to DINOv2 or DINOv3 tokens
+# Encoding: frames to tokens of DINOv2 or DINOv3; what is other of other models is in TIMM_MODELS_MODULE
 # ======================================================================================================================
 
 RANDOM_WEIGHTS_SEED = 0
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h has them
 KEPT_BYTES = 1 << 30  # freed memory that the process keeps for the next batch
+
+
+BLOCKS = {"large": 24, "giant": 40, "dinov3_large": 24, "dinov3_huge_plus": 32, "dinov3_7b": 40}  # others: 12
+# LayerScale of all families, which timm starts at 1e-5: that would leave all CLS tokens equal whatever the image
+LAYER_SCALE = re.compile(r".*\.(gamma(_?\d)?|layer_scale\w*(\.\w+)?)")
 
 
 class ModelShape(NamedTuple):
@@ -2304,13 +2365,29 @@ class ModelShape(NamedTuple):
     num_registers: int
 
 
+class ModelParts(NamedTuple):
+    """What else settings can ask of a model; layers are 0 where their tokens differ in shape."""
+
+    has_class_token: bool
+    num_layers: int
+
+
 @functools.cache
-def model_shape(model_type: ModelType) -> ModelShape:
+def model_shape(model_type: str) -> ModelShape:
     """Taken from the architecture itself, built without blocks (one of dinov3_7b takes 0.8 GB) or weights to load."""
     import timm
 
+    if model_type not in MODEL_NAMES:
+        return open_door(TIMM_MODELS_MODULE).model_shape(model_type)
     model = timm.create_model(MODEL_NAMES[model_type], pretrained=False, num_classes=0, depth=0)
     return ModelShape(model.patch_embed.patch_size[0], model.embed_dim, model.num_prefix_tokens - 1)
+
+
+def model_parts(model_type: str) -> ModelParts:
+    """As model_shape, the rest."""
+    if model_type not in MODEL_NAMES:
+        return open_door(TIMM_MODELS_MODULE).model_parts(model_type)
+    return ModelParts(has_class_token=True, num_layers=BLOCKS.get(model_type.removesuffix("_reg"), 12))
 
 
 def check_image_size(spec: CacheSpec, shape: ModelShape) -> None:
@@ -2321,6 +2398,32 @@ def check_image_size(spec: CacheSpec, shape: ModelShape) -> None:
             f"image_size: {list(spec.image_size)}: height and width must be multiples of the patch size "
             f"{shape.patch_size} of dino_model_type {spec.dino_model_type}; the nearest is {nearest}"
         )
+    if spec.dino_model_type not in MODEL_NAMES:
+        open_door(TIMM_MODELS_MODULE).check_input(spec, shape)
+
+
+def tokens_of(model_type: str, shape: ModelShape) -> list[Token]:
+    """The tokens that a model of this shape has."""
+    lacking = {"cls": not model_parts(model_type).has_class_token, "register": not shape.num_registers}
+    return [token for token in TOKEN_DATASETS if not lacking.get(token)]
+
+
+def check_tokens(spec: CacheSpec, shape: ModelShape) -> None:
+    """Raise RefusedError unless the model has the tokens and layers asked for."""
+    model, known = f"dino_model_type {spec.dino_model_type}", tokens_of(spec.dino_model_type, shape)
+    for token in spec.tokens:
+        if token not in known:
+            raise RefusedError(
+                f"tokens: {list(spec.tokens)}: {model} has no {token} token; it has {', '.join(known)}"
+                f"{', where mean is the average of the patch tokens' * ('cls' not in known)}"
+            )
+    if spec.layers is None:
+        return
+    num_layers = model_parts(spec.dino_model_type).num_layers
+    if num_layers == 0:
+        raise RefusedError(f"layers: {list(spec.layers)}: those of {model} differ in size; take the key out")
+    if spec.layers[-1] >= num_layers:
+        raise RefusedError(f"layers: {list(spec.layers)}: {model} has {num_layers}, from 0 to {num_layers - 1}")
 
 
 def check_smaller_tokens(spec: CacheSpec, shape: ModelShape) -> None:
@@ -2337,12 +2440,14 @@ def token_shapes(spec: CacheSpec, shape: ModelShape) -> dict[str, tuple[int, ...
         "cls": (shape.width,),
         "patch": (height, width, shape.width),
         "register": (shape.num_registers, shape.width),
+        "mean": (shape.width,),
     }
     stored: dict[str, tuple[int, ...]] = {}
     for token in spec.tokens:
-        stored[TOKEN_DATASETS[token]] = shapes[token]
-        if token == "patch" and spec.store == "int8":
-            stored[scale_dataset(TOKEN_DATASETS[token])] = shapes[token][:-1]
+        for name in token_names(token, spec.layers):
+            stored[name] = shapes[token]
+            if token == "patch" and spec.store == "int8":
+                stored[scale_dataset(name)] = shapes[token][:-1]
     return stored
 
 
@@ -2404,7 +2509,7 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def resolve_precision(wanted: str, recorded: str | None, device: str, model_type: ModelType) -> str:
+def resolve_precision(wanted: str, recorded: str | None, device: str, model_type: str) -> str:
     """`auto` is what the cache has recorded; in a new one what default_precision says.
 
     Raises:
@@ -2421,12 +2526,12 @@ def resolve_precision(wanted: str, recorded: str | None, device: str, model_type
     return precision
 
 
-def default_precision(device: str, model_type: ModelType) -> str:
-    """On CUDA fp16 for DINOv2 and bf16 for DINOv3; bf16 on a CPU with bf16 instructions, else fp32."""
+def default_precision(device: str, model_type: str) -> str:
+    """On CUDA fp16 for DINOv2 and bf16 for all others; bf16 on a CPU with bf16 instructions, else fp32."""
     import torch
 
     if device.startswith("cuda"):
-        return "bf16" if model_type in DINOV3_NAMES else "fp16"  # DINOv3 was trained in bf16: fp16's range is narrower
+        return "fp16" if model_type in DINOV2_NAMES else "bf16"  # DINOv3 was trained in bf16: fp16's range is narrower
     capabilities = torch.backends.cpu.get_cpu_capability()
     has_bf16 = capabilities.startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
     return "bf16" if has_bf16 else "fp32"
@@ -2454,6 +2559,18 @@ def check_engine(spec: CacheSpec, device: str | None) -> None:
         )
 
 
+def timm_name(model_type: str) -> str:
+    """What timm calls a model."""
+    return MODEL_NAMES.get(model_type) or open_door(TIMM_MODELS_MODULE).timm_name(model_type)
+
+
+def hub_repository(model_type: str) -> str:
+    """Where the Hugging Face hub has timm's copy of a model's weights."""
+    if model_type in MODEL_NAMES:
+        return f"timm/{MODEL_NAMES[model_type]}"
+    return open_door(TIMM_MODELS_MODULE).repository(model_type)
+
+
 def weights_source(spec: CacheSpec) -> dict[str, Any]:
     """Where the weights come from: {source, size, mtime}; size and mtime are null where there is no file of the user's.
 
@@ -2463,7 +2580,7 @@ def weights_source(spec: CacheSpec) -> dict[str, Any]:
     if spec.weights == "random":
         return {"source": f"random ({spec.dino_model_type}, seed {RANDOM_WEIGHTS_SEED})", "size": None, "mtime": None}
     if spec.weights == "pretrained":
-        return {"source": f"hf-hub:timm/{MODEL_NAMES[spec.dino_model_type]}", "size": None, "mtime": None}
+        return {"source": f"hf-hub:timm/{timm_name(spec.dino_model_type)}", "size": None, "mtime": None}
     try:
         status = os.stat(spec.weights)
     except OSError as error:
@@ -2483,28 +2600,36 @@ def build_model(spec: CacheSpec) -> torch.nn.Module:
     import timm
     import torch
 
-    name = MODEL_NAMES[spec.dino_model_type]
+    name = timm_name(spec.dino_model_type)
+    if spec.dino_model_type not in MODEL_NAMES:
+        open_door(TIMM_MODELS_MODULE).check_known(spec.dino_model_type)
     if spec.weights == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(RANDOM_WEIGHTS_SEED)
             model = timm.create_model(name, pretrained=False, num_classes=0)
         for key, parameter in model.named_parameters():
-            if key.endswith((".gamma", ".gamma_1", ".gamma_2")):  # LayerScale, of DINOv2 and of DINOv3
-                torch.nn.init.ones_(parameter)  # timm's 1e-5 would leave all CLS tokens equal whatever the image
+            if LAYER_SCALE.fullmatch(key):
+                torch.nn.init.ones_(parameter)
         return model
     weights_source(spec)  # the errors of a missing file that come later do not name it
     try:
         if spec.weights == "pretrained":
-            with open_door(HUB_MODULE).hub(f"timm/{name}") if is_there(HUB_MODULE) else contextlib.nullcontext():
-                return timm.create_model(name, pretrained=True, num_classes=0)
-        return _load_weight_file(Path(spec.weights), name)
+            repository = hub_repository(spec.dino_model_type)
+            with open_door(HUB_MODULE).hub(repository) if is_there(HUB_MODULE) else contextlib.nullcontext():
+                model = timm.create_model(name, pretrained=True, num_classes=0)
+                if spec.dino_model_type not in MODEL_NAMES:
+                    open_door(TIMM_MODELS_MODULE).keep_card(repository)
+                return model
+        if spec.dino_model_type not in MODEL_NAMES:
+            return open_door(TIMM_MODELS_MODULE).load_weight_file(Path(spec.weights), name)
+        return load_weight_file(Path(spec.weights), name)
     except Exception as error:  # hub, network, unpickling and key errors come in many classes, all of them before work
         if is_out_of_memory(error):
             raise
         raise RefusedError(_weights_advice(spec, name, error)) from error
 
 
-def _load_weight_file(path: Path, model_name: str) -> torch.nn.Module:
+def load_weight_file(path: Path, model_name: str) -> torch.nn.Module:
     """The timm model with the weights of a file in the official layout, timm's, or, for DINOv3, transformers'."""
     import timm
 
@@ -2536,24 +2661,26 @@ def _without_qkv_bias(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 def _weights_advice(spec: CacheSpec, model_name: str, error: Exception) -> str:
     if spec.weights != "pretrained":
         reason = one_line(error)[:500]
-        family = "DINOv3" if spec.dino_model_type in DINOV3_NAMES else "DINOv2"
+        families = ((DINOV2_NAMES, "an official DINOv2"), (DINOV3_NAMES, "an official DINOv3"))
+        family = next((family for names, family in families if spec.dino_model_type in names), "timm's, or an original")
         return (
             f"weights: {spec.weights}: cannot be loaded into {model_name} (dino_model_type {spec.dino_model_type}): "
-            f"{reason}. Expected an official {family} .pth or .safetensors file of that model"
+            f"{reason}. Expected {family} .pth or .safetensors file of that model"
         )
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
 
     reason = one_line(error)[:300]
-    downloaded = try_to_load_from_cache(f"timm/{model_name}", "model.safetensors")
+    repository = hub_repository(spec.dino_model_type)
+    downloaded = try_to_load_from_cache(repository, "model.safetensors")
     if isinstance(downloaded, str):
         return f"weights: pretrained: {downloaded} cannot be loaded: {reason}. Delete it and run again online"
-    folder = Path(HF_HUB_CACHE) / f"models--timm--{model_name}"
+    folder = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
     once = "go online once and run again"
     if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-        once = f"log in with `hf auth login`, agree to the terms at https://huggingface.co/timm/{model_name}, run again"
+        once = f"log in with `hf auth login`, agree to the terms at https://huggingface.co/{repository}, run again"
     return (
-        f"weights: pretrained: the file model.safetensors of timm/{model_name} is neither in {folder} nor could it be "
+        f"weights: pretrained: the file model.safetensors of {repository} is neither in {folder} nor could it be "
         f"downloaded ({type(error).__name__}: {reason}). Ways on: {once}; or download the "
         "official .pth or .safetensors elsewhere and set `weights: <its path>`; or set `weights: random` just to try "
         "things out"
@@ -2614,6 +2741,13 @@ def set_input_size(model: torch.nn.Module, image_size: tuple[int, int], device: 
     return grid
 
 
+def settle_input(model: torch.nn.Module, spec: CacheSpec, device: str) -> tuple[int, int]:
+    """As set_input_size, of any model, by its own rule."""
+    if spec.dino_model_type in MODEL_NAMES:
+        return set_input_size(model, spec.image_size, device)
+    return open_door(TIMM_MODELS_MODULE).settle_input(model, spec, device)
+
+
 def keep_freed_memory() -> None:
     """Have this process keep the memory that it frees. Handed back to the system after every batch, a batch's
     activations are cleared page by page for the next one: a seventh of an encoder's time on a CPU. glibc only."""
@@ -2663,8 +2797,36 @@ def as_float16(tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**rows, "finite": torch.stack(finite).all(0)}
 
 
+def token_layers(model: torch.nn.Module, spec: CacheSpec) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What turns normalised frames (B, 3, H, W) into tokens (B, K * (P + h*w), D): of each of the K layers asked for,
+    or of the model's end (K = 1), the P prefix tokens, the class token before registers, then the patches row by row.
+
+    Layers are those of get_intermediate_layers, in timm and in facebookresearch/dinov2.
+    """
+    import torch
+
+    if spec.layers is None and spec.dino_model_type in MODEL_NAMES:
+        return model.forward_features
+    known = inspect.signature(model.forward_intermediates).parameters
+    how = {"norm": spec.layer_norm, "output_fmt": "NCHW", "intermediates_only": True, "stop_early": True}
+    if has_prefix := "return_prefix_tokens" in known and getattr(model, "num_prefix_tokens", 0) > 0:
+        how["return_prefix_tokens"] = True
+    if spec.layers is None:
+        how |= open_door(TIMM_MODELS_MODULE).end_of(model)
+
+    def forward(normalised: torch.Tensor) -> torch.Tensor:
+        parts = []
+        for found in model.forward_intermediates(normalised, [*(spec.layers or ())] or 1, **how):
+            patches, prefix = found if has_prefix else (found, None)
+            parts += [prefix] if has_prefix else []
+            parts.append(patches.flatten(2).transpose(1, 2))  # (B, D, h, w) -> (B, h*w, D)
+        return torch.cat(parts, dim=1)
+
+    return forward
+
+
 class DinoEncoder:
-    """A frozen DINOv2 or DINOv3 on one device.
+    """A frozen DINOv2 or DINOv3, or another model of timm, on one device.
 
     Weights and activations are cast to the spec's precision (1 - cos against fp32 at worst 5e-5 in bf16, 9e-7 in fp16).
     `encode` returns at once; only the result waits. On CUDA, pixels cross the bus as uint8 from pinned memory and
@@ -2693,18 +2855,22 @@ class DinoEncoder:
             self.most_rows = 4  # more leave a core's caches, and a stop waits for them
             self.default_batch_size = 2 * self.most_rows * self._num_cores
             keep_freed_memory()
-        self._grid = set_input_size(model.eval(), spec.image_size, device)  # in fp32, before any cast
-        self._num_prefix = model.num_prefix_tokens
+        self._grid = settle_input(model.eval(), spec, device)  # in fp32, before any cast
+        self._has_class_token = getattr(model, "cls_token", None) is not None
         self._to_store = open_door(SMALLER_TOKENS_MODULE).stage(spec) if spec.has_smaller_tokens else as_float16
         self._features = self._features_of(model.requires_grad_(False))
         self._mean = torch.tensor(spec.pixel_mean, device=self._device).view(3, 1, 1) * 255
         self._std = torch.tensor(spec.pixel_std, device=self._device).view(3, 1, 1) * 255
 
     def _features_of(self, model: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What turns normalised fp32 frames (B, 3, H, W) into tokens (B, 1 + R + h*w, D), after the final norm."""
+        """What turns normalised fp32 frames (B, 3, H, W) into tokens (B, K * (P + h*w), D), as token_layers."""
         if self._spec.compile and self._device.type == "cuda":
             open_library("triton")  # which the first batch would miss
-        forward = model.to(self._device, self._dtype).forward_features
+        if self._spec.dino_model_type in MODEL_NAMES:
+            model = model.to(self._device, self._dtype)
+        else:
+            model = open_door(TIMM_MODELS_MODULE).cast(model, self._device, self._dtype)
+        forward = token_layers(model, self._spec)
         if self._spec.compile:
             forward = self._torch.compile(forward)
         return lambda normalised: forward(normalised.to(self._dtype))
@@ -2763,14 +2929,24 @@ class DinoEncoder:
         return collect
 
     def _forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(B, 3, H, W) uint8 to dataset name -> (B, ...) as stored, after the final norm, and "finite": (B,) bool."""
-        features = self._features((pixels - self._mean) / self._std)  # (B, 1 + R + h*w, D)
-        parts = {
-            "cls": features[:, 0],
-            "patch": features[:, self._num_prefix :].unflatten(1, self._grid),
-            "register": features[:, 1 : self._num_prefix],
+        """(B, 3, H, W) uint8 to dataset name -> (B, ...) as stored, and "finite": (B,) bool."""
+        return self._to_store(self._named(self._features((pixels - self._mean) / self._std)))
+
+    def _named(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(B, K * (P + h*w), D) to dataset name -> (B, ...), all in the precision that was computed in."""
+        layers = features.unflatten(1, (len(self._spec.layers or (None,)), -1)).unbind(1)  # K of (B, P + h*w, D)
+        num_prefix, num_class = layers[0].shape[1] - math.prod(self._grid), int(self._has_class_token)
+        parts: dict[Token, Callable[[torch.Tensor], torch.Tensor]] = {
+            "cls": lambda layer: layer[:, 0],
+            "patch": lambda layer: layer[:, num_prefix:].unflatten(1, self._grid),
+            "register": lambda layer: layer[:, num_class:num_prefix],
+            "mean": lambda layer: layer[:, num_prefix:].float().mean(1),
         }
-        return self._to_store({TOKEN_DATASETS[token]: parts[token] for token in self._spec.tokens})
+        return {
+            name: parts[token](layer)
+            for token in self._spec.tokens
+            for name, layer in zip(token_names(token, self._spec.layers), layers, strict=True)
+        }
 
     def _to_pinned(self, tensor: torch.Tensor) -> torch.Tensor:
         return self._pinned(tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
@@ -5368,6 +5544,7 @@ def settle_encoding(dataset: PreparedDataset) -> None:
     check_engine(dataset.spec, dataset.workers.device if dataset.workers is not None else None)
     dataset.shape = model_shape(dataset.spec.dino_model_type)
     check_image_size(dataset.spec, dataset.shape)
+    check_tokens(dataset.spec, dataset.shape)
     check_smaller_tokens(dataset.spec, dataset.shape)
     weights_source(dataset.spec)
 
@@ -6066,6 +6243,8 @@ def announce_encoding(dataset: PreparedDataset) -> None:
     if workers.encodes_here and workers.device.startswith("cuda") and is_there(HINTS_MODULE):
         for hint in open_door(HINTS_MODULE).other_gpus():
             LOG.warning("%s", hint)
+    if spec.dino_model_type not in MODEL_NAMES:
+        LOG.info("Licence of these weights: %s", open_door(TIMM_MODELS_MODULE).licence(spec.dino_model_type))
     if spec.weights == "random":
         LOG.warning("WEIGHTS ARE RANDOM (seeded): the features are for trying things out and mean nothing")
 
@@ -6241,6 +6420,8 @@ def print_forecast(dataset: PreparedDataset, reasons: list[str], rates: dict[str
     for line in open_door(MEASURE_MODULE).cost_lines(dataset, rates) if is_there(MEASURE_MODULE) else ():
         print_lines(line)
     print_lines(f"  free space: {human_bytes(free_bytes(dataset.config.cache_dir))}")
+    if dataset.pending and dataset.spec.dino_model_type not in MODEL_NAMES:
+        print_lines(f"  licence of the weights: {open_door(TIMM_MODELS_MODULE).licence(dataset.spec.dino_model_type)}")
     if dataset.progress.records:
         changes = configuration_changes(dataset)
         recorded, source = dataset.progress.weights, weights_source(dataset.spec)["source"]

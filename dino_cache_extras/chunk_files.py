@@ -23,7 +23,6 @@ from dino_cache import (
     POSE_TYPES,
     READ_BLOCK_BYTES,
     SEAL_BYTES,
-    TOKEN_DATASETS,
     attributes_digest,
     bytes_digest,
     cameras_of,
@@ -31,6 +30,8 @@ from dino_cache import (
     metadata_digest,
     scale_dataset,
     token_dataset,
+    token_names,
+    token_of,
     token_type,
 )
 from progress_utils import (
@@ -123,8 +124,9 @@ def check_metadata(file: BinaryIO) -> None:
 
 
 def token_datasets(spec: Mapping[str, Any], token: str) -> list[str]:
-    """The names under which a chunk of this recorded spec has a token's datasets, one of each camera."""
-    return [token_dataset(camera, TOKEN_DATASETS[token]) for camera in cameras_of(spec.get("image_key"))]
+    """The names under which a chunk of this recorded spec has a token's datasets, one of each camera and layer."""
+    names = token_names(token, spec.get("layers"))
+    return [token_dataset(camera, name) for camera in cameras_of(spec.get("image_key")) for name in names]
 
 
 def plain_attributes(attributes: h5py.AttributeManager, keys: Iterable[str] | None = None) -> dict[str, Any]:
@@ -166,7 +168,7 @@ def _dataset_shapes(
     extras = dict.fromkeys(map(extra_dataset, spec.get("extra_keys", ())))
     for name in extras | dict.fromkeys(name for name in present if name.startswith(EXTRA_PREFIX)):
         yield name, (length, *present[name].shape[1:])
-    token_dimensions = {"cls": 1, "patch": 3, "register": 2}
+    token_dimensions = {"cls": 1, "patch": 3, "register": 2, "mean": 1}
     for token in spec["tokens"]:
         for name in token_datasets(spec, token):
             yield name, (length, *[None] * token_dimensions[token])
@@ -176,8 +178,7 @@ def _dataset_shapes(
 
 def camera_prefixes(names: Iterable[str]) -> list[str]:
     """What stands before the names of the tokens' datasets: of each camera its name and /, of one camera nothing."""
-    tokens = (name for name in names if name.rpartition("/")[2] in TOKEN_DATASETS.values())
-    tokens = (name for name in tokens if not name.startswith(EXTRA_PREFIX))
+    tokens = (name for name in names if token_of(name) is not None)
     return sorted({name[: len(name) - len(name.rpartition("/")[2])] for name in tokens}) or [""]
 
 

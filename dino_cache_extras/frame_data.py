@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +15,10 @@ from dino_cache import (
     EXTRA_PREFIX,
     POSE_SHAPES,
     TOKEN_DATASETS,
-    Token,
     extra_dataset,
     human_list,
     scale_dataset,
+    token_of,
 )
 from dino_cache_extras.cache_index import ChunkTable, reading_error
 from dino_cache_extras.chunk_files import (
@@ -66,23 +66,31 @@ def pose_types(
 
 
 def token_types(
-    chunks: list[RecordedChunk], headers: list[ChunkHeader], tokens: Sequence[Token], cameras: Sequence[str] | None
+    chunks: list[RecordedChunk], headers: list[ChunkHeader], tokens: Sequence[str], cameras: Sequence[str] | None
 ) -> dict[str, FrameType]:
     """Dataset name -> one frame's tokens, the same in all these chunks; int8 tokens are followed by their scales.
-    `cameras`: None for all there are.
+    `tokens`: cls, ..., of all layers that the first chunk has, or one layer's by name. `cameras`: None for all there
+    are.
 
     Raises:
         RefusedError: a chunk lacks one of the tokens or cameras, or shapes differ.
     """
     types: dict[str, FrameType] = {}
     prefixes = chosen_prefixes(chunks, headers, cameras)
-    for (chunk, header), prefix, token in itertools.product(zip(chunks, headers), prefixes, tokens):
-        name = prefix + TOKEN_DATASETS[token]
+    wanted = names_of_tokens(tokens, headers[0].datasets if headers else ())
+    for (chunk, header), prefix, (dataset, token) in itertools.product(zip(chunks, headers), prefixes, wanted.items()):
+        name = prefix + dataset
         if name not in header.datasets:
-            held = [token for token, dataset in TOKEN_DATASETS.items() if prefix + dataset in header.datasets]
+            held = tokens_held(header.datasets)
+            if token_of(name) not in held:
+                raise RefusedError(
+                    f"{chunk.path}: tokens: {token} is asked for, and this cache holds {', '.join(held)}; ask for "
+                    f"those, or make one with tokens: [{', '.join([*held, token])}]"
+                )
+            there = sorted(other for other in header.datasets if token_of(other) == token_of(name))
             raise RefusedError(
-                f"{chunk.path}: tokens: {token} is asked for, and this cache holds {', '.join(held)}; ask for those, "
-                f"or make one with tokens: [{', '.join([*held, token])}]"
+                f"{chunk.path}: tokens: {name} is asked for, and this cache holds {', '.join(there)}: other layers. "
+                "Read caches apart, or name a layer's tokens that all have"
             )
         found = FrameType(header.datasets[name].shape[1:], header.datasets[name].dtype)
         if (before := types.setdefault(name, found)) != found:
@@ -94,6 +102,23 @@ def token_types(
         if (scale := scale_dataset(name)) in header.datasets:
             types.setdefault(scale, FrameType(header.datasets[scale].shape[1:], header.datasets[scale].dtype))
     return types
+
+
+def tokens_held(datasets: Collection[str]) -> list[str]:
+    """The tokens that there are among datasets, of any layer and camera."""
+    found = {token_of(name) for name in datasets}
+    return [token for token in TOKEN_DATASETS if token in found]
+
+
+def names_of_tokens(tokens: Sequence[str], datasets: Collection[str]) -> dict[str, str]:
+    """Dataset name, without a camera's -> the token asked for: of all layers that there are, or the one named."""
+    there = sorted({name.rpartition("/")[2] for name in datasets if token_of(name) is not None})
+    names = {token: [name for name in there if token_of(name) == token] for token in TOKEN_DATASETS}
+    return {
+        name: token
+        for token in tokens
+        for name in ((names[token] or [TOKEN_DATASETS[token]]) if token in TOKEN_DATASETS else [token])
+    }
 
 
 def chosen_prefixes(

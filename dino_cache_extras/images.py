@@ -18,11 +18,11 @@ from dino_cache import (
     Encoder,
     FrameDecoder,
     InputError,
-    ModelType,
     Rows,
     Token,
     check_image_size,
     check_smaller_tokens,
+    check_tokens,
     encode_batches,
     encoder_key,
     explain_faults,
@@ -50,16 +50,18 @@ _LOADED: dict[tuple, Encoder] = {}  # the encoder of the last call
 def encode_images(
     images: Sequence[Picture] | np.ndarray,
     *,
-    dino_model_type: ModelType = "large",
+    dino_model_type: str = "large",
     weights: str | os.PathLike[str] = "pretrained",
     image_size: tuple[int, int] = (224, 308),
     tokens: Token | Sequence[Token] = ("cls",),
     resize: Literal["crop", "stretch"] = "crop",
-    pixel_mean: Sequence[float] = (0.485, 0.456, 0.406),
-    pixel_std: Sequence[float] = (0.229, 0.224, 0.225),
+    pixel_mean: Sequence[float] | None = None,
+    pixel_std: Sequence[float] | None = None,
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     engine: str = "torch",
     device: str = "auto",
+    layers: Sequence[int] | None = None,
+    layer_norm: bool = True,
     patch_pool: int = 1,
     store: Literal["float16", "int8"] = "float16",
 ) -> dict[str, np.ndarray]:
@@ -69,14 +71,17 @@ def encode_images(
 
     Args:
         images: paths of picture files and (h, w, 3) uint8 RGB arrays, of any sizes; or one array (N, h, w, 3).
+        dino_model_type: a name from docs/configuration.md, or timm:<name>.
         weights: pretrained, random, or the path of an official file.
+        pixel_mean, pixel_std: None: the model's own.
+        layers: blocks of the model, from 0, whose tokens are wanted in place of those at its end.
         image_size: height and width [px] that pictures are brought to, multiples of the patch size.
         device: auto, cpu, cuda or cuda:N.
 
     Returns:
         Of the tokens asked for, (N, ...) float16: cls_token (N, D), patch_tokens (N, h, w, D) over the patch grid,
-        pooled where that is asked for, register_tokens (N, R, D). With store: int8, patch_tokens are what a reader
-        makes of such a cache.
+        pooled where that is asked for, register_tokens (N, R, D), mean_token (N, D). Of layers cls_token_l05,
+        patch_tokens_l05, ... With store: int8, patch_tokens are what a reader makes of such a cache.
 
     Raises:
         InputError: a picture does not decode, is no such array, or its features are not finite; it is named.
@@ -92,10 +97,12 @@ def encode_images(
         "image_size": tuple(image_size),
         "tokens": (tokens,) if isinstance(tokens, str) else tuple(tokens),
         "resize": resize,
-        "pixel_mean": tuple(pixel_mean),
-        "pixel_std": tuple(pixel_std),
+        "pixel_mean": None if pixel_mean is None else tuple(pixel_mean),
+        "pixel_std": None if pixel_std is None else tuple(pixel_std),
         "precision": precision,
         "engine": engine,
+        "layers": None if layers is None else tuple(layers),
+        "layer_norm": layer_norm,
         "patch_pool": patch_pool,
         "store": store,
     }
@@ -103,6 +110,7 @@ def encode_images(
     spec = _settled_spec(settings, device)
     shape = dino_cache.model_shape(spec.dino_model_type)
     check_image_size(spec, shape)
+    check_tokens(spec, shape)
     check_smaller_tokens(spec, shape)
     none = {name: np.zeros((0, *row), np.float16) for name, row in token_shapes(spec, shape).items()}
     rows = {name: [values] for name, values in without_scales(none).items()}

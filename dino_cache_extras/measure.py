@@ -7,7 +7,6 @@ import sys
 import time
 
 from dino_cache import (
-    TOKEN_DATASETS,
     ChunkLabel,
     Hooks,
     PreparedDataset,
@@ -19,6 +18,7 @@ from dino_cache import (
     load_encoders,
     resolve_batch_size,
     token_shapes,
+    tokens_of,
 )
 from progress_utils import RefusedError, human_bytes, human_duration, print_lines
 
@@ -65,7 +65,9 @@ def measure(datasets: list[PreparedDataset], stop_request: StopRequest) -> dict[
 
 def alternative_tokens(dataset: PreparedDataset) -> list[tuple[Token, ...]]:
     """Choices of tokens, to compare what they take: each that the model has, those chosen, and all."""
-    known: list[Token] = [token for token in TOKEN_DATASETS if token != "register" or dataset.shape.num_registers]
+    known = tokens_of(dataset.spec.dino_model_type, dataset.shape)
+    if "cls" in known and "mean" not in dataset.spec.tokens:
+        known.remove("mean")  # for models without a class token, most of all
     return list(dict.fromkeys([*((token,) for token in known), dataset.spec.tokens, tuple(known)]))
 
 

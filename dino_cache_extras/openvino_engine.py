@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import openvino
 
-from dino_cache import LOG, CacheSpec, DinoEncoder, Encoder, is_out_of_memory, one_line, versions_of
+from dino_cache import LOG, CacheSpec, DinoEncoder, Encoder, is_out_of_memory, one_line, token_layers, versions_of
 from progress_utils import RefusedError
 
 if TYPE_CHECKING:
@@ -123,14 +123,14 @@ class OpenVinoEncoder(DinoEncoder):
         noise = np.random.default_rng(0).normal(size=(1, 3, *self._spec.image_size)).astype(np.float32)
         frame = self._torch.from_numpy(noise)
         with self._torch.inference_mode():
-            expected, tokens = model.forward_features(frame).double(), compute(frame).double()
+            expected, tokens = token_layers(model, self._spec)(frame).double(), compute(frame).double()
         if not expected.isfinite().all():
             return 0.0
         return float(1 - self._torch.nn.functional.cosine_similarity(tokens, expected, dim=-1).mean())
 
 
 def convert(model: torch.nn.Module, spec: CacheSpec) -> openvino.Model:
-    """OpenVINO's graph of normalised fp32 frames (1, 3, H, W) to tokens (1, 1 + R + h*w, D), as forward_features."""
+    """OpenVINO's graph of normalised fp32 frames (1, 3, H, W) to tokens, as token_layers."""
     import torch
 
     class Features(torch.nn.Module):
@@ -139,7 +139,7 @@ def convert(model: torch.nn.Module, spec: CacheSpec) -> openvino.Model:
             self.model = model
 
         def forward(self, normalised: torch.Tensor) -> torch.Tensor:
-            return self.model.forward_features(normalised)
+            return token_layers(self.model, spec)(normalised)
 
     begin, shape = time.monotonic(), (1, 3, *spec.image_size)
     try:
@@ -182,7 +182,9 @@ def kept_folder(spec: CacheSpec, weights_digest: str) -> Path:
         base = os.path.expanduser("~/.cache")
     versions = hashlib.sha256(versions_of(spec).encode()).hexdigest()[:8]
     height, width = spec.image_size
-    name = f"{weights_digest}-{spec.dino_model_type}-{height}x{width}-{openvino.__version__.split('-')[0]}-{versions}"
+    model = "-l".join([spec.dino_model_type.replace(":", "_"), *map(str, spec.layers or ())])
+    model += "" if spec.layer_norm else "-raw"
+    name = f"{weights_digest}-{model}-{height}x{width}-{openvino.__version__.split('-')[0]}-{versions}"
     return Path(base) / "dino_cache" / "openvino" / name
 
 

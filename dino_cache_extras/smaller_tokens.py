@@ -17,13 +17,13 @@ import numpy as np
 
 from dino_cache import (
     EXTRA_PREFIX,
-    TOKEN_DATASETS,
     CacheSpec,
     ChunkLabel,
     ModelShape,
     as_float16,
     scale_dataset,
     token_dataset,
+    token_of,
 )
 from progress_utils import RefusedError
 
@@ -53,11 +53,6 @@ def check(spec: CacheSpec, shape: ModelShape) -> None:
         )
 
 
-def is_patches(dataset: str) -> bool:
-    """Whether a dataset of computed tokens is one of patches, (B, h, w, D)."""
-    return dataset.startswith(TOKEN_DATASETS["patch"])
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Encoding, on the device
 # ----------------------------------------------------------------------------------------------------------------------
@@ -68,7 +63,7 @@ def stage(spec: CacheSpec) -> Callable[[dict[str, torch.Tensor]], dict[str, torc
     tokens go their scales, and under `computed_name` the values of a few."""
 
     def to_store(tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        patches = {name: pooled(values, spec.patch_pool) for name, values in tokens.items() if is_patches(name)}
+        patches = {name: pooled(tokens[name], spec.patch_pool) for name in tokens if token_of(name) == "patch"}
         if spec.store == "float16":
             return as_float16({**tokens, **patches})
         quantised: dict[str, torch.Tensor] = {}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import h5py
 import numpy as np
 
-from dino_cache import EXTRA_PREFIX, POSE_SHAPES, POSE_TYPES, TOKEN_DATASETS, Token, scale_dataset
+from dino_cache import POSE_SHAPES, POSE_TYPES, TOKEN_DATASETS, Token, scale_dataset, token_of
 from dino_cache_extras.cache_index import (
     ChunkTable,
     open_table,
@@ -90,7 +90,7 @@ def sample_fields(
 
 
 def is_tokens(dataset: str) -> bool:
-    return dataset.rpartition("/")[2] in TOKEN_DATASETS.values() and not dataset.startswith(EXTRA_PREFIX)
+    return token_of(dataset) is not None
 
 
 def torch_type(stored: str) -> torch.dtype:
@@ -332,7 +332,7 @@ def _check_arguments(
         if value < 1:
             raise RefusedError(f"{name}: {value} must be at least 1")
     for token in tokens:
-        if token not in TOKEN_DATASETS:
+        if token not in TOKEN_DATASETS and ("/" in token or token_of(token) is None):
             raise RefusedError(f"tokens: {token!r} is none of {', '.join(TOKEN_DATASETS)}")
     if goal is not None and not 0 <= goal[0] <= goal[1]:
         raise RefusedError(f"goal: {goal} must be (low, high) with 0 <= low <= high [m]")
@@ -355,8 +355,9 @@ class CacheWindows:
 
     A sample is a dict of tensors, of W frames:
 
-        cls_token (W, D), patch_tokens (W, h, w, D), register_tokens (W, R, D): those asked for, of `dtype`; of a cache
-            with patch_pool, h and w are those of the pooled grid, and of one with store: int8 values are de-quantised
+        cls_token (W, D), patch_tokens (W, h, w, D), register_tokens (W, R, D), mean_token (W, D): those asked for, of
+            `dtype`; of a cache with layers cls_token_l05, cls_token_l11, ...; of one with patch_pool, h and w are those
+            of the pooled grid, and with store: int8 values are de-quantised
         position (W, 2) float64 [m], yaw (W,) float64 [rad], frame_index (W,) int64,
         travelled_distance (W,) float64 [m] from the trajectory's frame 0; of a cache cut with chunk_by: frames, no
             travelled_distance, and only the poses that the first trajectory has, NaN in those that lack them
@@ -383,7 +384,8 @@ class CacheWindows:
         window: frames of a sample.
         stride: kept frames from the start of a window to that of the next, at least.
         frame_step: kept frames from one frame of a window to the next.
-        tokens: any of cls, patch, register; () for poses alone.
+        tokens: any of cls, patch, register, mean, of all layers that there are, or of one: patch_tokens_l11; () for
+            poses alone.
         dtype: of the tokens, any floating type of torch; None: float16, as stored.
         goal: (low, high) [m]. The goal is drawn, uniformly, from the frames of the window's chunk after its last frame
             whose travelled distance from that frame is at least low and at most high. Where there is none (goal_valid

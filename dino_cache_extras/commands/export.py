@@ -27,7 +27,6 @@ from dino_cache import (
     extra_dataset,
     free_bytes,
     read_file,
-    token_dataset,
 )
 from dino_cache_extras.chunk_files import NewRows, is_cut_by_frames, pieces, recorded_chunk, token_datasets
 from dino_cache_extras.commands.workers import with_bar
@@ -102,8 +101,7 @@ def export(
             asked = "the vint layout holds one camera" if camera is None else f"is not among them: {camera}"
             ways = f"this cache has {named}; {asked}" if named else "this cache has one camera, without a name"
             raise RefusedError(f"--camera: {ways}")
-        _exported_datasets(progress, ["cls"])
-        done = _export_vint(progress, output, token_dataset(camera, TOKEN_DATASETS["cls"]), force=force)
+        done = _export_vint(progress, output, _vint_dataset(progress, camera), force=force)
     print_lines(f"Exported {len(progress.records)} trajectories: {done} -> {output}")
     return 0
 
@@ -130,6 +128,8 @@ def _cameras(progress: Progress) -> tuple[str | None, ...]:
 def _exported_datasets(progress: Progress, tokens: list[str] | None) -> list[str]:
     """Names of the token datasets to export: those asked for, else those that every chunk has."""
     specs = [progress.specs[fingerprint] for fingerprint in progress.fingerprints]
+    if len({tuple(spec.get("layers") or ()) for spec in specs}) > 1:
+        raise RefusedError(f"{progress.cache_dir}: its trajectories have tokens of different layers. Redo the cache")
     common = [token for token in TOKEN_DATASETS if all(token in spec.get("tokens", ()) for spec in specs)]
     for token in tokens or common:
         if token not in common:
@@ -138,6 +138,17 @@ def _exported_datasets(progress: Progress, tokens: list[str] | None) -> list[str
             )
     chosen = [token for token in TOKEN_DATASETS if token in (tokens or common)]
     return [name for token in chosen for name in token_datasets(specs[0], token)]
+
+
+def _vint_dataset(progress: Progress, camera: str | None) -> str:
+    """The dataset that the vint layout holds: one vector a frame, the class token of one camera and one layer."""
+    datasets = [name for name in _exported_datasets(progress, ["cls"]) if name.rpartition("/")[0] == (camera or "")]
+    if len(datasets) > 1:
+        raise RefusedError(
+            f"{progress.cache_dir}: the vint layout holds one vector a frame, and this cache has {len(datasets)} "
+            f"class tokens a frame: {', '.join(datasets)}. Make a cache with one layer, or export it --to flat"
+        )
+    return datasets[0]
 
 
 def _export_flat(progress: Progress, output: Path, token_datasets: list[str], *, force: bool) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dino_cache import TOKEN_DATASETS, cameras_of, token_dataset
+from dino_cache import TOKEN_DATASETS, cameras_of, token_dataset, token_names, token_of
 from dino_cache_extras.chunk_files import NewRows, pieces, recorded_chunk, stored_datasets
 from dino_cache_extras.smaller_tokens import read_rows, stored_cosines
 from progress_utils import Progress, RefusedError
@@ -182,8 +182,11 @@ def _unit_pairs(pairs: list[Any]) -> Any:
 
 
 def _feature_pair(chunk: Any, row: int, camera: str | None) -> Any:
-    """(2, D): a frame's vector and the next one's: the CLS token, else the mean of the tokens that there are."""
-    name = next(name for token in TOKEN_DATASETS.values() if (name := token_dataset(camera, token)) in chunk)
+    """(2, D): a frame's vector and the next one's: the CLS token, else the mean of the tokens that there are; of the
+    last layer."""
+    prefix = token_dataset(camera, "")
+    there = sorted((name for name in (chunk[prefix] if prefix else chunk) if token_of(name)), reverse=True)
+    name = prefix + next(name for token in TOKEN_DATASETS for name in there if token_of(name) == token)
     tokens = read_rows(chunk, name, slice(row, row + 2)).astype("float32")
     return tokens.reshape(2, -1, tokens.shape[-1]).mean(1)
 
@@ -247,7 +250,8 @@ def first_camera(progress: Progress, name: str) -> str | None:
 
 def read_patches(progress: Progress, name: str, index: int, row: int) -> tuple[str, int, Any]:
     """Trajectory, frame's row in the source, patch tokens (h, w, D) float32."""
-    dataset = token_dataset(first_camera(progress, name), TOKEN_DATASETS["patch"])
+    layers = progress.specs[progress.records[name]["fingerprint"]].get("layers")
+    dataset = token_dataset(first_camera(progress, name), token_names("patch", layers)[-1])
     with recorded_chunk(progress, name, index, deep=False) as chunk:
         return name, int(chunk["frame_index"][row]), read_rows(chunk, dataset, row).astype("float32")
 

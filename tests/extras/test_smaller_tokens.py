@@ -23,7 +23,16 @@ from torch.utils.data import DataLoader
 
 import dino_cache
 import progress_utils
-from dino_cache import CacheSpec, CacheWindows, ChunkLabel, EncodedRows, TrajectoryWriter, encode_images, token_shapes
+from dino_cache import (
+    CacheSpec,
+    CacheWindows,
+    ChunkLabel,
+    EncodedRows,
+    TrajectoryWriter,
+    encode_images,
+    token_names,
+    token_shapes,
+)
 from dino_cache_extras import images, smaller_tokens
 from dino_cache_extras.commands import report, report_facts
 from progress_utils import Progress, RefusedError
@@ -45,9 +54,9 @@ SHAPE = dino_cache.ModelShape(patch_size=14, width=WIDTH, num_registers=0)
 POOLED = {"patch_pool": 2, "store": "int8"}
 
 
-def computed(stamp: int, number: int) -> np.ndarray:
+def computed(stamp: int, number: int, layer: int = 0) -> np.ndarray:
     """(h, w, D) float32: what the model gives for a frame; sums of them are exact."""
-    values = np.random.default_rng([stamp, number]).normal(size=(*GRID, WIDTH))
+    values = np.random.default_rng([stamp, number, layer]).normal(size=(*GRID, WIDTH))
     return (np.rint(values * 256) / 256).astype(np.float32)
 
 
@@ -72,9 +81,9 @@ def quantised(token: np.ndarray) -> tuple[np.ndarray, np.float16]:
     return values.astype(np.int8), scale
 
 
-def expected_rows(stamp: int, numbers: np.ndarray, spec: CacheSpec) -> dict[str, np.ndarray]:
-    """The patch tokens that a chunk has for frames."""
-    patches = np.stack([pooled(computed(stamp, number), spec.patch_pool) for number in numbers])
+def expected_rows(stamp: int, numbers: np.ndarray, spec: CacheSpec, layer: int = 0) -> dict[str, np.ndarray]:
+    """The patch tokens that a chunk has for frames, of one layer."""
+    patches = np.stack([pooled(computed(stamp, number, layer), spec.patch_pool) for number in numbers])
     if spec.store == "float16":
         return {"patch_tokens": patches.astype(np.float16)}
     pairs = [quantised(token) for token in patches.reshape(-1, WIDTH)]
@@ -85,15 +94,18 @@ def expected_rows(stamp: int, numbers: np.ndarray, spec: CacheSpec) -> dict[str,
 class ComputingEncoder(StampEncoder):
     """What the pixels say decides the tokens as computed; they are stored as the spec wants it."""
 
-    def __init__(self, spec: CacheSpec, change: Callable[[np.ndarray], np.ndarray] = lambda patches: patches):
+    def __init__(self, spec: CacheSpec):
         super().__init__(spec.image_size, spec.tokens)
-        self._to_store, self._change = smaller_tokens.stage(spec), change
+        self._layers, self._to_store = spec.layers, smaller_tokens.stage(spec)
 
     def encode(self, pixels: torch.Tensor) -> Callable[[], EncodedRows]:
         self.batch_sizes.append(len(pixels))
         stamps = [(int(a), int(b) * 256 + int(c)) for a, b, c in self.stamps(pixels)]
-        patches = self._change(np.stack([computed(*stamp) for stamp in stamps]))
-        tokens = {"cls_token": patches.mean((1, 2)), "patch_tokens": patches}
+        tokens = {}
+        for place, layer in enumerate(self._layers or (0,)):
+            patches = np.stack([computed(*stamp, layer) for stamp in stamps])
+            tokens[token_names("cls", self._layers)[place]] = patches.mean((1, 2))
+            tokens[token_names("patch", self._layers)[place]] = patches
         rows = self._to_store({name: torch.from_numpy(values) for name, values in tokens.items()})
         host = {name: values.numpy() for name, values in rows.items()}
         return lambda: EncodedRows(finite=host.pop("finite"), tokens=host)
@@ -383,6 +395,22 @@ def test_windows_are_float16_again_and_raw_on_request(run, cache, settings):
     rows = expected_rows(1, np.arange(3), spec)
     expected = rows["patch_tokens"].astype(np.float32) * rows["patch_tokens_scale"].astype(np.float32)[..., None]
     np.testing.assert_array_equal(exact.numpy(), expected)
+
+
+def test_each_layers_patches_are_pooled_and_have_scales(run, cache, capsys):
+    assert run(layers=[1, 11], **POOLED).code == 0
+    windows = CacheWindows(cache, 3, tokens=("cls", "patch"))
+    spec, stamps = spec_of(**POOLED), {"t1": 1, "t2": 2}
+    for sample in windows:
+        stamp, numbers = stamps[windows.source(int(sample["index"])).trajectory], sample["frame_index"].numpy()
+        for layer in (1, 11):
+            expected = undone(expected_rows(stamp, numbers, spec, layer))
+            np.testing.assert_array_equal(sample[f"patch_tokens_l{layer:02d}"].numpy(), expected)
+    assert not any("scale" in key for key in windows[0])
+    raw = CacheWindows(cache, 3, tokens="patch_tokens_l11", raw=True)[0]
+    assert raw["patch_tokens_l11"].dtype == torch.int8 and raw["patch_tokens_l11_scale"].shape == (3, 2, 3)
+    assert progress_utils.main(["verify", "--cache-dir", str(cache), "--deep"]) == 0
+    assert re.search(r"median, of (6|8) sampled", capsys.readouterr().out)
 
 
 def test_long_windows_are_de_quantised_block_by_block(monkeypatch):
