@@ -8,7 +8,9 @@ of all frames, by the shortest dataset that one can write, with torch's default 
 poses out. `decode and encode` works on a window's frames with the same model (random weights: they do not change the
 time). In turns in the same run; prints a table and, last, one JSON line.
 
-    start   seconds to make a CacheWindows of 100,000 chunks, with and without its kept index
+    start     seconds to make a CacheWindows of 100,000 chunks, with and without its kept index
+    smaller   patch tokens as int8 (de-quantised and raw), pooled, of two layers, and all of that, over a bare
+              numpy.memmap of the same bytes, without the poses and with them; alone with --only smaller
 """
 
 from __future__ import annotations
@@ -31,14 +33,23 @@ WINDOW, BATCH, WORKERS = 8, 64, 2
 SPEC = dino_cache.CacheSpec(
     dino_model_type="small", weights="random", image_size=(224, 224), precision="fp32", overlap_distance_m=0.0
 )
+POSES = {"position", "yaw", "frame_index", "travelled_distance", "timestamp", "delta"}
 FINGERPRINT, CHECKSUM = "0" * 16, "0" * 16
 
 
-def make_cache(cache_dir: Path, token: str, chunks: int, frames: int) -> dict[str, np.memmap]:
+SMALLER = {  # how patch tokens are stored
+    "int8": {"store": "int8"},
+    "pooled": {"patch_pool": 2},
+    "two layers": {"layers": (5, 11)},
+    "int8, pooled, two layers": {"store": "int8", "patch_pool": 2, "layers": (5, 11)},
+}
+
+
+def make_cache(cache_dir: Path, token: str, chunks: int, frames: int, **settings: Any) -> dict[str, np.memmap]:
     """A cache of one trajectory of so many chunks of `frames` frames; returns the same as memmaps: dataset -> rows."""
-    spec = SPEC.model_copy(update={"tokens": (token,)})
+    spec = SPEC.model_copy(update={"tokens": (token,), **settings})
     shapes = dino_cache.token_shapes(spec, dino_cache.model_shape(spec.dino_model_type))
-    total, name = chunks * frames, dino_cache.TOKEN_DATASETS[token]
+    total = chunks * frames
     spans = [dino_cache.Span(start, start + frames) for start in range(0, total, frames)]
     position = np.stack([np.arange(total) * 0.1, np.zeros(total)], axis=1)
     trajectory = dino_cache.Trajectory("t", cache_dir)
@@ -49,13 +60,14 @@ def make_cache(cache_dir: Path, token: str, chunks: int, frames: int) -> dict[st
     label = dino_cache.ChunkLabel("benchmark", spec, FINGERPRINT, "0" * 32, shapes)
     (cache_dir / "t").mkdir(parents=True)
     writer = dino_cache.TrajectoryWriter(cache_dir / "t", plan, label)
-    tokens = flat_file(cache_dir / name, np.float16, (total, *shapes[name]))
+    kinds = {name: dino_cache.token_type(name, shapes) for name in shapes}
+    rows = {name: flat_file(cache_dir / name, kinds[name], (total, *shape)) for name, shape in shapes.items()}
     rng = np.random.default_rng(0)
     for span in spans:
-        tokens[slice(*span)] = rng.normal(size=(frames, *shapes[name])).astype(np.float16)
-        writer.write(np.arange(*span), {name: tokens[slice(*span)]})
+        for name, values in rows.items():
+            values[slice(*span)] = rng.normal(0, 40, (frames, *shapes[name])).clip(-127, 127).astype(kinds[name])
+        writer.write(np.arange(*span), {name: values[slice(*span)] for name, values in rows.items()})
     record(cache_dir, spec, {"t": (spans, writer.chunk_bytes)})
-    rows = {name: tokens}
     for pose, values in plan.datasets.items():
         rows[pose] = flat_file(cache_dir / pose, values.dtype, values.shape)
         rows[pose][:] = values
@@ -93,8 +105,12 @@ class BareWindows(torch.utils.data.Dataset):
 class BareTokens(BareWindows):
     """The tokens alone."""
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.from_numpy(np.array(next(iter(self.rows.values()))[index : index + WINDOW]))
+    def __init__(self, rows: dict[str, np.memmap]):
+        super().__init__({**{name: rows[name] for name in rows if name not in POSES}, "yaw": rows["yaw"]})
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        tokens = (rows for name, rows in self.rows.items() if name != "yaw")
+        return tuple(torch.from_numpy(np.array(rows[index : index + WINDOW])) for rows in tokens)
 
 
 def windows_rate(dataset: Any, windows: int, seed: int, collate: Callable[[Any], Any] | None = None) -> float:
@@ -158,6 +174,31 @@ def compare(token: str, windows: int, arguments: argparse.Namespace, root: Path)
     }
 
 
+def compare_smaller(name: str, windows: int, arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
+    """The rows of the table for one way to store patch tokens."""
+    frames = max(WINDOW, arguments.frames // 4)
+    rows = make_cache(root / "smaller", "patch", arguments.chunks, frames, **SMALLER[name])
+    bare, tokens = BareWindows(rows), BareTokens(rows)
+    full = dino_cache.CacheWindows(root / "smaller", WINDOW, tokens="patch")
+    raw = dino_cache.CacheWindows(root / "smaller", WINDOW, tokens="patch", raw=True)
+    measures = {
+        "bare": lambda: windows_rate(bare, windows, seed=0),
+        "tokens": lambda: windows_rate(tokens, windows, seed=0),
+        "ours": lambda: windows_rate(full, windows, seed=0, collate=full.collate),
+    }
+    if "int8" in name:
+        measures["raw"] = lambda: windows_rate(raw, windows, seed=0, collate=raw.collate)
+    rates = interleave(arguments.repetitions, **measures)
+    shutil.rmtree(root / "smaller")
+    found = {f"{name}: memmap [windows/s]": Spread.of(rates["bare"])}
+    for measure, what in (("ours", "CacheWindows"), ("raw", "CacheWindows, raw")):
+        if measure in rates:
+            found[f"{name}: {what} [windows/s]"] = Spread.of(rates[measure])
+            found[f"{name}: {what} over memmap"] = ratios(rates, measure, "bare")
+            found[f"{name}: {what} over memmap of tokens"] = ratios(rates, measure, "tokens")
+    return found
+
+
 def start(repetitions: int, root: Path, chunks: int = 100_000) -> dict[str, Any]:
     """What starting on a large cache takes; its first chunk alone is there."""
     make_cache(root / "one", "cls", 1, WINDOW)
@@ -190,12 +231,17 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=100, help="of a chunk of cls tokens; a fourth of it for patch")
     parser.add_argument("--windows", type=int, default=20_000, help="of cls tokens; a twentieth of it of patch tokens")
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--only", choices=("smaller",), help="this alone")
     parser.add_argument("--scratch", metavar="FOLDER", help="where caches are written (default: /tmp)")
     arguments = parser.parse_args()
     with scratch(arguments.scratch) as root:
-        rows = compare("cls", arguments.windows, arguments, root)
-        rows |= compare("patch", arguments.windows // 20, arguments, root)
-        rows |= start(arguments.repetitions, root)
+        rows: dict[str, Any] = {}
+        if arguments.only is None:
+            rows |= compare("cls", arguments.windows, arguments, root)
+            rows |= compare("patch", arguments.windows // 20, arguments, root)
+            rows |= start(arguments.repetitions, root)
+        for name in SMALLER:
+            rows |= compare_smaller(name, arguments.windows // 20, arguments, root)
     report(f"Reader: {WINDOW}-frame windows, batches of {BATCH}, {WORKERS} workers", rows)
 
 
