@@ -36,7 +36,7 @@ SAMPLED_EVERY = 64  # kept frames; of each such frame, one token's computed valu
 SAMPLED_PLACES = 4  # of the patch grid, taken in turn
 SAMPLE_SEED = 0
 SAMPLE_ATTRIBUTE = "computed_tokens"
-BLOCK_VALUES = 1 << 16  # de-quantised at a time, within a core's cache
+BLOCK_VALUES = 1 << 17  # de-quantised at a time, within a core's cache
 
 
 def check(spec: CacheSpec, shape: ModelShape) -> None:
@@ -110,14 +110,12 @@ def dequantise_into(values: torch.Tensor, scales: torch.Tensor, out: torch.Tenso
     import torch
 
     width = values.shape[-1]
-    values, scales, out = values.reshape(-1, width), scales.reshape(-1, 1).float(), out.view(-1, width)
     block = max(1, BLOCK_VALUES // width)
-    exact = torch.empty((min(block, len(values)), width))
-    for start in range(0, len(values), block):
-        rows = slice(start, start + block)
-        product = exact[: len(values[rows])]
-        product.copy_(values[rows]).mul_(scales[rows])
-        out[rows].copy_(product)
+    parts = values.view(-1, width), scales.view(-1, 1).float(), out.view(-1, width)
+    exact = torch.empty((min(block, len(parts[0])), width))
+    for tokens, factors, target in zip(*(part.split(block) for part in parts)):
+        product = exact[: len(tokens)].copy_(tokens).mul_(factors)
+        target.copy_(product)
 
 
 def restored(rows: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:

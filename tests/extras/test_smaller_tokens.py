@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import os
 import re
@@ -38,6 +39,7 @@ from dino_cache_extras.commands import report, report_facts
 from progress_utils import Progress, RefusedError
 from support import (
     REAL,
+    ROOT,
     StampEncoder,
     cache_content,
     chunk_files,
@@ -335,12 +337,7 @@ def test_an_interrupted_trajectory_goes_on_to_the_same_bytes_and_attributes(run,
         assert run(batch_size=7, **POOLED).code == 143
     outcome = run(batch_size=5, **POOLED)
     assert outcome.code == 0
-    content = cache_content(cache)
-    assert content.keys() == expected.keys()
-    for name, (attributes, rows) in content.items():
-        assert attributes == expected[name][0]
-        for key, values in rows.items():
-            np.testing.assert_array_equal(values, expected[name][1][key])
+    check_same(cache_content(cache), expected)
 
 
 def test_another_way_to_store_is_a_changed_configuration_and_no_mix_is_read_unasked(run, cache):
@@ -355,6 +352,29 @@ def test_another_way_to_store_is_a_changed_configuration_and_no_mix_is_read_unas
     with pytest.raises(RefusedError, match=r"\|i1.*<f2|<f2.*\|i1"):
         CacheWindows(cache, 4, tokens="patch", allow_mixed=True)
     assert len(CacheWindows(cache, 4, allow_mixed=True)) > 0  # the CLS tokens are alike
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray")
+def test_ray_makes_the_same_bytes_and_attributes(run, cache, monkeypatch):
+    assert run(**POOLED).code == 0
+    expected = cache_content(cache)
+    shutil.rmtree(cache)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent))))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    outcome = run(executor="ray", num_workers=1, cpus_per_worker=1, batch_size=5, **POOLED)
+    assert outcome.code == 0, outcome.err
+    check_same(cache_content(cache), expected)
+
+
+def check_same(content: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Chunks are equal to the byte, and so are their attributes."""
+    assert content.keys() == expected.keys()
+    for name, (attributes, rows) in content.items():
+        assert attributes == expected[name][0]
+        assert rows.keys() == expected[name][1].keys()
+        for key, values in rows.items():
+            np.testing.assert_array_equal(values, expected[name][1][key])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
