@@ -11,6 +11,7 @@
     windows.py        CacheWindows, to train on                                 dino_cache.DOORS
     images.py         encode_images, features of a few pictures                 dino_cache.DOORS
     measure.py        --dry-run --measure, the speed of decoding and encoding
+    smaller_tokens.py patch tokens pooled, as int8, and the way back            dino_cache.SMALLER_TOKENS_MODULE
     pose_facts.py     what poses add up to, and what looks like another unit or other axes
 
 Imports run one way: dino_cache_extras -> dino_cache -> progress_utils -> the standard library.
