@@ -3210,7 +3210,7 @@ class ChunkWriter:
         }
         for camera in filter(None, cameras):
             h5py.h5g.create(self._file.id, camera.encode())
-        kinds = {name: token_type(name, shapes) for name in shapes}
+        self._kinds = kinds = {name: token_type(name, shapes) for name in shapes}
         self._datasets = {name: new_dataset(self._file.id, name, shapes[name], kinds[name]) for name in shapes}
         self._num_bytes = {name: kinds[name].itemsize * math.prod(shape) for name, shape in shapes.items()}
         self._sample = open_door(SMALLER_TOKENS_MODULE).Sample(label) if label.spec.store == "int8" else None
@@ -3226,6 +3226,8 @@ class ChunkWriter:
         """Write a camera's kept frames from `first` on: dataset name -> (n, ...) of `token_type`."""
         for token in self._label.token_shapes:
             name, rows = token_dataset(camera, token), np.ascontiguousarray(tokens[token])
+            if rows.dtype != self._kinds[name]:  # HDF5 would convert them in silence
+                raise TypeError(f"{name} of {rows.dtype} came to a dataset of {self._kinds[name]}")
             write_rows(self._datasets[name], first - self._span.start, rows)
             self._digests[name].update(rows)
             self._raw.check()

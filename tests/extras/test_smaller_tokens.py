@@ -473,6 +473,15 @@ def test_each_of_several_cameras_has_scales_of_its_own(tmp_path):
         np.testing.assert_array_equal(flat["left.patch_tokens"][...], expected)
 
 
+def test_tokens_of_another_type_are_never_converted_in_silence(tmp_path):
+    spec = spec_of(store="int8")
+    label = ChunkLabel("robot", spec, FINGERPRINT, "0" * 16, token_shapes(spec, SHAPE))
+    writer = TrajectoryWriter(tmp_path, plan_of("t", PosedRobot(1, straight_line(9), np.zeros(9)), spec), label)
+    shapes = token_shapes(spec, SHAPE)
+    with pytest.raises(TypeError, match="patch_tokens of float16 came to a dataset of int8"):
+        writer.write(np.arange(9), {name: np.ones((9, *shape), np.float16) for name, shape in shapes.items()})
+
+
 def test_batches_are_pinned_on_request(run, cache, monkeypatch):
     assert run(store="int8").code == 0
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
