@@ -2762,6 +2762,7 @@ def token_layers(model: torch.nn.Module, spec: CacheSpec) -> Callable[[torch.Ten
         return model.forward_features
     known = inspect.signature(model.forward_intermediates).parameters
     how = {"norm": spec.layer_norm, "output_fmt": "NCHW", "intermediates_only": True, "stop_early": True}
+    how["indices"] = [*(spec.layers or ())] or 1  # by name: in some models it is not the second argument
     if has_prefix := "return_prefix_tokens" in known and getattr(model, "num_prefix_tokens", 0) > 0:
         how["return_prefix_tokens"] = True
     if spec.layers is None:
@@ -2769,7 +2770,7 @@ def token_layers(model: torch.nn.Module, spec: CacheSpec) -> Callable[[torch.Ten
 
     def forward(normalised: torch.Tensor) -> torch.Tensor:
         parts = []
-        for found in model.forward_intermediates(normalised, [*(spec.layers or ())] or 1, **how):
+        for found in model.forward_intermediates(normalised, **how):
             patches, prefix = found if has_prefix else (found, None)
             parts += [prefix] if has_prefix else []
             parts.append(patches.flatten(2).transpose(1, 2))  # (B, D, h, w) -> (B, h*w, D)
@@ -6193,10 +6194,10 @@ def announce_encoding(dataset: PreparedDataset) -> None:
     if workers.encodes_here and workers.device.startswith("cuda") and is_there(HINTS_MODULE):
         for hint in open_door(HINTS_MODULE).other_gpus():
             LOG.warning("%s", hint)
-    if spec.dino_model_type not in MODEL_NAMES:
-        LOG.info("Licence of these weights: %s", open_door(TIMM_MODELS_MODULE).licence(spec.dino_model_type))
     if spec.weights == "random":
         LOG.warning("WEIGHTS ARE RANDOM (seeded): the features are for trying things out and mean nothing")
+    elif spec.dino_model_type not in MODEL_NAMES:
+        LOG.info("Licence of these weights: %s", open_door(TIMM_MODELS_MODULE).licence(spec.dino_model_type))
 
 
 def begin_rebuild(dataset: PreparedDataset) -> None:
@@ -6370,8 +6371,12 @@ def print_forecast(dataset: PreparedDataset, reasons: list[str], rates: dict[str
     for line in open_door(MEASURE_MODULE).cost_lines(dataset, rates) if is_there(MEASURE_MODULE) else ():
         print_lines(line)
     print_lines(f"  free space: {human_bytes(free_bytes(dataset.config.cache_dir))}")
-    if dataset.pending and dataset.spec.dino_model_type not in MODEL_NAMES:
-        print_lines(f"  licence of the weights: {open_door(TIMM_MODELS_MODULE).licence(dataset.spec.dino_model_type)}")
+    if (
+        dataset.pending
+        and dataset.spec.weights != "random"
+        and (name := dataset.spec.dino_model_type) not in MODEL_NAMES
+    ):
+        print_lines(f"  licence of the weights: {open_door(TIMM_MODELS_MODULE).licence(name)}")
     if dataset.progress.records:
         changes = configuration_changes(dataset)
         recorded, source = dataset.progress.weights, weights_source(dataset.spec)["source"]

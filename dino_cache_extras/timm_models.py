@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from dino_cache import IMAGENET, LOG, MODEL_NAMES, CacheSpec, ModelParts, ModelShape, one_line, set_input_size, token_layers
+from dino_cache import (
+    IMAGENET,
+    LOG,
+    MODEL_NAMES,
+    CacheSpec,
+    ModelParts,
+    ModelShape,
+    one_line,
+    set_input_size,
+    token_layers,
+)
 from progress_utils import RefusedError
 
 if TYPE_CHECKING:
@@ -188,7 +198,7 @@ def seen(model_type: str) -> tuple[ModelShape, ModelParts]:
     try:
         with torch.inference_mode():
             frame = torch.zeros((1, 3, height, width), device="meta")
-            features = model.forward_intermediates(frame, 1, output_fmt="NCHW", intermediates_only=True)[-1]
+            features = model.forward_intermediates(frame, indices=1, output_fmt="NCHW", intermediates_only=True)[-1]
             depth, rows, columns = features.shape[1:]
         spec = CacheSpec(dino_model_type=model_type, **IMAGENET)
         num_prefix = num_tokens(copy.deepcopy(model), spec, (height, width))[0] - rows * columns
