@@ -17,9 +17,10 @@ The output, one folder a trajectory, one HDF5 file a chunk of travelled distance
         cls_token           (L, D) float16         position            (L, 2) float64 [m]
         patch_tokens        (L, h, w, D) float16   yaw                 (L,) float64 [rad]
         register_tokens     (L, R, D) float16      frame_index         (L,) int64, row of the source's poses
-        (those asked for)                          travelled_distance  (L,) float64 [m] from frame 0
+        mean_token          (L, D) float16         travelled_distance  (L,) float64 [m] from frame 0
         timestamp           (L,) float64 [s]       delta               (L, 3) float64 to the next frame [m, m, rad]
         extra/<name>        (L, ...), for each of extra_keys
+    Of tokens those asked for; of chosen layers cls_token_l05, cls_token_l11, and so on.
     With chunk_by: frames a chunk has a number of frames, no distance, and the poses that its data have.
     Its first 512 bytes (HDF5's user block) hold a digest of all bytes that are no dataset's; each dataset has its own.
 
@@ -32,8 +33,8 @@ Sections, each using only those above it: constants - errors - profile - configu
 plan - decoding - encoding - storage - working ahead - pipeline - executors - before the work - the work - forecast -
 a run - command line. torch, torchvision, timm and h5py are imported where they are first needed, so that refusals and
 runs with nothing to do are quick. What goes beyond this job (other formats, executor: ray, CacheWindows to train with,
-encode_images, other engines) lies in dino_cache_extras/ and is opened by name: FORMAT_MODULES, EXECUTOR_MODULES,
-ENGINE_MODULES, DOORS.
+encode_images, other engines, other models) lies in dino_cache_extras/ and is opened by name: FORMAT_MODULES,
+EXECUTOR_MODULES, ENGINE_MODULES, TIMM_MODELS_MODULE, DOORS.
 """
 
 from __future__ import annotations
@@ -6371,12 +6372,9 @@ def print_forecast(dataset: PreparedDataset, reasons: list[str], rates: dict[str
     for line in open_door(MEASURE_MODULE).cost_lines(dataset, rates) if is_there(MEASURE_MODULE) else ():
         print_lines(line)
     print_lines(f"  free space: {human_bytes(free_bytes(dataset.config.cache_dir))}")
-    if (
-        dataset.pending
-        and dataset.spec.weights != "random"
-        and (name := dataset.spec.dino_model_type) not in MODEL_NAMES
-    ):
-        print_lines(f"  licence of the weights: {open_door(TIMM_MODELS_MODULE).licence(name)}")
+    model_type, is_random = dataset.spec.dino_model_type, dataset.spec.weights == "random"
+    if dataset.pending and not is_random and model_type not in MODEL_NAMES:
+        print_lines(f"  licence of the weights: {open_door(TIMM_MODELS_MODULE).licence(model_type)}")
     if dataset.progress.records:
         changes = configuration_changes(dataset)
         recorded, source = dataset.progress.weights, weights_source(dataset.spec)["source"]

@@ -459,7 +459,7 @@ def test_a_cache_of_layers_is_verified_read_exported_reported_and_rebuilt(layere
     assert progress_main(["report", *where, "-o", str(tmp_path / "report.html")]) == 0
 
     (cache / "progress.json").unlink()
-    assert progress_main(["rebuild", *where]) == 0
+    assert progress_main(["rebuild", *where, "--yes"]) == 0
     outcome = run_here(config)
     assert outcome.code == 0
     assert "2 completed (+0)" in outcome.out + outcome.err
