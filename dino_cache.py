@@ -605,9 +605,11 @@ class CacheSpec(BaseModel):
     @field_validator("dino_model_type", mode="before")
     @classmethod
     def _model_is_known(cls, name: Any) -> str:
-        if isinstance(name, str) and name not in MODEL_NAMES and is_there(TIMM_MODELS_MODULE):
-            return open_door(TIMM_MODELS_MODULE).checked_name(name)
-        return one_of(name, tuple(MODEL_NAMES))
+        if not isinstance(name, str) or name in MODEL_NAMES:
+            return one_of(name, tuple(MODEL_NAMES))
+        if not is_there(TIMM_MODELS_MODULE):
+            raise ValueError(f"should be one of {', '.join(MODEL_NAMES)}; others need dino_cache_extras, not there")
+        return open_door(TIMM_MODELS_MODULE).checked_name(name)
 
     @field_validator("pixel_mean", "pixel_std", mode="before")
     @classmethod
