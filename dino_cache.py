@@ -17,9 +17,10 @@ The output, one folder a trajectory, one HDF5 file a chunk of travelled distance
         cls_token           (L, D) float16         position            (L, 2) float64 [m]
         patch_tokens        (L, h, w, D) float16   yaw                 (L,) float64 [rad]   (store: int8: see docs)
         register_tokens     (L, R, D) float16      frame_index         (L,) int64, row of the source's poses
-        (those asked for)                          travelled_distance  (L,) float64 [m] from frame 0
+        mean_token          (L, D) float16         travelled_distance  (L,) float64 [m] from frame 0
         timestamp           (L,) float64 [s]       delta               (L, 3) float64 to the next frame [m, m, rad]
         extra/<name>        (L, ...), for each of extra_keys
+    Of tokens those asked for; of chosen layers cls_token_l05, cls_token_l11, and so on.
     With chunk_by: frames a chunk has a number of frames, no distance, and the poses that its data have.
     Its first 512 bytes (HDF5's user block) hold a digest of all bytes that are no dataset's; each dataset has its own.
 
@@ -32,8 +33,8 @@ Sections, each using only those above it: constants - errors - profile - configu
 plan - decoding - encoding - storage - working ahead - pipeline - executors - before the work - the work - forecast -
 a run - command line. torch, torchvision, timm and h5py are imported where they are first needed, so that refusals and
 runs with nothing to do are quick. What goes beyond this job (other formats, executor: ray, CacheWindows to train with,
-encode_images, other engines) lies in dino_cache_extras/ and is opened by name: FORMAT_MODULES, EXECUTOR_MODULES,
-ENGINE_MODULES, DOORS.
+encode_images, other engines, other models) lies in dino_cache_extras/ and is opened by name: FORMAT_MODULES,
+EXECUTOR_MODULES, ENGINE_MODULES, TIMM_MODELS_MODULE, DOORS.
 """
 
 from __future__ import annotations
@@ -617,9 +618,11 @@ class CacheSpec(BaseModel):
     @field_validator("dino_model_type", mode="before")
     @classmethod
     def _model_is_known(cls, name: Any) -> str:
-        if isinstance(name, str) and name not in MODEL_NAMES and is_there(TIMM_MODELS_MODULE):
-            return open_door(TIMM_MODELS_MODULE).checked_name(name)
-        return one_of(name, tuple(MODEL_NAMES))
+        if not isinstance(name, str) or name in MODEL_NAMES:
+            return one_of(name, tuple(MODEL_NAMES))
+        if not is_there(TIMM_MODELS_MODULE):
+            raise ValueError(f"should be one of {', '.join(MODEL_NAMES)}; others need dino_cache_extras, not there")
+        return open_door(TIMM_MODELS_MODULE).checked_name(name)
 
     @field_validator("pixel_mean", "pixel_std", mode="before")
     @classmethod
@@ -2809,6 +2812,7 @@ def token_layers(model: torch.nn.Module, spec: CacheSpec) -> Callable[[torch.Ten
         return model.forward_features
     known = inspect.signature(model.forward_intermediates).parameters
     how = {"norm": spec.layer_norm, "output_fmt": "NCHW", "intermediates_only": True, "stop_early": True}
+    how["indices"] = [*(spec.layers or ())] or 1  # by name: in some models it is not the second argument
     if has_prefix := "return_prefix_tokens" in known and getattr(model, "num_prefix_tokens", 0) > 0:
         how["return_prefix_tokens"] = True
     if spec.layers is None:
@@ -2816,7 +2820,7 @@ def token_layers(model: torch.nn.Module, spec: CacheSpec) -> Callable[[torch.Ten
 
     def forward(normalised: torch.Tensor) -> torch.Tensor:
         parts = []
-        for found in model.forward_intermediates(normalised, [*(spec.layers or ())] or 1, **how):
+        for found in model.forward_intermediates(normalised, **how):
             patches, prefix = found if has_prefix else (found, None)
             parts += [prefix] if has_prefix else []
             parts.append(patches.flatten(2).transpose(1, 2))  # (B, D, h, w) -> (B, h*w, D)
@@ -6245,10 +6249,10 @@ def announce_encoding(dataset: PreparedDataset) -> None:
     if workers.encodes_here and workers.device.startswith("cuda") and is_there(HINTS_MODULE):
         for hint in open_door(HINTS_MODULE).other_gpus():
             LOG.warning("%s", hint)
-    if spec.dino_model_type not in MODEL_NAMES:
-        LOG.info("Licence of these weights: %s", open_door(TIMM_MODELS_MODULE).licence(spec.dino_model_type))
     if spec.weights == "random":
         LOG.warning("WEIGHTS ARE RANDOM (seeded): the features are for trying things out and mean nothing")
+    elif spec.dino_model_type not in MODEL_NAMES:
+        LOG.info("Licence of these weights: %s", open_door(TIMM_MODELS_MODULE).licence(spec.dino_model_type))
 
 
 def begin_rebuild(dataset: PreparedDataset) -> None:
@@ -6422,8 +6426,9 @@ def print_forecast(dataset: PreparedDataset, reasons: list[str], rates: dict[str
     for line in open_door(MEASURE_MODULE).cost_lines(dataset, rates) if is_there(MEASURE_MODULE) else ():
         print_lines(line)
     print_lines(f"  free space: {human_bytes(free_bytes(dataset.config.cache_dir))}")
-    if dataset.pending and dataset.spec.dino_model_type not in MODEL_NAMES:
-        print_lines(f"  licence of the weights: {open_door(TIMM_MODELS_MODULE).licence(dataset.spec.dino_model_type)}")
+    model_type, is_random = dataset.spec.dino_model_type, dataset.spec.weights == "random"
+    if dataset.pending and not is_random and model_type not in MODEL_NAMES:
+        print_lines(f"  licence of the weights: {open_door(TIMM_MODELS_MODULE).licence(model_type)}")
     if dataset.progress.records:
         changes = configuration_changes(dataset)
         recorded, source = dataset.progress.weights, weights_source(dataset.spec)["source"]

@@ -3,6 +3,7 @@
     formats/          datasets other than GNM folders: recon, lerobot, video    dino_cache.FORMAT_MODULES
     ray_workers.py    executor: ray, the work on many GPUs and machines         dino_cache.EXECUTOR_MODULES
     openvino_engine.py  engine: openvino, another library on a CPU              dino_cache.ENGINE_MODULES
+    timm_models.py    dino_model_type: timm:<name>, any image model of timm     dino_cache.TIMM_MODELS_MODULE
     commands/         verify, rebuild, export, report                           progress_utils.COMMAND_MODULES
     chunk_files.py    reading a chunk file, and checking it against its record
     cache_index.py    a record as a table of chunks

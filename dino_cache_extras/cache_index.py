@@ -203,8 +203,9 @@ def open_table(cache_dirs: str | os.PathLike[str] | Sequence[str | os.PathLike[s
 
 
 # Settings that leave a frame's features as they are: those that reach no encoder, but for those that choose and fit the
-# picture; which tokens are stored; and where weights were found (what they are, weights_digest tells).
-NOT_OF_FEATURES = NOT_OF_ENCODER - {"image_key", "resize", "guessed_keys"} | {"tokens", "weights"}
+# picture; which tokens are stored, and of which layers, whose names say it; and where weights were found (what they
+# are, weights_digest tells).
+NOT_OF_FEATURES = NOT_OF_ENCODER - {"image_key", "resize", "guessed_keys"} | {"tokens", "layers", "weights"}
 
 
 def refuse_mixed(chunks: list[RecordedChunk], headers: list[ChunkHeader]) -> None:

@@ -14,15 +14,27 @@ import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import yaml
 
-from dino_cache import IMAGENET, LOG, MODEL_NAMES, CacheSpec, ModelParts, ModelShape, one_line, set_input_size, token_layers
+from dino_cache import (
+    IMAGENET,
+    LOG,
+    MODEL_NAMES,
+    CacheSpec,
+    ModelParts,
+    ModelShape,
+    one_line,
+    set_input_size,
+    token_layers,
+)
 from progress_utils import RefusedError
 
 if TYPE_CHECKING:
     import torch
+
+Found = TypeVar("Found")
 
 PREFIX = "timm:"
 MODEL_NAME = re.compile(r"[\w.-]+")
@@ -155,13 +167,27 @@ def own_size(model: torch.nn.Module) -> tuple[int, int]:
     return tuple(model.pretrained_cfg["input_size"][1:])
 
 
-def num_tokens(model: torch.nn.Module, spec: CacheSpec, size: tuple[int, int]) -> tuple[int, int]:
-    """(tokens of a frame, width D) that a model on the meta device gives."""
+def look_at(model_type: str, look: Callable[[torch.nn.Module, str], Found]) -> Found:
+    """What look(model, device) finds of a model; of a real one on the CPU, where the meta device cannot do it."""
+    import timm
     import torch
 
-    with torch.inference_mode():
-        tokens = token_layers(model, spec)(torch.zeros((1, 3, *size), device="meta"))
-    return tokens.shape[1], tokens.shape[2]
+    model = copy.deepcopy(empty_model(model_type))
+    try:
+        with torch.device("meta"), torch.no_grad():
+            return look(model, "meta")
+    except Exception as error:  # of models of any kind they come in many classes
+        if "meta" not in str(error) and not isinstance(error, NotImplementedError):
+            raise
+    with torch.no_grad():
+        return look(timm.create_model(timm_name(model_type), pretrained=False, num_classes=0).eval(), "cpu")
+
+
+def num_tokens(model: torch.nn.Module, spec: CacheSpec, device: str) -> int:
+    """Tokens that a model gives of a frame."""
+    import torch
+
+    return token_layers(model, spec)(torch.zeros((1, 3, *spec.image_size), device=device)).shape[1]
 
 
 def model_shape(model_type: str) -> ModelShape:
@@ -185,14 +211,16 @@ def seen(model_type: str) -> tuple[ModelShape, ModelParts]:
 
     model = empty_model(model_type)
     height, width = own_size(model)
+    spec = CacheSpec(dino_model_type=model_type, image_size=(height, width), **IMAGENET)
+
+    def look(model: torch.nn.Module, device: str) -> tuple[torch.Size, int]:
+        frame = torch.zeros((1, 3, height, width), device=device)
+        features = model.forward_intermediates(frame, indices=1, output_fmt="NCHW", intermediates_only=True)
+        return features[-1].shape, num_tokens(model, spec, device)
+
     try:
-        with torch.inference_mode():
-            frame = torch.zeros((1, 3, height, width), device="meta")
-            features = model.forward_intermediates(frame, 1, output_fmt="NCHW", intermediates_only=True)[-1]
-            depth, rows, columns = features.shape[1:]
-        spec = CacheSpec(dino_model_type=model_type, **IMAGENET)
-        num_prefix = num_tokens(copy.deepcopy(model), spec, (height, width))[0] - rows * columns
-    except Exception as error:  # of models of any kind they come in many classes, all of them before work
+        (_, depth, rows, columns), count = look_at(model_type, look)
+    except Exception as error:  # as in look_at, all of them before work
         raise RefusedError(
             f"dino_model_type: {model_type}: timm gives no map of its features: {one_line(error)[:300]}"
         ) from error
@@ -201,33 +229,37 @@ def seen(model_type: str) -> tuple[ModelShape, ModelParts]:
             f"dino_model_type: {model_type}: its {rows} x {columns} patches are not square parts of its "
             f"{height} x {width} px"
         )
+    num_prefix = count - rows * columns
     has_class_token = num_prefix > 0 and getattr(model, "cls_token", None) is not None
     has_registers = getattr(model, "dist_token", None) is None  # a distillation token is none
-    blocks = [(block["num_chs"], block["reduction"]) for block in model.feature_info]
     num_registers = (num_prefix - has_class_token) * has_registers
     shape = ModelShape(patch_size=height // rows, width=depth, num_registers=num_registers)
+    blocks = [(block["num_chs"], block["reduction"]) for block in model.feature_info]
     return shape, ModelParts(has_class_token, num_layers=len(blocks) if len(set(blocks)) == 1 else 0)
 
 
 def check_input(spec: CacheSpec, shape: ModelShape) -> None:
     """Raise RefusedError unless the model takes frames of the spec's image_size, and gives a token for each patch."""
-    model = copy.deepcopy(empty_model(spec.dino_model_type))
-    own = own_size(model)
-    refusal = f"image_size: {list(spec.image_size)}: {spec.dino_model_type}"
+    model = empty_model(spec.dino_model_type)
+    own, refusal = own_size(model), f"image_size: {list(spec.image_size)}: {spec.dino_model_type}"
+    at_end = spec.model_copy(update={"layers": None, "layer_norm": True})
+
+    def look(model: torch.nn.Module, device: str) -> int:
+        before = num_tokens(model, at_end.model_copy(update={"image_size": own}), device)
+        settle_input(model, spec, device)
+        return num_tokens(model, at_end, device) - before
+
     try:
-        before = num_tokens(copy.deepcopy(model), spec, own)[0]
-        height, width = settle_input(model, spec, "meta")
-        found = num_tokens(model, spec, spec.image_size)[0]
-    except Exception as error:  # as in `seen`
+        more = look_at(spec.dino_model_type, look)
+    except Exception as error:  # as in look_at
         is_fixed = model.pretrained_cfg.get("fixed_input_size") and not hasattr(model, "set_input_size")
         if is_fixed and not getattr(model, "dynamic_img_size", False):
             raise RefusedError(f"{refusal} takes only its own size, {list(own)}") from error
         raise RefusedError(
             f"{refusal} does not take this size: {one_line(error)[:300]}. Its own is {list(own)}"
         ) from error
-    num_layers, own_patches = len(spec.layers or (None,)), num_patches(own, shape)
-    if found - before != num_layers * (height * width - own_patches):
-        raise RefusedError(f"{refusal} gives {found} tokens at this size, not one a patch. Its own is {list(own)}")
+    if more != num_patches(spec.image_size, shape) - num_patches(own, shape):
+        raise RefusedError(f"{refusal} does not give one token a patch at this size. Its own is {list(own)}")
 
 
 def num_patches(size: tuple[int, int], shape: ModelShape) -> int:

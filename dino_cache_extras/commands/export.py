@@ -399,7 +399,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", choices=("flat", "vint"), required=True, dest="layout", help="the layout")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="PATH", help="the file or folder")
     parser.add_argument(
-        "--tokens", nargs="+", choices=("cls", "patch", "register"), help="which of them (default: all that there are)"
+        "--tokens", nargs="+", choices=tuple(TOKEN_DATASETS), help="which of them (default: all that there are)"
     )
     parser.add_argument("--camera", metavar="NAME", help="which of several cameras (vint)")
     parser.add_argument("--allow-mixed", action="store_true", help="also of several configurations")
