@@ -2412,7 +2412,9 @@ def tokens_of(model_type: str, shape: ModelShape) -> list[Token]:
 
 
 def check_tokens(spec: CacheSpec, shape: ModelShape) -> None:
-    """Raise RefusedError unless the model has the tokens and layers asked for."""
+    """Raise RefusedError unless the model has the tokens and layers asked for, and patch tokens can be so stored."""
+    if spec.has_smaller_tokens:
+        open_door(SMALLER_TOKENS_MODULE).check(spec, shape)
     model, known = f"dino_model_type {spec.dino_model_type}", tokens_of(spec.dino_model_type, shape)
     for token in spec.tokens:
         if token not in known:
@@ -2427,12 +2429,6 @@ def check_tokens(spec: CacheSpec, shape: ModelShape) -> None:
         raise RefusedError(f"layers: {list(spec.layers)}: those of {model} differ in size; take the key out")
     if spec.layers[-1] >= num_layers:
         raise RefusedError(f"layers: {list(spec.layers)}: {model} has {num_layers}, from 0 to {num_layers - 1}")
-
-
-def check_smaller_tokens(spec: CacheSpec, shape: ModelShape) -> None:
-    """Raise RefusedError unless patch tokens can be stored as asked for."""
-    if spec.has_smaller_tokens:
-        open_door(SMALLER_TOKENS_MODULE).check(spec, shape)
 
 
 def token_shapes(spec: CacheSpec, shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -5551,7 +5547,6 @@ def settle_encoding(dataset: PreparedDataset) -> None:
     dataset.shape = model_shape(dataset.spec.dino_model_type)
     check_image_size(dataset.spec, dataset.shape)
     check_tokens(dataset.spec, dataset.shape)
-    check_smaller_tokens(dataset.spec, dataset.shape)
     weights_source(dataset.spec)
 
 

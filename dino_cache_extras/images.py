@@ -21,7 +21,6 @@ from dino_cache import (
     Rows,
     Token,
     check_image_size,
-    check_smaller_tokens,
     check_tokens,
     encode_batches,
     encoder_key,
@@ -111,7 +110,6 @@ def encode_images(
     shape = dino_cache.model_shape(spec.dino_model_type)
     check_image_size(spec, shape)
     check_tokens(spec, shape)
-    check_smaller_tokens(spec, shape)
     none = {name: np.zeros((0, *row), np.float16) for name, row in token_shapes(spec, shape).items()}
     rows = {name: [values] for name, values in without_scales(none).items()}
     for tokens_of_part in _encoded_parts(images, spec, _encoder(spec, device)):

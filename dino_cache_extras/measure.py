@@ -14,12 +14,12 @@ from dino_cache import (
     Token,
     cache_bytes,
     cache_trajectories,
-    check_smaller_tokens,
     load_encoders,
     resolve_batch_size,
     token_shapes,
     tokens_of,
 )
+from dino_cache_extras import smaller_tokens
 from progress_utils import RefusedError, human_bytes, human_duration, print_lines
 
 MEASURE_S = 5.0  # time after the first batch in which --measure decodes and encodes
@@ -78,7 +78,7 @@ def _smaller_sizes(dataset: PreparedDataset) -> list[str]:
     for pool, store in dict.fromkeys([*known, chosen]):
         spec = dataset.spec.model_copy(update={"patch_pool": pool, "store": store})
         with contextlib.suppress(RefusedError):
-            check_smaller_tokens(spec, dataset.shape)
+            smaller_tokens.check(spec, dataset.shape)
             mark = " (chosen)" if (pool, store) == chosen else ""
             sizes.append(f"{pool} {store} {human_bytes(cache_bytes(dataset, spec, dataset.work.values()))}{mark}")
     return sizes

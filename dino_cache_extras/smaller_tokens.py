@@ -104,15 +104,18 @@ def quantise(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def dequantise_into(values: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
-    """(..., D) int8 times (...) float16 into `out` (..., D), of any floating type: the product is exact in float32, and
-    rounded once. All on the CPU and in one piece; block by block, since it is the memory that takes the time."""
+def new_block(width: int) -> torch.Tensor:
+    """Room for `dequantise_into`, (n, D) float32."""
     import torch
 
-    width = values.shape[-1]
-    block = max(1, BLOCK_VALUES // width)
+    return torch.empty((max(1, BLOCK_VALUES // width), width))
+
+
+def dequantise_into(values: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, exact: torch.Tensor) -> None:
+    """(..., D) int8 times (...) float16 into `out` (..., D), of any floating type: the product is exact in float32, and
+    rounded once. All on the CPU and in one piece; block by block of `exact`, since it is the memory that takes time."""
+    width, block = values.shape[-1], len(exact)
     parts = values.view(-1, width), scales.view(-1, 1).float(), out.view(-1, width)
-    exact = torch.empty((min(block, len(parts[0])), width))
     for tokens, factors, target in zip(*(part.split(block) for part in parts)):
         product = exact[: len(tokens)].copy_(tokens).mul_(factors)
         target.copy_(product)

@@ -43,7 +43,7 @@ from dino_cache_extras.labels import (
     jump_lengths,
     refuse_without_poses,
 )
-from dino_cache_extras.smaller_tokens import dequantise_into, has_scale, restored
+from dino_cache_extras.smaller_tokens import dequantise_into, has_scale, new_block, restored
 from progress_utils import DamagedChunkError, RefusedError
 
 if TYPE_CHECKING:
@@ -243,6 +243,7 @@ class WindowBatch(Sequence):
             ]
             for is_goal in (False, True)
         ]
+        self._blocks = {width: new_block(width) for width in {field.shape[-1] for field in fields if field.scales}}
         self._count = count
 
     @staticmethod
@@ -272,7 +273,7 @@ class WindowBatch(Sequence):
             if field.scales is None:
                 target.copy_(stored[field.dataset])
             else:
-                dequantise_into(stored[field.dataset], stored[field.scales], target)
+                dequantise_into(stored[field.dataset], stored[field.scales], target, self._blocks[field.shape[-1]])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return list, (self._samples,)
