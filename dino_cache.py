@@ -80,7 +80,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
@@ -3779,6 +3779,7 @@ def start_fork_server(libraries: Sequence[str] = ()) -> None:
     variables = {**ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # Python's own way is broken
     before = {key: os.environ.get(key) for key in variables}
     forkserver.set_forkserver_preload([__name__, *libraries])
+    resource_tracker.ensure_running()  # now: starting it lets SIGINT and SIGTERM through again, to the fork server too
     with _starting_process():
         os.environ.update(variables)
         before_it = forkserver._forkserver._forkserver_pid
