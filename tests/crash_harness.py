@@ -109,6 +109,7 @@ def _be_the_child(commands: list[Command], log: Path, report: Path, die_at: int 
         traceback.print_exc()
     finally:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 
