@@ -2581,11 +2581,12 @@ def build_model(spec: CacheSpec) -> torch.nn.Module:
     try:
         if spec.weights == "pretrained":
             repository = hub_repository(spec.dino_model_type)
-            with open_door(HUB_MODULE).hub(repository) if is_there(HUB_MODULE) else contextlib.nullcontext():
-                model = timm.create_model(name, pretrained=True, num_classes=0)
+            with contextlib.ExitStack() as stack:
+                if is_there(HUB_MODULE):
+                    stack.enter_context(open_door(HUB_MODULE).hub(repository))
                 if spec.dino_model_type not in MODEL_NAMES:
-                    open_door(TIMM_MODELS_MODULE).keep_card(repository)
-                return model
+                    stack.enter_context(open_door(TIMM_MODELS_MODULE).with_card(repository))
+                return timm.create_model(name, pretrained=True, num_classes=0)
         if spec.dino_model_type not in MODEL_NAMES:
             return open_door(TIMM_MODELS_MODULE).load_weight_file(Path(spec.weights), name)
         return load_weight_file(Path(spec.weights), name)

@@ -308,6 +308,26 @@ def test_the_licence_is_the_one_on_the_hubs_card(tmp_path, monkeypatch, licence,
     assert timm_models.licence("mae_base") == said
 
 
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_the_card_comes_along_with_weights_that_are_downloaded_and_only_then(monkeypatch, is_kept):
+    asked: list[str] = []
+
+    def create(name: str, *, pretrained: bool, **_: Any) -> torch.nn.Module:
+        assert pretrained
+        return torch.nn.Linear(1, 1)
+
+    def download(repository: str, file: str) -> None:
+        asked.append(f"{repository}/{file}")
+        raise OSError("lost")
+
+    monkeypatch.setattr(dino_cache, "HUB_MODULE", "dino_cache_extras.no_hub")
+    monkeypatch.setattr(timm, "create_model", create)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "/some/file" if is_kept else None)
+    build_model(CacheSpec(dino_model_type="mae_base"))
+    assert asked == ([] if is_kept else ["timm/vit_base_patch16_224.mae/README.md"])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Layers
 # ----------------------------------------------------------------------------------------------------------------------
