@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import yaml
 
 from dino_cache import (
+    HUB_MODULE,
     IMAGENET,
     LOG,
     MODEL_NAMES,
@@ -30,8 +31,7 @@ from dino_cache import (
     set_input_size,
     token_layers,
 )
-from dino_cache_extras.hub import WEIGHTS_FILES
-from progress_utils import RefusedError
+from progress_utils import RefusedError, open_door
 
 if TYPE_CHECKING:
     import torch
@@ -340,7 +340,8 @@ def with_card(hub_id: str) -> Iterator[None]:
     cache already asks the network for nothing more."""
     import huggingface_hub
 
-    is_kept = any(isinstance(huggingface_hub.try_to_load_from_cache(hub_id, name), str) for name in WEIGHTS_FILES)
+    names = open_door(HUB_MODULE).WEIGHTS_FILES
+    is_kept = any(isinstance(huggingface_hub.try_to_load_from_cache(hub_id, name), str) for name in names)
     yield
     if is_kept:
         return
