@@ -7,18 +7,20 @@ torch's meta device, where building and running one takes neither memory nor ari
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import functools
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import yaml
 
 from dino_cache import (
+    HUB_MODULE,
     IMAGENET,
     LOG,
     MODEL_NAMES,
@@ -29,7 +31,7 @@ from dino_cache import (
     set_input_size,
     token_layers,
 )
-from progress_utils import RefusedError
+from progress_utils import RefusedError, open_door
 
 if TYPE_CHECKING:
     import torch
@@ -332,13 +334,20 @@ def repository(model_type: str) -> str:
     return getattr(config, "hf_hub_id", None) or f"timm/{timm_name(model_type)}"
 
 
-def keep_card(hub_id: str) -> None:
-    """Have the hub's card of weights that were just loaded in its cache, for `licence`."""
+@contextlib.contextmanager
+def with_card(hub_id: str) -> Iterator[None]:
+    """For loading weights: where they are downloaded, the hub's card comes along, for `licence`. What is in the hub's
+    cache already asks the network for nothing more."""
     import huggingface_hub
 
+    names = open_door(HUB_MODULE).WEIGHTS_FILES
+    is_kept = any(isinstance(huggingface_hub.try_to_load_from_cache(hub_id, name), str) for name in names)
+    yield
+    if is_kept:
+        return
     try:
         huggingface_hub.hf_hub_download(hub_id, "README.md")
-    except Exception as error:  # offline, most likely; the licence is then said to be unknown
+    except Exception as error:  # of the network and the hub in many classes; the licence is then said to be unknown
         LOG.debug("No card of %s: %s", hub_id, error)
 
 

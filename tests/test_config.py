@@ -60,6 +60,13 @@ def test_every_key_is_explained_in_the_documented_config(key: str) -> None:
     assert "#" in lines[number].split(":", 1)[1] + lines[number - 1]
 
 
+def test_other_models_need_the_extras_and_a_refusal_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dino_cache, "is_there", lambda module: False)
+    for name in ("siglip2_base", "timm:resnet18.a1_in1k"):
+        with pytest.raises(RefusedError, match=rf"dino_model_type: '{name}': .* need dino_cache_extras, not there"):
+            load(tmp_path, {"dino_model_type": name})
+
+
 def test_the_documented_values_are_the_defaults() -> None:
     path = ROOT / "config" / "data" / "dino_cache.yaml"
     (config,) = load_config(path, {})
@@ -215,7 +222,7 @@ WRONG: list[tuple[str, Any, list[str]]] = [  # key, value, what the message says
     ("tokens", "cls", ["'cls'"]),
     ("tokens", ["cls", "patch", "cls"], ["twice"]),
     ("tokens", ["register"], ["dino_model_type", "large", "large_reg", "dinov3"]),
-    ("dino_model_type", "timm:", ["'timm:'", "siglip2_base", "timm:<name>"]),
+    ("dino_model_type", "timm:", ["'timm:'", "small"]),
     ("layers", [], ["[]", "blocks"]),
     ("layers", [5, -1], ["[5, -1]", "from 0"]),
     ("layers", [5, 5], ["twice"]),

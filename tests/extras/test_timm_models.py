@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 
 import dino_cache
 from dino_cache import (
@@ -36,7 +37,7 @@ from dino_cache_extras import timm_models
 from dino_cache_extras.windows import CacheWindows
 from official_weights import official_state_dict, transformers_model
 from progress_utils import main as progress_main
-from support import make_trajectory, read_chunk, write_config
+from support import make_trajectory, read_chunk, run_cache, write_config
 
 REAL = {"load_encoder": dino_cache.load_encoder, "model_shape": dino_cache.model_shape}  # run_here replaces them
 TINY = "timm:vit_tiny_patch16_224.augreg_in21k"
@@ -307,6 +308,26 @@ def test_the_licence_is_the_one_on_the_hubs_card(tmp_path, monkeypatch, licence,
     assert timm_models.licence("mae_base") == said
 
 
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_the_card_comes_along_with_weights_that_are_downloaded_and_only_then(monkeypatch, is_kept):
+    asked: list[str] = []
+
+    def create(name: str, *, pretrained: bool, **_: Any) -> torch.nn.Module:
+        assert pretrained
+        return torch.nn.Linear(1, 1)
+
+    def download(repository: str, file: str) -> None:
+        asked.append(f"{repository}/{file}")
+        raise OSError("lost")
+
+    monkeypatch.setattr(dino_cache, "HUB_MODULE", "dino_cache_extras.no_hub")
+    monkeypatch.setattr(timm, "create_model", create)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "/some/file" if is_kept else None)
+    build_model(CacheSpec(dino_model_type="mae_base"))
+    assert asked == ([] if is_kept else ["timm/vit_base_patch16_224.mae/README.md"])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Layers
 # ----------------------------------------------------------------------------------------------------------------------
@@ -466,7 +487,7 @@ def test_a_cache_of_layers_is_verified_read_exported_reported_and_rebuilt(layere
     assert progress_main(["rebuild", *where, "--yes"]) == 0
     outcome = run_here(config)
     assert outcome.code == 0
-    assert "2 completed (+0)" in outcome.out + outcome.err
+    assert "2 completed (+0)" in outcome.out
 
 
 def columns_of(path: Path) -> dict[str, np.ndarray]:
@@ -483,3 +504,65 @@ def test_a_dry_run_names_the_licence_and_compares_tokens_of_all_layers(layered, 
     other = run_here(config, "--dry-run", "--force-rebuild", "--set", "layers=[3]").out
     sizes = [int(re.search(r"bytes they take: (\d+)", text)[1]) for text in (outcome.out, other)]
     assert sizes[0] > 1.5 * sizes[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other engines and executors
+# ----------------------------------------------------------------------------------------------------------------------
+
+OTHERS = [  # timm's name, what cuts it, layers, and what it has
+    ("vit_tiny_patch16_224.augreg_in21k", {"depth": 2}, [0, 1], ("cls", "patch", "mean")),
+    ("eva02_tiny_patch14_224.mim_in22k", {"depth": 2}, None, ("cls", "patch")),
+    ("convnext_atto.d2_in1k", {"depths": (1, 1, 1, 1)}, None, ("patch", "mean")),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "how", "layers", "tokens"), OTHERS, ids=[row[0] for row in OTHERS])
+def test_openvino_gives_torchs_features(cut, tmp_path, monkeypatch, name, how, layers, tokens):
+    pytest.importorskip("openvino")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cut(**how)
+    size = tuple(timm.get_pretrained_cfg(name).input_size[1:])
+    found = {}
+    for engine in ("torch", "openvino"):
+        spec = spec_of(f"timm:{name}", size, tokens=tokens, layers=layers, engine=engine)
+        found[engine] = load_encoder(spec, "cpu")[0].encode(frames(size))().tokens
+    assert found["torch"].keys() == found["openvino"].keys()
+    for key, values in found["torch"].items():
+        np.testing.assert_allclose(found["openvino"][key], values, rtol=4e-3, atol=4e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "how", "layers", "tokens"), OTHERS, ids=[row[0] for row in OTHERS])
+def test_a_compiled_model_has_the_same_features(cut, monkeypatch, name, how, layers, tokens):
+    """torch.compile as it traces, without its code generator, which needs a compiler."""
+    cut(**how)
+    compile_for_real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile_for_real(function, backend="eager"))
+    size = tuple(timm.get_pretrained_cfg(name).input_size[1:])
+    spec = spec_of(f"timm:{name}", size, tokens=tokens, layers=layers)
+    model = build_model(spec)
+    compiled = DinoEncoder(copy.deepcopy(model), spec.model_copy(update={"compile": True}), "cpu")
+    plain = DinoEncoder(model, spec, "cpu")
+    for count in (2, 1):
+        expected = plain.encode(frames(size, count))().tokens
+        for key, values in compiled.encode(frames(size, count))().tokens.items():
+            np.testing.assert_allclose(values, expected[key], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.slow
+def test_ray_makes_the_same_cache_of_layers(layered, tmp_path):
+    pytest.importorskip("ray")
+    cache, config = layered
+    settings = yaml.safe_load(config.read_text())
+    settings |= {"executor": "ray", "num_workers": 1, "cpus_per_worker": 1}
+    settings["datasets"]["robot"]["cache_dir"] = str(tmp_path / "by_ray")
+    config.write_text(yaml.safe_dump(settings))
+    done = run_cache(config, fake=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for path in sorted(cache.rglob("*.h5")):
+        (_, here), (_, there) = read_chunk(path), read_chunk(tmp_path / "by_ray" / path.relative_to(cache))
+        assert here.keys() == there.keys()
+        for name, values in here.items():
+            np.testing.assert_allclose(there[name], values, rtol=4e-3, atol=4e-3)
