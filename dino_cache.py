@@ -6330,8 +6330,9 @@ def confirmed(
     """The dataset, once its changed settings are confirmed, which a dry run takes for granted; prepared anew where all
     is redone. Raises ChangedConfig where that is to be asked."""
     change = ChangedConfig(dataset, configuration_changes(dataset), can_redo=True)
-    if arguments.recut and dataset.progress.records:
-        open_door(RECUT_MODULE).refuse_other_features(dataset, change.differences)
+    if arguments.recut:
+        is_begun = bool(dataset.progress.records)
+        open_door(RECUT_MODULE).refuse_other_features(dataset, change.differences if is_begun else [])
         answers[change.facts] = "recut"
     answer = "keep"
     if arguments.recut or not arguments.dry_run:

@@ -108,7 +108,7 @@ def refuse_other_features(dataset: PreparedDataset, differences: list[tuple[str,
 def take_up(dataset: PreparedDataset) -> None:
     """Make pending what is completed, with the features that are wanted and another cut. The others stay."""
     progress, kind_now = dataset.progress, dataset.config.options.checksum
-    differs_in_cut, keys_now = _differs_in_cut(dataset), data_keys(dataset.spec)
+    differs_in_cut, keys_now = which_differ_in_cut(dataset), data_keys(dataset.spec)
     keys_of = functools.cache(lambda fingerprint: DataKeys.of(progress.specs[fingerprint]))
     for place, state in enumerate(dataset.states):
         name = state.trajectory.name
@@ -135,8 +135,8 @@ def take_up(dataset: PreparedDataset) -> None:
         progress.recut_started = progress.recut_started or time.time()
 
 
-def _differs_in_cut(dataset: PreparedDataset) -> Callable[[str], bool]:
-    """Whether what has a recorded fingerprint was made with the features that are wanted now, and cut otherwise."""
+def which_differ_in_cut(dataset: PreparedDataset) -> Callable[[str], bool]:
+    """Tells whether what has a recorded fingerprint was made with the features that are wanted, and cut otherwise."""
     progress = dataset.progress
     digest = (progress.weights or {}).get("digest")
 
