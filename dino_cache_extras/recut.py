@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from dino_cache import (
+    FENCE,
     READ_BLOCK_BYTES,
     ChecksumKind,
     ChunkLabel,
@@ -199,7 +200,10 @@ def old_rows(plan: TrajectoryPlan) -> OldRows:
             checksum = checksum_of(open_source(trajectory, old.old_keys), plan.checksum_kind)
         if checksum != old.data_checksum:
             raise InputError(f"{trajectory.name}: its data changed while it was read; run the same command again")
-    numbers = [_frame_index(file) for file in old.files(trajectory.name)]
+    numbers = []
+    for file in old.files(trajectory.name):
+        numbers.append(_frame_index(file))
+        FENCE.getting_on()
     first = np.cumsum([0, *map(len, numbers)])  # of each chunk, among the rows of all
     known, places = np.unique(np.concatenate(numbers), return_index=True)  # the first of those with one number
     nearest = np.minimum(np.searchsorted(known, plan.frame_index), len(known) - 1)
