@@ -19,6 +19,7 @@ import torch
 import yaml
 
 import dino_cache
+import progress_utils
 from dino_cache_extras import recut
 from support import (
     FRAMES,
@@ -89,8 +90,7 @@ def fresh(robot: Robot, run_here: Callable[..., Any], folder: Path, **settings: 
 
 
 def check_clean(cache: Path) -> None:
-    done = run_utils("verify", "--cache-dir", cache, "--deep")
-    assert done.returncode == 0, done.stdout
+    assert progress_utils.main(["verify", "--cache-dir", str(cache), "--deep"]) == 0
     assert list((cache / ".staging").iterdir()) == []
     assert read_progress(cache)["recut_started"] is None
 
@@ -191,6 +191,22 @@ def test_without_a_terminal_the_refusal_names_recut_only_where_it_is_possible(ro
     with pytest.raises(SystemExit) as ended:
         dino_cache.main(["--config", str(robot.config), "--recut", "--force-rebuild"])
     assert ended.value.code == 2
+
+
+def test_another_change_that_is_confirmed_with_yes_ends_a_re_cut(robot, run_here, loaded):
+    robot.add("t0", "t1")
+    assert run_here(robot.config).code == 0
+    robot.configure(**CUT)
+    assert run_here(robot.config, "--recut", "--limit", "1").code == 5
+    robot.configure(max_chunk_distance_m=3.0)
+    assert run_here(robot.config).code == 2
+    assert read_progress(robot.cache)["recut_started"] > 0
+    assert run_here(robot.config, "--yes").code == 0
+    assert read_progress(robot.cache)["recut_started"] is None
+    assert run_here(robot.config, "--recut").code == 0  # both, whatever they were cut by
+    records = read_progress(robot.cache)["trajectory_records"]
+    assert [entry["spans"] for entry in records.values()] == [[[0, 13], [10, 20]]] * 2
+    check_clean(robot.cache)
 
 
 def test_a_mixed_cache_keeps_what_has_other_features_and_says_so(robot, run_here, loaded):
@@ -395,13 +411,16 @@ def test_real_recordings_are_cut_anew(run_here, loaded, tmp_path, monkeypatch, b
     def configure(cut: tuple[float, ...]) -> None:
         write_config(robot.config, REAL, tokens=["cls", "patch"], **dict(zip(keys, cut)))
         content = yaml.safe_load(robot.config.read_text())
-        content["datasets"]["robot"]["cache_dir"] = str(robot.cache)
+        content["datasets"]["robot"] |= {"cache_dir": str(robot.cache), "split": str(tmp_path / "names.txt")}
         robot.config.write_text(yaml.safe_dump(content))
 
     def frames(cache: Path) -> set[tuple[str, int]]:
         paths = chunk_files(cache)
         return {(str(path.parent), number) for path in paths for number in read_chunk(path)[1]["frame_index"].tolist()}
 
+    names = ["gopro_max_walk/walk_5hz", "hololens_walk/walk_i000_120", "hololens_walk/walk_i120_240_s2"]
+    names = ["gopro_karma_drone/flight_10hz", *(names if before[0] > after[0] else [])]
+    (tmp_path / "names.txt").write_text("\n".join(names))
     configure(before)
     assert run_here(robot.config).code == 0
     stored = frames(robot.cache)
