@@ -70,6 +70,15 @@ def loaded(run_here: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> lis
     return encoders
 
 
+@pytest.fixture
+def sources(loaded: list[PlainEncoder], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each value of `weights` is another file with other weights, which can be digested."""
+    nothing_known = {"size": None, "mtime": None}
+    monkeypatch.setattr(dino_cache, "weights_source", lambda spec: {"source": spec.weights, **nothing_known})
+    monkeypatch.setattr(dino_cache, "build_model", lambda spec: spec)
+    monkeypatch.setattr(dino_cache, "weights_digest", lambda spec: "stamp" + spec.weights)
+
+
 def datasets(cache: Path) -> dict[str, dict[str, tuple[Any, ...]]]:
     """Every chunk's datasets, byte for byte, and the attributes that do not tell when it was made."""
     content = cache_content(cache)
@@ -165,12 +174,8 @@ def test_only_frames_that_were_in_no_chunk_are_encoded_and_each_lands_in_its_pla
     ],
 )
 def test_what_only_encoding_gives_is_refused_and_named_and_nothing_changes(
-    robot, run_here, loaded, monkeypatch, settings, named
+    robot, run_here, loaded, sources, settings, named
 ):
-    source = {"source": "here", "size": None, "mtime": None}
-    monkeypatch.setattr(dino_cache, "weights_source", lambda spec: {**source, "source": spec.weights})
-    monkeypatch.setattr(dino_cache, "build_model", lambda spec: spec)
-    monkeypatch.setattr(dino_cache, "weights_digest", lambda spec: "stamp" + spec.weights)
     robot.add("t0")
     assert run_here(robot.config).code == 0
     robot.configure(**settings)
@@ -209,12 +214,13 @@ def test_another_change_that_is_confirmed_with_yes_ends_a_re_cut(robot, run_here
     check_clean(robot.cache)
 
 
-def test_a_mixed_cache_keeps_what_has_other_features_and_says_so(robot, run_here, loaded):
+@pytest.mark.parametrize("features", [{"resize": "stretch"}, {"weights": "pretrained"}], ids="".join)
+def test_a_mixed_cache_keeps_what_has_other_features_and_says_so(robot, run_here, loaded, sources, features):
     robot.add("t0", "t1")
     assert run_here(robot.config, "--limit", "1").code == 5
-    robot.configure(resize="stretch")
+    robot.configure(**features)
     assert run_here(robot.config, "--yes").code == 0
-    robot.configure(resize="stretch", **CUT)
+    robot.configure(**features, **CUT)
     loaded.clear()
     outcome = run_here(robot.config, "--recut")
     assert outcome.code == 0, outcome.err
