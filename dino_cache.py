@@ -194,6 +194,7 @@ FORMAT_MODULES = {  # format -> the module that reads it; gnm is read here
 }
 EXECUTOR_MODULES = {"ray": "dino_cache_extras.ray_workers"}  # executor -> its module; local is this process
 PARTIAL_WORK_MODULE = "dino_cache_extras.partial_work"  # what is left of trajectories that are begun, for estimates
+RECUT_MODULE = "dino_cache_extras.recut"  # --recut: tokens come from the chunks that are replaced
 ENGINE_MODULES = {"openvino": "dino_cache_extras.openvino_engine"}  # engine -> its module; torch is used here
 HOOKS_MODULE = "dino_cache_extras.hooks"  # tells others how a run went, as the settings HOOK_KEYS want it
 HOOK_KEYS = ("notify", "metrics_file")
@@ -975,6 +976,7 @@ class Trajectory(NamedTuple):
     format: str = "gnm"
     episode: int = 0  # lerobot: its number
     data_folder: Path | None = None  # video, frames: poses_folder is looked for no higher than there
+    old: Any = None  # one that is cut anew: recut.OldChunks, where its tokens are read
 
 
 class DataKeys(NamedTuple):
@@ -2021,6 +2023,7 @@ class TrajectoryPlan:
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)  # dataset name -> (T, ...): what comes along
     task: str | None = None
     partial: Partial | None = None  # its first chunks, of an interrupted run; frames are wanted from the next one on
+    old: Any = None  # one that is cut anew: recut.OldRows, where the tokens of its kept frames lie
 
     @property
     def datasets(self) -> dict[str, np.ndarray]:
@@ -2040,20 +2043,21 @@ class TrajectoryPlan:
         done = [0, *(span.stop for span in spans)]
         return np.concatenate([np.arange(max(span.start, begin), span.stop) for begin, span in zip(done, spans)])
 
+    @functools.cached_property
+    def rows_to_encode(self) -> np.ndarray:
+        """(n,) int64: those of them whose tokens are not in an old chunk."""
+        return self.stored_rows if self.old is None else self.stored_rows[self.old.chunk[self.stored_rows] < 0]
+
     @property
-    def stored_numbers(self) -> list[int]:
+    def numbers_to_encode(self) -> list[int]:
         """Their numbers, by which the source knows them."""
-        return self.frame_index[self.stored_rows].tolist()
+        return self.frame_index[self.rows_to_encode].tolist()
 
     def left_out(self) -> list[Span]:
         """Kept frames that lie in no chunk: pieces between pose jumps that travel too little."""
         starts = [0, *(span.stop for span in self.spans)]
         stops = [*(span.start for span in self.spans), len(self.frame_index)]
         return [Span(start, stop) for start, stop in zip(starts, stops) if start < stop]
-
-    @property
-    def num_stored_frames(self) -> int:
-        return len(self.stored_rows)
 
     @property
     def num_rows(self) -> int:
@@ -3538,9 +3542,18 @@ def checksum_of(source: Source, kind: ChecksumKind) -> str:
     return checksum
 
 
-def open_plan(trajectory: Trajectory, job: ReadingJob) -> tuple[TrajectoryPlan, Source, FrameReader] | TrajectoryResult:
+def with_old_rows(plan: TrajectoryPlan) -> TrajectoryPlan:
+    """The plan, with where the tokens of its frames lie, where its trajectory is cut anew. Raises InputError."""
+    if plan.trajectory.old is None:
+        return plan
+    return dataclasses.replace(plan, old=open_door(RECUT_MODULE).old_rows(plan))
+
+
+def open_plan(
+    trajectory: Trajectory, job: ReadingJob
+) -> tuple[TrajectoryPlan, Source, FrameReader | None] | TrajectoryResult:
     """Open, check and cut a trajectory, for whose chunks there must be a place in the store; a failure is a value. The
-    reader is the first camera's."""
+    reader is the first camera's; None where no frame is to be encoded."""
     checksum, spec = None, job.spec
     try:
         with input_errors(trajectory.name):
@@ -3548,10 +3561,11 @@ def open_plan(trajectory: Trajectory, job: ReadingJob) -> tuple[TrajectoryPlan, 
                 job.store.refuse_taken_place(trajectory.name)
             source = open_source(trajectory, data_keys(spec))
             checksum = checksum_of(source, job.checksum_kind)
-            plan = plan_trajectory(trajectory, source, checksum, job.checksum_kind, spec)
+            plan = with_old_rows(plan_trajectory(trajectory, source, checksum, job.checksum_kind, spec))
             if job.label is not None:
                 plan = dataclasses.replace(plan, partial=job.store.partial_of(plan, job.label))
-            numbers = plan.stored_numbers
+            if not (numbers := plan.numbers_to_encode):
+                return plan, source, None
             frames, *others = [open_camera(source, numbers, camera) for camera in spec.cameras]  # checks all of them
             for other in others:
                 other.close()
@@ -3568,7 +3582,8 @@ def plan_or_fail(
     if isinstance(opened, TrajectoryResult):
         return opened
     plan, _, frames = opened
-    frames.close()
+    if frames is not None:
+        frames.close()
     return plan
 
 
@@ -3640,7 +3655,9 @@ class TrajectoryReader:
             return opened, None
         plan, source, frames = opened
         plan = dataclasses.replace(plan, read=None)  # much to send, and only an estimate asks for it
-        numbers, camera = plan.stored_numbers[:most], self._job.spec.cameras[0]
+        if frames is None:
+            return plan, None
+        numbers, camera = plan.numbers_to_encode[:most], self._job.spec.cameras[0]
         wanted = Wanted(trajectory, plan.stat_checksum, numbers, slot, camera)
         self._keep(wanted, source, frames if format_named(trajectory.format).frames == "stream" else None)
         return plan, self.read(wanted) if most else None
@@ -3694,7 +3711,7 @@ class TrajectoryReader:
             raise InputError(f"{trajectory.name}: its data changed while it was read; run the same command again")
         frames = None
         if format_named(trajectory.format).frames == "stream":
-            rest = plan_trajectory(trajectory, source, checksum, "stat", spec).stored_numbers
+            rest = with_old_rows(plan_trajectory(trajectory, source, checksum, "stat", spec)).numbers_to_encode
             frames = open_camera(source, rest[rest.index(wanted.numbers[0]) :], wanted.camera)
         return self._keep(wanted, source, frames)
 
@@ -4232,9 +4249,9 @@ class FrameStream:
 
     def groups(
         self, trajectories: Iterable[Trajectory], failed: FailedTrajectories
-    ) -> Iterator[FrameGroup | TrajectoryResult]:
-        """Every stored frame of every trajectory. The rest of one that failed is left out. A group's pixels are there
-        until the next group is asked for."""
+    ) -> Iterator[FrameGroup | TrajectoryPlan | TrajectoryResult]:
+        """Every stored frame of every trajectory, but those whose tokens are in old chunks; the plan of one that has no
+        others. The rest of one that failed is left out. A group's pixels are there until the next is asked for."""
         stop = self._hooks.should_stop
         taken = ((trajectory, self._take_slot(trajectory)) for trajectory in trajectories)
         plans = under_way(self._begin_plan, taken, self._plans_ahead, weigh=self._weigh, should_stop=stop)
@@ -4254,7 +4271,7 @@ class FrameStream:
 
     def _wanted(
         self, plans: Iterator[tuple[tuple[Trajectory, int | None], Future]], failed: FailedTrajectories
-    ) -> Iterator[FrameGroup | TrajectoryResult]:
+    ) -> Iterator[FrameGroup | TrajectoryPlan | TrajectoryResult]:
         """What is to be read, and what is known already."""
         for (trajectory, slot), future in plans:
             try:
@@ -4263,13 +4280,13 @@ class FrameStream:
                 plan, first = died(self._processes, trajectory, error, self._job, self._hooks.should_stop), None
             if first is None and slot is not None:
                 self._slots.give_back(slot)
-            if isinstance(plan, TrajectoryResult):
+            if isinstance(plan, TrajectoryResult) or not len(plan.rows_to_encode):
                 self._leave(trajectory)
                 yield plan
                 continue
-            starts = range(0, len(plan.stored_rows), self._group_frames)
+            starts = range(0, len(plan.rows_to_encode), self._group_frames)
             for start, camera in itertools.product(starts, self._cameras):
-                rows = plan.stored_rows[start : start + self._group_frames]
+                rows = plan.rows_to_encode[start : start + self._group_frames]
                 if first is not None:  # of the first camera
                     yield FrameGroup(plan, rows, slot, first, camera=camera)
                     first = None
@@ -4297,8 +4314,8 @@ class FrameStream:
         most = 0 if self._is_read_in_threads(trajectory) else self._group_frames
         return self._submit(self._processes, TrajectoryReader.plan, trajectory, slot, most)
 
-    def _begin_read(self, item: FrameGroup | TrajectoryResult) -> Future | None:
-        if isinstance(item, TrajectoryResult) or item.content is not None:
+    def _begin_read(self, item: FrameGroup | TrajectoryPlan | TrajectoryResult) -> Future | None:
+        if not isinstance(item, FrameGroup) or item.content is not None:
             return None
         plan = item.plan
         readers = self._threads if self._is_read_in_threads(plan.trajectory) else self._processes
@@ -4336,23 +4353,23 @@ class FrameStream:
 
 
 def full_batches(
-    groups: Iterable[FrameGroup | TrajectoryResult],
+    groups: Iterable[FrameGroup | TrajectoryPlan | TrajectoryResult],
     new_pixels: Callable[[int], torch.Tensor],
     batch_size: int,
     failed: FailedTrajectories,
     should_stop: Callable[[], bool],
-) -> Iterator[Batch | TrajectoryResult]:
+) -> Iterator[Batch | TrajectoryPlan | TrajectoryResult]:
     """Gather frames into batches of `batch_size`, across trajectory borders; only the last one may be smaller.
 
-    A failure is passed on at once; frames of its trajectory that come later are dropped. When stopping, the batch begun
-    is dropped too.
+    What is no frames is passed on at once; frames of a failed trajectory that come later are dropped. When stopping,
+    the batch begun is dropped too.
     """
     with device_errors("making room for a batch"):
         pixels, parts, filled = new_pixels(batch_size), [], 0
     for group in groups:
         if should_stop():
             return
-        if isinstance(group, TrajectoryResult):
+        if not isinstance(group, FrameGroup):
             yield group
             continue
         plan, done, count = group.plan, 0, group.content.count
@@ -4393,10 +4410,10 @@ def cut_parts(parts: list[Rows], start: int, stop: int) -> list[Rows]:
 
 def encode_batches(
     encoder: Encoder,
-    batches: Iterable[Batch | TrajectoryResult],
+    batches: Iterable[Batch | TrajectoryPlan | TrajectoryResult],
     on_encoded: Callable[[int], None],
     should_stop: Callable[[], bool],
-) -> Iterator[EncodedBatch | TrajectoryResult]:
+) -> Iterator[EncodedBatch | TrajectoryPlan | TrajectoryResult]:
     """Encode each batch, in order, with up to `encoder.batches_in_flight` more under way on the device; it comes out in
     the parts that the device took. When stopping, what is under way is finished, and what has not begun is dropped.
 
@@ -4422,7 +4439,7 @@ def encode_batches(
 
     try:
         for batch in batches:
-            if isinstance(batch, TrajectoryResult):
+            if not isinstance(batch, Batch):
                 yield batch
                 continue
             with device_errors("the encoder"):
@@ -4462,7 +4479,8 @@ def _encode_within_memory(
 class StreamWriter:
     """The end of the stream: cuts encoded batches into chunks and publishes trajectories. Used from one thread.
 
-    Frames arrive in the order of the stream, so at most one trajectory is open.
+    Frames arrive in the order of the stream, so at most one trajectory is open; one without frames to encode is written
+    in one go, while it is.
     """
 
     def __init__(
@@ -4472,12 +4490,13 @@ class StreamWriter:
         failed: FailedTrajectories,
         before_replacing: Callable[[str], None],
         frame_name: Callable[[TrajectoryPlan, int, str | None], str],
+        should_stop: Callable[[], bool],
     ):
         self._store, self._label, self._failed = store, label, failed
-        self._before_replacing, self._frame_name = before_replacing, frame_name
+        self._before_replacing, self._frame_name, self._should_stop = before_replacing, frame_name, should_stop
         self._open: TrajectoryWriter | None = None
 
-    def write(self, item: EncodedBatch | TrajectoryResult) -> list[TrajectoryResult]:
+    def write(self, item: EncodedBatch | TrajectoryPlan | TrajectoryResult) -> list[TrajectoryResult]:
         """Take the next item; returns the trajectories that it finished, or failed.
 
         Raises:
@@ -4488,6 +4507,8 @@ class StreamWriter:
                 if self._open is not None and self._open.plan.trajectory.name == item.name:
                     self.close(keep=isinstance(item.error, OSError))  # what cannot be read tonight proves nothing
                 return [item]
+            if isinstance(item, TrajectoryPlan):
+                return self._write_old(item)
             runs = _runs_of_one_camera(item)
             return [result for run in runs for result in self._write_rows(*run)]
 
@@ -4500,9 +4521,31 @@ class StreamWriter:
             frame = self._frame_name(plan, int(rows[int(np.argmin(encoded.finite))]), camera)
             return self._give_up(plan, InvalidDataError(f"{frame}: its features are not finite"))
         if self._open is None:
-            self._open = TrajectoryWriter(self._store.new_chunks_folder(plan), plan, self._label)
-        self._open.write(rows, encoded.tokens, camera)
+            self._open = self._new_writer(plan)
+        try:
+            self._open.write(rows, encoded.tokens, camera)
+        except InputError as error:  # an old chunk is damaged
+            return self._give_up(plan, error)
         return self._publish() if self._open.is_complete else []
+
+    def _write_old(self, plan: TrajectoryPlan) -> list[TrajectoryResult]:
+        """Write a trajectory all of whose tokens are in old chunks; the one that is open waits."""
+        waiting, self._open = self._open, None
+        try:
+            self._open = self._new_writer(plan)
+            self._open.write_rest()
+            return self._publish() if self._open.is_complete else []
+        except InputError as error:
+            return self._give_up(plan, error)
+        finally:
+            self.close()
+            self._open = waiting
+
+    def _new_writer(self, plan: TrajectoryPlan) -> TrajectoryWriter:
+        folder = self._store.new_chunks_folder(plan)
+        if plan.old is None:
+            return TrajectoryWriter(folder, plan, self._label)
+        return open_door(RECUT_MODULE).RecutWriter(folder, plan, self._label, self._should_stop)
 
     def _publish(self) -> list[TrajectoryResult]:
         writer, plan = self._open, self._open.plan
@@ -4544,7 +4587,7 @@ class StreamWriter:
 class NoWriter:
     """The end of a stream that is only measured: nothing is written, and no trajectory is completed."""
 
-    def write(self, item: EncodedBatch | TrajectoryResult) -> list[TrajectoryResult]:
+    def write(self, item: EncodedBatch | TrajectoryPlan | TrajectoryResult) -> list[TrajectoryResult]:
         """Pass failures on."""
         return [item] if isinstance(item, TrajectoryResult) else []
 
@@ -4591,7 +4634,7 @@ def cache_trajectories(
     with contextlib.closing(FrameStream(job, options, batch_size, encoder.batches_in_flight, hooks)) as stream:
         writer = NoWriter()
         if store is not None:
-            writer = StreamWriter(store, label, failed, hooks.before_replacing, stream.frame_name)
+            writer = StreamWriter(store, label, failed, hooks.before_replacing, stream.frame_name, hooks.should_stop)
         with (
             contextlib.closing(writer),  # first in, last out: no thread writes any more when it drops what is half-made
             thread_pool(1, "write") as writers,
@@ -4780,10 +4823,17 @@ class PreparedDataset:
     workers: Workers | None = None  # None where nothing is pending, or a dry run does not ask who would do it
     shape: ModelShape | None = None
     encoder: Encoder | None = None
+    recut: list[str] = field(default_factory=list)  # completed trajectories that are cut anew, all of them pending
+    recut_is_left: bool = False  # others that should be cannot be looked at in this run
 
     @property
     def name(self) -> str:
         return self.config.name
+
+    @property
+    def must_encode(self) -> bool:
+        """Whether a pending trajectory has frames to encode, as far as is known: of one that will fail, nothing is."""
+        return any(work.num_frames or not work.num_chunks for work in self.work.values())
 
     @property
     def trajectories(self) -> list[Trajectory]:
@@ -4844,6 +4894,7 @@ def forget_selected(config: DatasetConfig, progress: Progress, selection: Select
     that goes on, trajectories whose chunk files are younger than its beginning are redone already."""
     names = {trajectory.name for trajectory in selection.trajectories}
     began, is_new = progress.rebuild_started, progress.rebuild_started is None
+    progress.recut_started = None
     if is_new:
         which = f"every trajectory{' of the split' if config.split else ''} is redone"
         LOG.warning("%s: force_rebuild: %s (by every run, if it is True in the config file)", config.name, which)
@@ -5224,7 +5275,7 @@ def lost_trajectories(progress: Progress, store: ChunkStore, present: Container[
     return lost
 
 
-ANSWERS = {"y": "keep", "yes": "keep", "r": "redo"}  # to the question about a changed configuration; others: no
+ANSWERS = {"y": "keep", "yes": "keep", "c": "recut", "r": "redo"}  # about a changed configuration; others: no
 
 
 class ChangedConfig(Exception):
@@ -5235,8 +5286,13 @@ class ChangedConfig(Exception):
         self.dataset, self.differences, self.can_redo = dataset, differences, can_redo
         self.facts = repr((dataset.name, differences, len(dataset.progress.records)))  # what an answer is good for
 
+    @property
+    def can_recut(self) -> bool:
+        """Whether what is completed can be cut anew, since no feature is another."""
+        return self.can_redo and is_there(RECUT_MODULE) and not open_door(RECUT_MODULE).obstacles(self.differences)
+
     def decide(self, stop_request: StopRequest, *, yes: bool) -> str:
-        """Say what changed; keep: what is completed stays as it is, the rest is made with the new one; or redo.
+        """Say what changed; keep: what is completed stays as it is, the rest is made with the new one; recut; or redo.
 
         Raises:
             RefusedError: the answer is no, or there is neither --yes nor a terminal.
@@ -5246,27 +5302,32 @@ class ChangedConfig(Exception):
             "Ways on: --yes keeps what is completed and makes the rest with the new configuration; --force-rebuild "
             f"redoes everything, as {reset} does; or undo it"
         )
+        if self.can_recut:
+            ways = ways.replace("--force-rebuild", "--recut cuts it anew without encoding it again; --force-rebuild")
         lines = [f"  {key}: {old} -> {new}" for key, old, new in self.differences]
         for line in (f"{name}: the configuration changed since this cache was begun:", *lines):
             LOG.warning("%s", line)
         if self.can_redo and not yes and sys.stdin and sys.stdin.isatty() and is_there(CHOICES_MODULE):
-            for letter, what in open_door(CHOICES_MODULE).choices(self.dataset):
+            for letter, what in open_door(CHOICES_MODULE).choices(self.dataset, can_recut=self.can_recut):
                 LOG.warning("  %s  %s", letter, what)
         question = "Continue with the changed configuration?"
         answer = ANSWERS.get("y" if yes else answer_to(question, ways, stop_request))
-        if answer is None or (answer == "redo" and not self.can_redo):
+        is_possible = {"redo": self.can_redo, "recut": self.can_recut}
+        if answer is None or not is_possible.get(answer, True):
             raise RefusedError(f"{name}: not continued with the changed configuration. Nothing was changed. {ways}")
         return answer
 
 
 def confirm_changes(change: ChangedConfig, answers: dict[str, str], stop_request: StopRequest, *, yes: bool) -> str:
-    """What was decided on a changed configuration, if it did change: keep or redo.
+    """What was decided on a changed configuration, if it did change: keep, recut or redo.
 
     Raises:
         ChangedConfig: it is to be asked, on the terminal.
         RefusedError: as for `decide`.
     """
     dataset, differences = change.dataset, change.differences
+    if dataset.recut:  # decided; what comes now are other weights
+        open_door(RECUT_MODULE).refuse_other_features(dataset, differences)
     if differences and dataset.progress.records and change.facts not in answers:
         if not yes and sys.stdin and sys.stdin.isatty():
             raise change
@@ -5340,7 +5401,7 @@ def plan_costs(_: TrajectoryReader, trajectories: list[Trajectory], job: Reading
         FENCE.allow()
         if isinstance(outcome, TrajectoryPlan):
             work = Work(
-                num_frames=outcome.num_stored_frames * len(job.spec.cameras),
+                num_frames=len(outcome.rows_to_encode) * len(job.spec.cameras),
                 num_chunks=len(outcome.spans),
                 num_rows=outcome.num_rows,
                 pose_bytes=outcome.num_rows * sum(values[:1].nbytes for values in outcome.datasets.values()),
@@ -5461,7 +5522,9 @@ def load_encoders(datasets: list[PreparedDataset], stop_request: StopRequest) ->
     for dataset in datasets:
         stop_request.check()
         source, recorded = weights_source(dataset.spec), dataset.progress.weights
-        if not dataset.pending:
+        if not dataset.pending or not dataset.must_encode:
+            if dataset.pending:
+                dataset.encoder = open_door(RECUT_MODULE).NoEncoder()
             if recorded is not None and {**recorded, **source} == recorded:
                 continue
             if dataset.progress.records:
@@ -5506,7 +5569,8 @@ def remarks(dataset: PreparedDataset) -> list[str]:
             f"{given_up} failed trajectories are not tried again after {most} attempts (reset-failed allows it)"
         )
     others = {key for key, spec in dataset.progress.specs.items() if spec_differences(spec, dataset.spec)}
-    kept = [name for name, record in records.items() if record["fingerprint"] in others]
+    recut = set(dataset.recut)
+    kept = [name for name, record in records.items() if record["fingerprint"] in others and name not in recut]
     for names, what in (
         (
             sorted(records.keys() - present - dataset.lost.keys()),
@@ -5759,6 +5823,7 @@ class DatasetRun:
         self._unfinished = set(self._states)  # whose chunks in staging are still wanted
         self._num_odd = sum(bool(s.status == "completed" and s.remark) for s in dataset.states) + len(dataset.lost)
         self._told: set[str] = set()  # trajectories that were said to have failed
+        self._recut_is_left = dataset.recut_is_left  # the next run tries again
         self._must_save = False  # a run that has nothing to do, and changes no setting, leaves the record as it is
         self._elapsed_before_s = dataset.progress.elapsed_s
 
@@ -5846,7 +5911,7 @@ class DatasetRun:
         progress.to_redo = {name for name, *_ in dataset.pending if name in progress.records}
         has_changed = bool(renewed or dataset.lost) or before != self._settings()
         has_changed |= (self._store.cache_dir / JOURNAL_FILE).exists()  # of a killed run
-        self._must_save = bool(dataset.pending or progress.rebuild_started) or has_changed
+        self._must_save = bool(dataset.pending or progress.rebuild_started or progress.recut_started) or has_changed
         with storage_errors(self._store.cache_dir):
             self._store.empty_staging(self._unfinished)
         if dataset.pending:
@@ -5891,6 +5956,8 @@ class DatasetRun:
     def _end_record(self) -> None:
         if self._counts.is_finished and not self._dataset.left_out:
             self._progress.rebuild_started = None
+            if not (self._recut_is_left or self._mount.held_back):
+                self._progress.recut_started = None
         with storage_errors(self._store.cache_dir):
             self._store.empty_staging(self._unfinished)
 
@@ -5941,6 +6008,7 @@ class DatasetRun:
             LOG.warning("%s stays as it was completed", name)
             self._counts.num_completed += 1
             self._num_odd += 1
+            self._recut_is_left |= state.trajectory.old is not None and not isinstance(error, InvalidDataError)
             return
         before = self._progress.failures.get(name)
         unchanged = before is not None and (name in self._unchanged_failures or before["checksum"] == result.checksum)
@@ -5990,8 +6058,10 @@ def announce(dataset: PreparedDataset) -> None:
     places = {"data_folder": str(dataset.config.data_folder), "cache_dir": str(dataset.config.cache_dir)}
     counts = {"trajectories": total, "completed": completed, "to_do": len(dataset.pending)}
     EVENTS.info("start", {"dataset": dataset.name, **places, **counts, "frames": dataset.num_frames})
-    if dataset.pending:
+    if dataset.pending and dataset.must_encode:
         announce_encoding(dataset)
+    if dataset.recut:
+        LOG.info("%s", open_door(RECUT_MODULE).describe(dataset))
     if dataset.progress.records:
         LOG.info("Loaded existing progress: %d trajectories completed", completed)
         LOG.info("Resuming processing: %d/%d trajectories completed", completed, total)
@@ -6023,7 +6093,7 @@ def announce_encoding(dataset: PreparedDataset) -> None:
 
 def begin_rebuild(dataset: PreparedDataset) -> None:
     """Where much is redone, withdraw it from the record before any dataset's work: a plain run then goes on with all.
-    The record before it is set aside."""
+    The record before it is set aside. Of a re-cut, only a mark is put there."""
     progress, cache_dir = dataset.progress, dataset.config.cache_dir
     if dataset.begins_rebuild:
         with storage_errors(cache_dir):
@@ -6035,6 +6105,8 @@ def begin_rebuild(dataset: PreparedDataset) -> None:
                     "%s: the record before it is kept as %s", dataset.name, set_aside(cache_dir, "rebuild").name
                 )
             progress.save()
+    if progress.recut_started is not None:
+        open_door(RECUT_MODULE).begin(dataset)
 
 
 class LogFormatter(logging.Formatter):
@@ -6186,6 +6258,8 @@ def print_forecast(dataset: PreparedDataset, reasons: list[str], rates: dict[str
     print_lines(f"  trajectories: {len(dataset.trajectories)}")
     print_lines(f"  completed: {dataset.num_completed}")
     print_lines(f"  to do now: {len(dataset.pending)}")
+    if dataset.recut:
+        print_lines(f"  {open_door(RECUT_MODULE).describe(dataset)}")
     print_lines(f"  frames to encode: {dataset.num_frames}")
     print_lines(f"  chunks to write: {sum(work.num_chunks for work in dataset.work.values())}")
     print_lines(f"  bytes they take: {taken} ({human_bytes(taken)}), replacing {human_bytes(replaced_bytes(dataset))}")
@@ -6199,7 +6273,7 @@ def print_forecast(dataset: PreparedDataset, reasons: list[str], rates: dict[str
             changes.append(("weights", recorded["source"], source))
         for key, old, new in changes:
             print_lines(f"  changed configuration: {key}: {old} -> {new}")
-        if changes:
+        if changes and not dataset.progress.recut_started:
             print_lines("  a run would ask about it, and without a terminal refuse to start unless --yes is given")
     facts, doubts = pose_lines(dataset)
     for remark in [*facts, *remarks(dataset), *doubts]:
@@ -6229,6 +6303,7 @@ class RunArguments(NamedTuple):
     limit: int | None = None
     told: list[Any] | None = None  # gets the config's hooks; None: no one is told
     log_json: Path | None = None
+    recut: bool = False
 
 
 def run(arguments: RunArguments, stop_request: StopRequest, night: Night | None = None) -> NightOutcome:
@@ -6247,15 +6322,30 @@ def run(arguments: RunArguments, stop_request: StopRequest, night: Night | None 
 
 
 def confirmed(
-    dataset: PreparedDataset, config: DatasetConfig, answers: dict[str, str], stop_request: StopRequest, *, yes: bool
+    dataset: PreparedDataset,
+    config: DatasetConfig,
+    answers: dict[str, str],
+    stop_request: StopRequest,
+    arguments: RunArguments,
 ) -> PreparedDataset:
-    """The dataset, once its changed settings are confirmed; prepared anew where all is redone. Raises ChangedConfig
-    where that is to be asked."""
+    """The dataset, once its changed settings are confirmed, which a dry run takes for granted; prepared anew where all
+    is redone. Raises ChangedConfig where that is to be asked."""
     change = ChangedConfig(dataset, configuration_changes(dataset), can_redo=True)
-    if confirm_changes(change, answers, stop_request, yes=yes) != "redo":
-        return dataset
-    options = config.options.model_copy(update={"force_rebuild": True})
-    return prepare_dataset(dataclasses.replace(config, options=options), stop_request)
+    if arguments.recut:
+        is_begun = bool(dataset.progress.records)
+        open_door(RECUT_MODULE).refuse_other_features(dataset, change.differences if is_begun else [])
+        answers[change.facts] = "recut"
+    answer = "keep"
+    if arguments.recut or not arguments.dry_run:
+        answer = confirm_changes(change, answers, stop_request, yes=arguments.yes)
+    if answer == "redo":
+        options = config.options.model_copy(update={"force_rebuild": True})
+        return prepare_dataset(dataclasses.replace(config, options=options), stop_request)
+    if answer == "keep" and change.differences:
+        dataset.progress.recut_started = None
+    if answer == "recut" or dataset.progress.recut_started is not None:
+        open_door(RECUT_MODULE).take_up(dataset)
+    return dataset
 
 
 def attempt(arguments: RunArguments, stop_request: StopRequest, night: Night, answers: dict[str, str]) -> NightOutcome:
@@ -6278,8 +6368,8 @@ def attempt(arguments: RunArguments, stop_request: StopRequest, night: Night, an
         with PROFILE("list"):
             datasets = night.prepared = [prepare_dataset(config, stop_request) for config in configs]
         # 4) have changed settings confirmed
-        for number, config in () if arguments.dry_run else enumerate(configs):
-            datasets[number] = confirmed(datasets[number], config, answers, stop_request, yes=arguments.yes)
+        for number, config in enumerate(configs):
+            datasets[number] = confirmed(datasets[number], config, answers, stop_request, arguments)
         # 5) choose what is to do
         for dataset in datasets:
             dataset.other_caches = other_caches(dataset, all_configs)
@@ -6454,6 +6544,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="say what would be done and what it takes; write nothing")
     add("--measure", action="store_true", help="with --dry-run: decode and encode for seconds, to estimate the time")
     add("--force-rebuild", action="store_true", help="redo every trajectory (of the split)")
+    add("--recut", action="store_true", help="cut what is completed anew, as configured now, from its stored features")
     add("--yes", action="store_true", help="go on with a changed configuration, or where a cache is gone")
     add("--limit", type=_positive(int), metavar="N", help="at most N pending trajectories per dataset")
     add("--max-hours", type=_positive(float), metavar="H", help="stop, resumably, after H hours")
@@ -6496,7 +6587,7 @@ def run_arguments(parsed: argparse.Namespace) -> RunArguments:
     return RunArguments(
         datasets=parsed.dataset,
         overrides={**dict(parsed.set), **{key: value for key, value in overrides.items() if value is not None}},
-        **{key: getattr(parsed, key) for key in ("config", "dry_run", "measure", "yes", "limit", "log_json")},
+        **{key: getattr(parsed, key) for key in ("config", "dry_run", "measure", "yes", "limit", "log_json", "recut")},
     )
 
 
@@ -6512,6 +6603,8 @@ def main(argv: list[str] | None = None) -> int:
     parsed = parser.parse_args(argv)
     if parsed.measure and not parsed.dry_run:
         parser.error("--measure: goes with --dry-run")
+    if parsed.recut and parsed.force_rebuild:
+        parser.error("--recut keeps features that --force-rebuild redoes: give one of them")
     for key, count in Counter(key for key, _ in parsed.set).items():
         if count > 1:
             parser.error(f"--set: {key} is given twice")

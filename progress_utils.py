@@ -1099,6 +1099,7 @@ RECORD_KEYS: dict[str, RecordKey] = {
     "other_caches": RecordKey((list, _NULL), check=_check_texts, is_later=True),
     "checksum_kind": RecordKey((str,), lambda: "stat"),
     "rebuild_started": RecordKey((*_NUMBER, _NULL)),
+    "recut_started": RecordKey((*_NUMBER, _NULL), is_later=True),
     "processing_config": RecordKey((dict,), dict),
     "weights": RecordKey((dict, _NULL), check=_check_weights),  # source, size, mtime, digest
     "specs": RecordKey((dict,), dict, saved=_specs_in_use, check=_check_specs),  # fingerprint -> spec
@@ -1388,6 +1389,8 @@ def _run_lines(cache_dir: Path) -> list[str]:
 
 def state_remarks(progress: Progress) -> list[str]:
     remarks = []
+    if progress.recut_started is not None:
+        remarks.append(f"Re-cut under way since {time.ctime(progress.recut_started)}: the next run goes on with it")
     if progress.rebuild_started is not None:
         remarks.append(f"Rebuild under way since {time.ctime(progress.rebuild_started)}: the next run goes on with it")
     if len(progress.fingerprints) > 1:

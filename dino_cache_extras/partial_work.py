@@ -20,7 +20,7 @@ def work_left(work: Work, partial: Partial, spec: CacheSpec) -> Work:
         last_stop = stop
     rows_left = sum(rows[count:])
     return work._replace(
-        num_frames=frames_left * len(spec.cameras),
+        num_frames=min(work.num_frames, frames_left * len(spec.cameras)),  # the former: others are in old chunks
         num_chunks=len(spans) - count,
         num_rows=rows_left,
         pose_bytes=work.pose_bytes * rows_left // work.num_rows,
