@@ -1,8 +1,9 @@
 """--shard I/N: runs that share a cache, each with a record of its own; and merging those records into the cache's.
 
-A shard's record is the whole truth on its share of the trajectories: it begins as a copy of what the cache's record
-says of them, and takes that one's place when it is merged. So the merged record does not depend on when, in which order
-or how often that is begun. Three locks keep everybody apart:
+A shard's record begins as a copy of what the cache's says of its share. What it redoes is withdrawn from the cache's,
+so that this one is true at every moment, also for programs that know nothing of shards; merging adds what is missing
+there. So the merged record does not depend on when, in which order or how often that is begun. Three locks keep all
+apart:
 
     <cache_dir>/.lock                     a run without --shard, or an edit, holds it alone; shards hold it together
     <cache_dir>/.shards/3-of-16/.lock     one run per shard
@@ -12,8 +13,10 @@ or how often that is begun. Three locks keep everybody apart:
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -46,6 +49,7 @@ from progress_utils import (
     Progress,
     RefusedError,
     Shard,
+    TrajectoryRecord,
     cache_lock,
     fsync_path,
     human_list,
@@ -205,10 +209,10 @@ class ShardProgress(Progress):
         return super().is_begun or self.others_begun
 
 
-def _load(folder: Path, kind: type[Progress] = Progress) -> Progress | None:
+def _load(folder: Path) -> Progress | None:
     """A shard's record, None where there is none."""
     try:
-        return kind.load(folder)
+        return Progress.load(folder)
     except RefusedError as error:
         raise RefusedError(
             f"{folder / PROGRESS_FILE}: not a usable record of a shard: {error.__cause__ or error}. Nothing was "
@@ -225,21 +229,18 @@ def load_all(folders: dict[Shard, Path]) -> dict[Shard, Progress]:
 
 
 def take_over(progress: Progress, shard: Shard, own: Progress) -> int:
-    """Put what a shard's record says of its share in the place of what `progress` says; returns how many completed
-    trajectories are new or were redone. What agrees is left alone: a second time changes nothing."""
+    """Add to `progress` what a shard's record has of its share; returns how many completed trajectories are new there.
+    A shard withdraws from the cache's record what it redoes: what is there still, or again, is as it says. So a second
+    time changes nothing."""
     has_changed, num_new = False, 0
-    for name in [name for name in progress.records if shard.holds(name) and name not in own.records]:
-        has_changed = progress.forget(name)
-    for name in [name for name in progress.failures if shard.holds(name) and name not in own.failures]:
-        has_changed = progress.failures.pop(name) is not None
     progress.specs |= own.specs
     for name, record in own.records.items():
-        is_same = progress.records.get(name) == record and progress.checksums.get(name) == own.checksums[name]
-        if shard.holds(name) and not is_same:
+        known = progress.records.get(name)
+        if shard.holds(name) and (known is None or _is_renewed(known, record)):
             progress.complete(name, own.checksums[name], record)
-            has_changed, num_new = True, num_new + 1
+            has_changed, num_new = True, num_new + (known is None)
     for name, failure in own.failures.items():
-        if shard.holds(name) and progress.failures.get(name) != failure:
+        if shard.holds(name) and name not in progress.records and progress.failures.get(name) != failure:
             progress.fail(name, failure)
             has_changed = True
     if has_changed:
@@ -248,6 +249,12 @@ def take_over(progress: Progress, shard: Shard, own: Progress) -> int:
         for key in SETTINGS:
             setattr(progress, key, getattr(own, key))
     return num_new
+
+
+def _is_renewed(known: TrajectoryRecord, record: TrajectoryRecord) -> bool:
+    """Whether a record is of the same chunks, and only says by another checksum or rule what they were made from."""
+    is_same = all(known[key] == record[key] for key in ("fingerprint", "spans", "bytes"))
+    return is_same and known != record
 
 
 def with_shards(cache_dir: Path, but_for: int | None = None) -> Progress | None:
@@ -262,7 +269,7 @@ def with_shards(cache_dir: Path, but_for: int | None = None) -> Progress | None:
 
 
 def open_progress(config: DatasetConfig) -> ShardProgress:
-    """The record of a shard: its own, or what the cache's says of its share. The configuration that it begins with is
+    """The record of a shard: what merging its own would now give of its share. The configuration that it begins with is
     the one that was last in force, here or in another shard.
 
     Raises:
@@ -276,24 +283,24 @@ def open_progress(config: DatasetConfig) -> ShardProgress:
         base = with_shards(cache_dir, but_for=shard.count) or whole
         folders = unmerged_shards(cache_dir)
         mates = load_all({other: path for other, path in folders.items() if other.count == shard.count})
-    own = _load(config.record_dir, ShardProgress)
-    if own is None:
-        own = ShardProgress(config.record_dir, config.name)
-        own.specs = {**base.specs}
-        for name, record in base.records.items():
-            if shard.holds(name):
-                own.complete(name, base.checksums[name], record)
-        own.failures = {name: failure for name, failure in base.failures.items() if shard.holds(name)}
-        own.elapsed_s = 0.0
-    own.dataset_name = config.name
-    known = (record for other, record in ((None, whole), *mates.items()) if other != shard)
-    own.elsewhere = frozenset(name for record in known for name in record.records if not shard.holds(name))
-    begun = [record for record in ([base] if base.records else []) + [*mates.values()] if record.processing_config]
-    own.others_begun = bool(begun)
-    own.seen = frozenset(_configuration(record.processing_config, record.weights) for record in begun)
+    names = itertools.chain(whole.records, *(record.records for record in mates.values()))
+    elsewhere = frozenset(name for name in names if not shard.holds(name))
+    # The cache's configuration has not changed since the first shard began: that of the last one counts.
+    begun = [record for record in mates.values() if record.processing_config] or ([base] if base.records else [])
+    seen = frozenset(_configuration(record.processing_config, record.weights) for record in (*begun, base))
     last = max(begun or [base], key=lambda record: record.last_update)
-    for key in SETTINGS:
-        setattr(own, key, json.loads(json.dumps(getattr(last, key))))
+    settings = {key: copy.deepcopy(getattr(last, key)) for key in SETTINGS}
+    own = ShardProgress(config.record_dir, config.name)
+    if (before := mates.get(shard)) is not None:
+        take_over(base, shard, before)
+        own.start_time, own.elapsed_s = before.start_time, before.elapsed_s
+    own.specs, own.elsewhere, own.others_begun, own.seen = {**base.specs}, elsewhere, bool(begun), seen
+    for name, record in base.records.items():
+        if shard.holds(name):
+            own.complete(name, base.checksums[name], record)
+    own.failures = {name: failure for name, failure in base.failures.items() if shard.holds(name)}
+    for key, value in settings.items():
+        setattr(own, key, value)
     return own
 
 

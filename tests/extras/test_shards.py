@@ -218,6 +218,58 @@ def test_edits_wait_for_a_merge_and_the_next_whole_run_merges(two_done, run_here
     assert not (robot.cache / ".shards").exists()
 
 
+def test_caches_of_a_configuration_are_merged_together_and_a_dry_run_writes_nothing(two_done, run_here):
+    robot = two_done
+    settings = yaml.safe_load(robot.config.read_text())
+    make_trajectory(robot.data.with_name("yard") / "t0")
+    settings["datasets"]["yard"] = {"data_folder": str(robot.data.with_name("yard"))}
+    robot.config.write_text(yaml.safe_dump(settings))
+    assert [outcome.code for outcome in run_shards(run_here, robot)] == [0, 0, 0]
+    before = tree(robot.data.parent)
+    dry = run_here(robot.config, "--dry-run", "--shard", "2/3")
+    assert (dry.code, dry.out.count("to do now: 0")) == (0, 2)
+    assert tree(robot.data.parent) == before
+    done = run_utils("merge", "--config", robot.config)
+    assert (done.returncode, done.stdout.count("merged shards")) == (0, 2), done.stderr
+    robot.check(*NAMES)
+    assert run_here(robot.config).code == 0
+
+
+def test_a_record_that_came_since_is_kept(two_done, run_here):
+    """Another version, which knows nothing of shards, redid a trajectory; rebuild found one that a shard withdrew."""
+    robot, name = two_done, SHARES[0][0]
+    own = progress_utils.Progress.load(shard_dir(robot, "0/3"))
+    main = progress_utils.Progress.load(robot.cache)
+    record = {**own.records[name], "fingerprint": "f" * 16}
+    main.specs["f" * 16] = {**own.processing_config, "max_chunk_distance_m": 9.0}
+    main.complete(name, own.checksums[name], record)
+    main.save()
+    merge(robot)
+    assert read_progress(robot.cache)["trajectory_records"][name] == record
+
+
+def test_trajectories_in_each_others_folders_are_published_one_at_a_time(tmp_path):
+    config = dino_cache.DatasetConfig(
+        "robot", tmp_path, tmp_path / "cache", None, dino_cache.CacheSpec(), dino_cache.RunOptions(), shard=Shard(0, 1)
+    )
+    progress = shards.ShardProgress(config.record_dir, "robot")
+
+    def store(*names: str) -> dino_cache.ChunkStore:
+        found = [dino_cache.Trajectory(name, tmp_path / name, "gnm") for name in names]
+        return shards.share_of(config, progress, dino_cache.Selection(found, [], [])).store
+
+    assert type(store("a/b", "a/c")) is dino_cache.ChunkStore
+    nested = store("a", "a/b")
+    assert type(nested) is shards.SharedStore
+    config.record_dir.mkdir(parents=True)
+    nested.empty_staging()
+    for name in ("a/b", "a"):
+        staged = nested.new_staging_folder()
+        (staged / "chunk_00000.h5").touch()
+        assert nested.publish(staged, name, lambda name: None) is None or name == "a"
+    assert sorted(progress_utils.chunk_folders(config.cache_dir)) == ["a", "a/b"]
+
+
 def test_readers_say_what_waits(two_done):
     from dino_cache import CacheWindows
 
