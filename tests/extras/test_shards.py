@@ -255,7 +255,7 @@ def test_trajectories_in_each_others_folders_are_published_one_at_a_time(tmp_pat
     progress = shards.ShardProgress(config.record_dir, "robot")
 
     def store(*names: str) -> dino_cache.ChunkStore:
-        found = [dino_cache.Trajectory(name, tmp_path / name, "gnm") for name in names]
+        found = [dino_cache.Trajectory(name, tmp_path / name) for name in names]
         return shards.share_of(config, progress, dino_cache.Selection(found, [], [])).store
 
     assert type(store("a/b", "a/c")) is dino_cache.ChunkStore
