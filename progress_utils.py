@@ -54,6 +54,7 @@ import re
 import shutil
 import socket
 import sys
+import textwrap
 import threading
 import time
 import zlib
@@ -1335,6 +1336,8 @@ def read_or_refuse(cache_dir: Path) -> StoredRecord:
     if stored is None:
         near = [str(path.parent) for path in sorted(cache_dir.glob(f"*/{PROGRESS_FILE}"))[:3]]
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+        if owner := lock_owner(cache_dir):
+            hint = f". A run is at work ({owner}) and has recorded nothing yet"
         raise RefusedError(f"{cache_dir}: no {PROGRESS_FILE} here; a cache is the folder that holds it{hint}")
     return stored
 
@@ -1372,9 +1375,9 @@ def waiting_in_shards(cache_dir: Path, recorded: Container[str]) -> str | None:
 
 def watch(cache_dir: Path, *, every_s: float, show_all: bool) -> int:
     """Print the state of one cache again and again, until Ctrl-C: in place on a terminal, else whenever it changed."""
-    load_or_refuse(cache_dir)
     record, in_place, before = _WatchedRecord(cache_dir), sys.stdout.isatty(), None
     try:
+        _await_record(cache_dir, every_s)
         while console_error("stdout") is None:  # else nobody watches any more
             progress = record.load()
             lines = [*_status_lines(progress), *_failure_lines(progress.failures, show_all)]
@@ -1387,6 +1390,23 @@ def watch(cache_dir: Path, *, every_s: float, show_all: bool) -> int:
     except KeyboardInterrupt:
         pass
     return 0
+
+
+def _await_record(cache_dir: Path, every_s: float) -> None:
+    """Wait while a run holds a cache that has no record yet: it loads weights and reads poses before the first.
+
+    Raises:
+        RefusedError: there is no record, and no run that would make one; or it is unreadable.
+    """
+    is_told = False
+    while read_record(cache_dir, with_journal=False) is None and (owner := lock_owner(cache_dir)) is not None:
+        if not is_told:
+            print_lines(
+                f"{cache_dir}: a run is at work ({owner}) and has recorded nothing yet; waiting", file=sys.stderr
+            )
+        is_told = True
+        time.sleep(every_s)
+    load_or_refuse(cache_dir)
 
 
 class _WatchedRecord:
@@ -1410,7 +1430,9 @@ class _WatchedRecord:
 def _print_in_place(lines: list[str], *, is_first: bool) -> None:
     """Print over what was printed before, as much of it as fits into the terminal."""
     width, height = os.get_terminal_size(sys.stdout.fileno())
-    shown = [printable(line)[: max(width - 1, 20)] for line in lines[: max(height - 1, 10)]]  # some terminals say 0
+    width, height = max(width - 1, 20), max(height - 1, 10)  # some terminals say 0
+    parts = [part for line in lines for part in textwrap.wrap(printable(line), width, subsequent_indent="  ") or [""]]
+    shown = parts[:height]
     clear, home, to_line_end, to_screen_end = "\x1b[2J", "\x1b[H", "\x1b[K", "\x1b[J"
     text = "".join(f"{line}{to_line_end}\n" for line in shown)
     print(f"{clear if is_first else ''}{home}{text}{to_screen_end}", end="", flush=True)
@@ -1825,7 +1847,7 @@ def _run_command(asked_for: str | None, argv: list[str]) -> int:
         if asked_for in COMMAND_MODULES:  # they look for trajectories by name
             refuse_locale()
         arguments = build_parser(asked_for).parse_args(argv)
-        return _run_on_cache(arguments) if hasattr(arguments, "cache_dir") else arguments.run(arguments)
+        return _run_on_cache(arguments) if hasattr(arguments, "cache") else arguments.run(arguments)
     except DinoCacheError as error:
         first, *more = error.args
         print_lines(f"error: {first}", *more, file=sys.stderr)

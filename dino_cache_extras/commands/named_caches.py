@@ -42,6 +42,6 @@ def run_on_caches(arguments: argparse.Namespace) -> int:
         arguments.cache_dir = config.cache_dir
         code = arguments.run(arguments)
     for config in configs:
-        if config not in begun:
+        if config not in begun and not os.path.lexists(config.cache_dir / PROGRESS_FILE):  # made while it was watched
             print_lines(f"Dataset {config.name}: no {PROGRESS_FILE} in {config.cache_dir} yet", file=sys.stderr)
     return code

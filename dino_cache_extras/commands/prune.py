@@ -58,7 +58,8 @@ def prune(cache_dir: Path, config: DatasetConfig | None, *, yes: bool) -> int:
         for name in waste.gone:
             print_lines(f"  gone from the data: {name} ({human_bytes(sizes[name])})")
         for what, paths in (("record set aside", waste.set_aside), ("leftover", waste.leftovers)):
-            print_lines(*(f"  {what}: {path.relative_to(cache_dir)}" for path in paths))
+            for path in paths:
+                print_lines(f"  {what}: {path.relative_to(cache_dir)}")
         counts = f"{len(waste.gone)} trajectories, {len(waste.set_aside)} records set aside, "
         counts += f"{len(waste.leftovers)} leftovers: {human_bytes(size)}"
         if holder is not None:
