@@ -93,6 +93,7 @@ from progress_utils import (
     LOG_FILE,
     PROGRESS_FILE,
     RUNS_FILE,
+    SHARDS_FOLDER,
     SHOWN_NAMES,
     STAGING_FOLDER,
     TEMPORARY_FILES,
@@ -105,6 +106,7 @@ from progress_utils import (
     Progress,
     RefusedError,
     RunState,
+    Shard,
     TrajectoryRecord,
     __version__,
     absent_mount,
@@ -140,6 +142,7 @@ from progress_utils import (
     refuse_locale,
     set_aside,
     set_up_console,
+    unmerged_shards,
 )
 
 try:
@@ -767,6 +770,12 @@ class DatasetConfig:
     options: RunOptions
     format: str = "auto"
     own_keys: frozenset[str] = frozenset()  # given under the dataset, not at the top
+    shard: Shard | None = None  # --shard: the share of the trajectories that is done
+
+    @property
+    def record_dir(self) -> Path:
+        """Where record, lock, log and staging lie: the cache folder, or that of the shard."""
+        return self.cache_dir if self.shard is None else self.shard.folder(self.cache_dir)
 
 
 _SECTIONS: tuple[type[BaseModel], ...] = (CacheSpec, RunOptions, DatasetPaths)
@@ -958,7 +967,9 @@ def spec_differences(recorded: dict[str, Any], spec: CacheSpec) -> list[tuple[st
 # ======================================================================================================================
 
 POSE_FILES = ("traj_data.pkl", "traj_data.json", "traj_data.npz")  # the first one found is read
-OWN_NAMES = (PROGRESS_FILE, LOG_FILE, RUNS_FILE, LOCK_FILE, LOCK_OWNER_FILE, STAGING_FOLDER)  # of no trajectory
+OWN_NAMES = (  # of no trajectory
+    PROGRESS_FILE, LOG_FILE, RUNS_FILE, LOCK_FILE, LOCK_OWNER_FILE, STAGING_FOLDER, SHARDS_FOLDER,
+)  # fmt: skip
 CACHE_SIGNS = (PROGRESS_FILE, LOCK_FILE)  # files that, with the staging folder, show a cache of this tool
 ZIP_SIGN = b"PK\x03\x04"
 MAX_FILE_BYTES = 1 << 29  # a pose or frame file larger than this is refused unread
@@ -3145,15 +3156,16 @@ class TrajectoryWriter:
 class ChunkStore:
     """A cache folder: staging, publishing and removing trajectories' chunks."""
 
-    def __init__(self, cache_dir: Path, staging: Path | None = None):
+    def __init__(self, cache_dir: Path, staging: Path | None = None, record_dir: Path | None = None):
         self.cache_dir = cache_dir
-        self._staging = staging or cache_dir / STAGING_FOLDER
+        self._record_dir = record_dir or cache_dir  # where the record and, unless it is given, staging lie
+        self._staging = staging or self._record_dir / STAGING_FOLDER
         self._durable_folders = {cache_dir}  # whose own entries this run has forced to the disk
 
     def empty_staging(self, wanted: Container[str] | None = None) -> None:
         """Remove what an interrupted run left half-made; partial trajectories stay, or those that are `wanted`."""
         for name in TEMPORARY_FILES:
-            (self.cache_dir / name).unlink(missing_ok=True)
+            (self._record_dir / name).unlink(missing_ok=True)
         if self._staging.is_symlink():
             self._staging.unlink()  # what it points to is not ours
         self._staging.mkdir(exist_ok=True)
@@ -3166,7 +3178,7 @@ class ChunkStore:
         kept: set[Path] = set()
         for partial in find_partials(staging):
             name = partial.made_from["trajectory"]
-            folder = partial_folder(self.cache_dir, name)
+            folder = partial_folder(self._record_dir, name)
             if folder in kept or (wanted is not None and name not in wanted):
                 continue
             if partial.folder != folder:
@@ -3184,7 +3196,7 @@ class ChunkStore:
     def partial_of(self, plan: TrajectoryPlan, label: ChunkLabel) -> Partial | None:
         """The chunks of it that an interrupted run finished from the same data with the same settings, and that are
         intact, up to the first that is not."""
-        partial = read_partial(partial_folder(self.cache_dir, plan.trajectory.name))
+        partial = read_partial(partial_folder(self._record_dir, plan.trajectory.name))
         if partial is None or partial.made_from != made_from(plan, label):
             return None
         paths = (partial.folder / chunk_file_name(index) for index in range(len(plan.spans) - 1))
@@ -3198,7 +3210,7 @@ class ChunkStore:
         if plan.partial is not None:
             move_partial(plan.partial, folder)
             LOG.info("%s: goes on after %d of %d chunks", name, len(plan.partial.chunks), len(plan.spans))
-        elif self._discard_partial(partial_folder(self.cache_dir, name)):
+        elif self._discard_partial(partial_folder(self._record_dir, name)):
             LOG.info("%s: its chunks of an interrupted run are of other data or settings, or damaged: made anew", name)
         return folder
 
@@ -4714,6 +4726,7 @@ CHOICES_MODULE = "dino_cache_extras.changed_config"  # what can be done about a 
 HINTS_MODULE = "dino_cache_extras.hints"  # what the machine could do beside what it does
 JSON_LOG_MODULE = "dino_cache_extras.json_log"  # writes what --log-json asks for
 MEASURE_MODULE = "dino_cache_extras.measure"  # what --measure does; what other tokens would take
+SHARDS_MODULE = "dino_cache_extras.shards"  # what --shard does; merges the records of shards
 POSE_FACTS_MODULE = "dino_cache_extras.pose_facts"  # tells what poses add up to, and what looks like another unit
 
 WORK_LIBRARIES = ("torch", "torchvision", "timm", "PIL.Image", "h5py")  # imported where there is work, and only there
@@ -4814,6 +4827,7 @@ class PreparedDataset:
     lost: dict[str, str]  # recorded, not among the data now, and with chunk files that are not as recorded -> how
     has_forgotten: bool = False  # a forced rebuild that begins now forgot completed trajectories
     begins_rebuild: bool = False  # a forced rebuild begins now
+    num_elsewhere: int = 0  # trajectories of other shards, present or recorded
     other_caches: list[str] = field(default_factory=list)  # of the config's other datasets, where they are or were
     pending: list[Trajectory] = field(default_factory=list)  # to do in this run, failed ones last
     left_out: int = 0  # pending too, beyond --limit
@@ -4865,12 +4879,14 @@ def prepare_dataset(config: DatasetConfig, stop_request: StopRequest) -> Prepare
     Raises:
         RefusedError: the record is unusable or of another dataset, or there are no trajectories.
     """
-    progress = open_progress(config)
+    progress = open_progress(config) if config.shard is None else open_door(SHARDS_MODULE).open_progress(config)
     config = settle_keys(settle_format(config), progress)
     spec = settle_spec(config, progress.processing_config.get("precision"))
     selection = select_trajectories(config, spec, stop_request)
     refuse_case_collisions(config.cache_dir, selection.trajectories)
-    store, has_forgotten = ChunkStore(config.cache_dir), False
+    store, num_elsewhere, has_forgotten = ChunkStore(config.cache_dir), 0, False
+    if config.shard is not None:
+        selection, store, num_elsewhere = open_door(SHARDS_MODULE).share_of(config, progress, selection)
     begins_rebuild = config.options.force_rebuild and progress.rebuild_started is None
     if config.options.force_rebuild:
         has_forgotten = forget_selected(config, progress, selection, store)
@@ -4886,6 +4902,7 @@ def prepare_dataset(config: DatasetConfig, stop_request: StopRequest) -> Prepare
         lost=lost_trajectories(progress, store, {trajectory.name for trajectory in selection.trajectories}),
         has_forgotten=has_forgotten,
         begins_rebuild=begins_rebuild,
+        num_elsewhere=num_elsewhere,
     )
 
 
@@ -4916,13 +4933,16 @@ def forget_selected(config: DatasetConfig, progress: Progress, selection: Select
 
 
 def open_progress(config: DatasetConfig) -> Progress:
-    """The cache's record, or an empty one.
+    """The cache's record, with what waits in its shards, or an empty one.
 
     Raises:
         RefusedError: it is unusable, of another dataset, missing beside chunks, or there although tracking is off.
     """
     options, cache_dir = config.options, config.cache_dir
-    progress = Progress.load(cache_dir)
+    if unmerged_shards(cache_dir):
+        progress = open_door(SHARDS_MODULE).with_shards(cache_dir)
+    else:
+        progress = Progress.load(cache_dir)
     if not options.enable_progress_tracking:
         if progress is not None:
             raise RefusedError(
@@ -4982,7 +5002,7 @@ def settle_keys(config: DatasetConfig, progress: Progress) -> DatasetConfig:
         RefusedError: nothing can be guessed, or a key is not among the data.
     """
     kind = format_named(config.format)
-    recorded = with_defaults(progress.processing_config) if progress.records else {}
+    recorded = with_defaults(progress.processing_config) if progress.is_begun else {}
     known = recorded.get("guessed_keys")  # None: no record, or from before guesses were recorded
     try:
         found = kind.guess(config.data_folder, config.spec)
@@ -5006,7 +5026,7 @@ def configuration_changes(dataset: PreparedDataset) -> list[tuple[str, Any, Any]
     """(key, recorded value, new value) of the format and every setting in which a dataset differs from its record."""
     progress, new_format = dataset.progress, dataset.config.format
     changes = spec_differences(progress.processing_config, dataset.spec)
-    if progress.records and progress.data_format not in (None, new_format):
+    if progress.is_begun and progress.data_format not in (None, new_format):
         changes.insert(0, ("format", progress.data_format, new_format))
     return changes
 
@@ -5328,7 +5348,7 @@ def confirm_changes(change: ChangedConfig, answers: dict[str, str], stop_request
     dataset, differences = change.dataset, change.differences
     if dataset.recut:  # decided; what comes now are other weights
         open_door(RECUT_MODULE).refuse_other_features(dataset, differences)
-    if differences and dataset.progress.records and change.facts not in answers:
+    if differences and dataset.progress.is_begun and change.facts not in answers:
         if not yes and sys.stdin and sys.stdin.isatty():
             raise change
         answers[change.facts] = change.decide(stop_request, yes=yes)
@@ -5815,7 +5835,7 @@ class DatasetRun:
         self._progress, self._store = dataset.progress, dataset.store
         self._counts = RunCounts(dataset)
         self._display = ProgressDisplay(
-            self._counts, dataset.progress, dataset.config.cache_dir, options.progress_interval_s
+            self._counts, dataset.progress, dataset.config.record_dir, options.progress_interval_s
         )
         self._mount = MountGuard(dataset.config.data_folder, dataset.pending)
         self._unchanged_failures = {s.trajectory.name for s in dataset.states if s.status == "failed"}
@@ -5891,7 +5911,7 @@ class DatasetRun:
         progress.data_folder, progress.data_format = str(dataset.config.data_folder), dataset.config.format
         progress.other_caches = dataset.other_caches or None
         num_new = sum(name not in progress.records for name, *_ in dataset.trajectories)
-        progress.num_trajectories = len(progress.records) + num_new
+        progress.num_trajectories = len(progress.records) + num_new + dataset.num_elsewhere
         if dataset.pending or progress.records:
             progress.processing_config = dataset.spec.to_json()
             progress.weights = dataset.weights
@@ -5910,7 +5930,7 @@ class DatasetRun:
             progress.forget(name)
         progress.to_redo = {name for name, *_ in dataset.pending if name in progress.records}
         has_changed = bool(renewed or dataset.lost) or before != self._settings()
-        has_changed |= (self._store.cache_dir / JOURNAL_FILE).exists()  # of a killed run
+        has_changed |= (dataset.config.record_dir / JOURNAL_FILE).exists()  # of a killed run
         self._must_save = bool(dataset.pending or progress.rebuild_started or progress.recut_started) or has_changed
         with storage_errors(self._store.cache_dir):
             self._store.empty_staging(self._unfinished)
@@ -6055,6 +6075,8 @@ def announce(dataset: PreparedDataset) -> None:
     total, completed = len(dataset.trajectories), dataset.num_completed
     LOG.info("dino_cache %s, %s", __version__, time.strftime("%Y-%m-%d %H:%M:%S"))
     LOG.info("Dataset %s: %s -> %s", dataset.name, dataset.config.data_folder, dataset.config.cache_dir)
+    if dataset.config.shard is not None:
+        open_door(SHARDS_MODULE).announce(dataset)
     places = {"data_folder": str(dataset.config.data_folder), "cache_dir": str(dataset.config.cache_dir)}
     counts = {"trajectories": total, "completed": completed, "to_do": len(dataset.pending)}
     EVENTS.info("start", {"dataset": dataset.name, **places, **counts, "frames": dataset.num_frames})
@@ -6089,6 +6111,12 @@ def announce_encoding(dataset: PreparedDataset) -> None:
             LOG.warning("%s", hint)
     if spec.weights == "random":
         LOG.warning("WEIGHTS ARE RANDOM (seeded): the features are for trying things out and mean nothing")
+
+
+def begin_shards(dataset: PreparedDataset) -> None:
+    """Bring what waits in shards into the record; of a run with --shard, begin its own record."""
+    if dataset.config.shard is not None or (dataset.config.cache_dir / SHARDS_FOLDER).is_dir():
+        open_door(SHARDS_MODULE).begin(dataset)
 
 
 def begin_rebuild(dataset: PreparedDataset) -> None:
@@ -6237,7 +6265,7 @@ def run_dataset(dataset: PreparedDataset, stop_request: StopRequest, num_waiting
         run, error = DatasetRun(dataset, stop_request), None
         try:
             with storage_errors(dataset.config.cache_dir):
-                logs.enter_context(log_file(dataset.config.cache_dir))
+                logs.enter_context(log_file(dataset.config.record_dir))
             run.run()
         except Exception as fault:
             error = fault
@@ -6266,7 +6294,7 @@ def print_forecast(dataset: PreparedDataset, reasons: list[str], rates: dict[str
     for line in open_door(MEASURE_MODULE).cost_lines(dataset, rates) if is_there(MEASURE_MODULE) else ():
         print_lines(line)
     print_lines(f"  free space: {human_bytes(free_bytes(dataset.config.cache_dir))}")
-    if dataset.progress.records:
+    if dataset.progress.is_begun:
         changes = configuration_changes(dataset)
         recorded, source = dataset.progress.weights, weights_source(dataset.spec)["source"]
         if recorded and recorded["source"] != source:
@@ -6304,6 +6332,7 @@ class RunArguments(NamedTuple):
     told: list[Any] | None = None  # gets the config's hooks; None: no one is told
     log_json: Path | None = None
     recut: bool = False
+    shard: Shard | None = None
 
 
 def run(arguments: RunArguments, stop_request: StopRequest, night: Night | None = None) -> NightOutcome:
@@ -6330,7 +6359,7 @@ def confirmed(
 ) -> PreparedDataset:
     """The dataset, once its changed settings are confirmed, which a dry run takes for granted; prepared anew where all
     is redone. Raises ChangedConfig where that is to be asked."""
-    change = ChangedConfig(dataset, configuration_changes(dataset), can_redo=True)
+    change = ChangedConfig(dataset, configuration_changes(dataset), can_redo=config.shard is None)
     if arguments.recut:
         is_begun = bool(dataset.progress.records)
         open_door(RECUT_MODULE).refuse_other_features(dataset, change.differences if is_begun else [])
@@ -6354,7 +6383,7 @@ def attempt(arguments: RunArguments, stop_request: StopRequest, night: Night, an
         # 1) read the config
         not_told_yet = None if arguments.told else arguments.told
         all_configs = load_config(arguments.config, arguments.overrides, not_told_yet)
-        configs = select_datasets(all_configs, arguments.datasets)
+        configs = select_datasets(all_configs, arguments.datasets, arguments.shard)
         night.num_datasets = len(configs)
         # 2) see that every disk is there, and lock every cache before anything slow
         for config in configs:
@@ -6362,8 +6391,8 @@ def attempt(arguments: RunArguments, stop_request: StopRequest, night: Night, an
             if not arguments.dry_run:
                 refuse_gone_cache(config, all_configs, stop_request, yes=arguments.yes)
         for config in () if arguments.dry_run else configs:
-            resources.enter_context(locked_cache(config.cache_dir))
-            BACKLOG.locked.append(config.cache_dir)
+            resources.enter_context(locked(config))
+            BACKLOG.locked.append(config.record_dir)
         # 3) read the records, list the trajectories, compare them
         with PROFILE("list"):
             datasets = night.prepared = [prepare_dataset(config, stop_request) for config in configs]
@@ -6403,6 +6432,7 @@ def attempt(arguments: RunArguments, stop_request: StopRequest, night: Night, an
         stop_request.check()
         # 10) from here on something is written: withdraw what is redone, then work
         for dataset in datasets:
+            begin_shards(dataset)
             begin_rebuild(dataset)
         outcome = run_datasets(datasets, stop_request)
         night.outcomes = outcome.datasets
@@ -6414,10 +6444,12 @@ def record_history(night: Night, exit_code: int) -> None:
     """Add the run to the histories of the caches that it worked on, where there is what writes them."""
     word = verdict(night, exit_code).partition(":")[0]
     for dataset, outcome in zip(night.prepared, night.outcomes if is_there(HISTORY_MODULE) else ()):
+        shard, cache_dir = dataset.config.shard, dataset.config.cache_dir
         try:
-            open_door(HISTORY_MODULE).add_run(dataset.config.cache_dir, outcome, word, night.begin, exit_code)
-        except OSError as error:  # a full disk, say; what was done stays done
-            LOG.warning("%s: this run is not added: %s", dataset.config.cache_dir / RUNS_FILE, error)
+            with contextlib.nullcontext() if shard is None else open_door(SHARDS_MODULE).guard(cache_dir):
+                open_door(HISTORY_MODULE).add_run(cache_dir, outcome, word, night.begin, exit_code, shard)
+        except (OSError, CacheLockedError) as error:  # a full disk, say; what was done stays done
+            LOG.warning("%s: this run is not added: %s", cache_dir / RUNS_FILE, error)
 
 
 def forecast(datasets: list[PreparedDataset], stop_request: StopRequest, *, with_rates: bool) -> None:
@@ -6434,13 +6466,21 @@ def forecast(datasets: list[PreparedDataset], stop_request: StopRequest, *, with
         print_forecast(dataset, why, rates)
 
 
-def select_datasets(configs: list[DatasetConfig], names: list[str] | None) -> list[DatasetConfig]:
-    """Those named on the command line; all where none is."""
+def select_datasets(
+    configs: list[DatasetConfig], names: list[str] | None, shard: Shard | None = None
+) -> list[DatasetConfig]:
+    """Those named on the command line, all where none is; of each the share that is asked for."""
     known = [config.name for config in configs]
     for name in names or []:
         if name not in known:
             raise RefusedError(f"--dataset {name}: not in the config; it has {', '.join(known)}")
-    return [config for config in configs if not names or config.name in names]
+    chosen = [config for config in configs if not names or config.name in names]
+    return chosen if shard is None else [open_door(SHARDS_MODULE).sharded(config, shard) for config in chosen]
+
+
+def locked(config: DatasetConfig) -> contextlib.AbstractContextManager[None]:
+    """Holds the lock of a dataset's cache, or of its shard."""
+    return locked_cache(config.cache_dir) if config.shard is None else open_door(SHARDS_MODULE).locked(config)
 
 
 def refuse_missing_data(config: DatasetConfig) -> None:
@@ -6548,6 +6588,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--yes", action="store_true", help="go on with a changed configuration, or where a cache is gone")
     add("--limit", type=_positive(int), metavar="N", help="at most N pending trajectories per dataset")
     add("--max-hours", type=_positive(float), metavar="H", help="stop, resumably, after H hours")
+    add(
+        "--shard", type=_shard, metavar="I/N",
+        help="only the I-th of N shares of the trajectories, 0/N to N-1/N, beside runs that do the others",
+    )  # fmt: skip
     add("--profile", action="store_true", help="at the end, say where the time went, and the limit")
     add("--log-json", type=Path, metavar="FILE", help="append what happens to a file, a JSON object a line")
     add("--device", metavar="D", help="auto, cpu, cuda or cuda:N, instead of the config's")
@@ -6569,6 +6613,13 @@ def _setting(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"{text!r}: the value is not YAML: {one_line(error)}") from error
 
 
+def _shard(text: str) -> Shard:
+    parts = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+    if parts is None or not int(parts[1]) < int(parts[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 0 <= I < N: of 16 shares write 0/16, ..., 15/16")
+    return Shard(int(parts[1]), int(parts[2]))
+
+
 def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
     def parse(text: str) -> float:
         value = kind(text)
@@ -6587,7 +6638,10 @@ def run_arguments(parsed: argparse.Namespace) -> RunArguments:
     return RunArguments(
         datasets=parsed.dataset,
         overrides={**dict(parsed.set), **{key: value for key, value in overrides.items() if value is not None}},
-        **{key: getattr(parsed, key) for key in ("config", "dry_run", "measure", "yes", "limit", "log_json", "recut")},
+        **{
+            key: getattr(parsed, key)
+            for key in ("config", "dry_run", "measure", "yes", "limit", "log_json", "recut", "shard")
+        },
     )
 
 
@@ -6605,6 +6659,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--measure: goes with --dry-run")
     if parsed.recut and parsed.force_rebuild:
         parser.error("--recut keeps features that --force-rebuild redoes: give one of them")
+    if parsed.recut and parsed.shard is not None:
+        parser.error("--recut: not with --shard. One run cuts the whole cache anew; begin the shards after it")
     for key, count in Counter(key for key, _ in parsed.set).items():
         if count > 1:
             parser.error(f"--set: {key} is given twice")
