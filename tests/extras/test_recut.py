@@ -193,9 +193,10 @@ def test_without_a_terminal_the_refusal_names_recut_only_where_it_is_possible(ro
         robot.configure(**settings)
         outcome = run_here(robot.config)
         assert (outcome.code, "--recut" in outcome.err) == (2, is_named)
-    with pytest.raises(SystemExit) as ended:
-        dino_cache.main(["--config", str(robot.config), "--recut", "--force-rebuild"])
-    assert ended.value.code == 2
+    for other in ["--force-rebuild"], ["--shard", "0/2"]:
+        with pytest.raises(SystemExit) as ended:
+            dino_cache.main(["--config", str(robot.config), "--recut", *other])
+        assert ended.value.code == 2
 
 
 def test_another_change_that_is_confirmed_with_yes_ends_a_re_cut(robot, run_here, loaded):
