@@ -206,7 +206,9 @@ class Sample:
             found = self._found.setdefault(token_dataset(camera, name), [])
             for frame in range(-(-first // SAMPLED_EVERY) * SAMPLED_EVERY, first + len(computed), SAMPLED_EVERY):
                 turn = frame // SAMPLED_EVERY % len(places)
-                found.append((frame, places[turn], computed[frame - first, turn].astype("<f2").tobytes()))
+                values = computed[frame - first, turn].astype("<f2")
+                if np.isfinite(values).all():  # NaN: not known any more, where chunks were cut anew
+                    found.append((frame, places[turn], values.tobytes()))
 
     def attributes(self) -> dict[str, str]:
         """The chunk's attribute; none where no frame of it is sampled."""
@@ -220,6 +222,23 @@ class Sample:
             if tokens
         }
         return {SAMPLE_ATTRIBUTE: json.dumps(found, sort_keys=True)} if found else {}
+
+
+def sampled_before(
+    attributes: Mapping[str, Any], label: ChunkLabel, camera: str | None, rows: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What a chunk's sample has of its rows (n,), under the names and in the shape in which an encoder gives it; NaN
+    where it has nothing."""
+    samples, found = json.loads(attributes.get(SAMPLE_ATTRIBUTE, "{}")), {}
+    for name, shape in label.token_shapes.items():
+        if (sample := samples.get(token_dataset(camera, name))) is None:
+            continue
+        places = sampled_places(*shape[:2])
+        found[computed_name(name)] = known = np.full((len(rows), len(places), shape[2]), np.nan, np.float16)
+        values = np.frombuffer(base64.b64decode(sample["values"]), "<f2").reshape(-1, shape[2])
+        for frame, place, token in zip(sample["frames"], sample["places"], values):
+            known[rows == frame - attributes["start"], places.index(tuple(place))] = token
+    return found
 
 
 def stored_cosines(chunk: h5py.File) -> list[float]:

@@ -367,6 +367,18 @@ def test_ray_makes_the_same_bytes_and_attributes(run, cache, monkeypatch):
     check_same(cache_content(cache), expected)
 
 
+@pytest.mark.parametrize("settings", [POOLED, {"store": "int8", "layers": [1, 11]}], ids=["both", "layers"])
+def test_chunks_that_are_cut_anew_are_those_of_a_fresh_run(run, cache, settings):
+    cut = {"max_chunk_distance_m": 5.0, "overlap_distance_m": 1.0}
+    assert run(**settings, **cut).code == 0
+    expected = cache_content(cache)
+    shutil.rmtree(cache)
+    assert run(**settings).code == 0
+    outcome = run("--recut", **settings, **cut)
+    assert outcome.code == 0, outcome.err
+    check_same(cache_content(cache), expected)
+
+
 def check_same(content: dict[str, Any], expected: dict[str, Any]) -> None:
     """Chunks are equal to the byte, and so are their attributes."""
     assert content.keys() == expected.keys()
