@@ -19,8 +19,8 @@ from progress_utils import (
     Progress,
     RefusedError,
     add_cache_dir,
-    cache_lock,
     chunk_folders,
+    edit_lock,
     human_bytes,
     load_or_refuse,
     lock_owner,
@@ -46,7 +46,7 @@ def prune(cache_dir: Path, config: DatasetConfig | None, *, yes: bool) -> int:
         CacheLockedError: a run holds the cache, and something would be removed.
     """
     load_or_refuse(cache_dir)
-    with cache_lock(cache_dir) if yes else contextlib.nullcontext():
+    with edit_lock(cache_dir) if yes else contextlib.nullcontext():
         progress = load_or_refuse(cache_dir)
         holder = None if yes else lock_owner(cache_dir)
         unrecorded = chunk_folders(cache_dir) if holder is None else ()  # else a run has just written them
