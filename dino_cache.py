@@ -150,15 +150,7 @@ from progress_utils import (
 try:
     import numpy as np
     import yaml
-    from pydantic import (
-        BaseModel,
-        ConfigDict,
-        Field,
-        ValidationError,
-        ValidationInfo,
-        field_validator,
-        model_validator,
-    )
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
     from tqdm import tqdm
 except ImportError as missing:
     end_without_library(missing)
@@ -640,13 +632,11 @@ class CacheSpec(BaseModel):
     @field_validator("layers")
     @classmethod
     def _layers_in_order(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if layers is None:
-            return None
-        if not layers or min(layers) < 0:
+        if layers is not None and min(layers, default=-1) < 0:
             raise ValueError("should be numbers of the model's blocks, from 0, like [5, 11]")
-        if len(set(layers)) != len(layers):
+        if layers is not None and len(set(layers)) != len(layers):
             raise ValueError("names a layer twice")
-        return tuple(sorted(layers))
+        return layers and tuple(sorted(layers))
 
     @field_validator("tokens")
     @classmethod
@@ -2431,12 +2421,11 @@ def check_tokens(spec: CacheSpec, shape: ModelShape) -> None:
     if spec.has_smaller_tokens:
         open_door(SMALLER_TOKENS_MODULE).check(spec, shape)
     model, known = f"dino_model_type {spec.dino_model_type}", tokens_of(spec.dino_model_type, shape)
-    for token in spec.tokens:
-        if token not in known:
-            raise RefusedError(
-                f"tokens: {list(spec.tokens)}: {model} has no {token} token; it has {', '.join(known)}"
-                f"{', where mean is the average of the patch tokens' * ('cls' not in known)}"
-            )
+    for token in set(spec.tokens).difference(known):
+        raise RefusedError(
+            f"tokens: {list(spec.tokens)}: {model} has no {token} token; it has {', '.join(known)}"
+            f"{', where mean is the average of the patch tokens' * ('cls' not in known)}"
+        )
     if spec.layers is None:
         return
     num_layers = model_parts(spec.dino_model_type).num_layers
@@ -2580,9 +2569,8 @@ def timm_name(model_type: str) -> str:
 
 def hub_repository(model_type: str) -> str:
     """Where the Hugging Face hub has timm's copy of a model's weights."""
-    if model_type in MODEL_NAMES:
-        return f"timm/{MODEL_NAMES[model_type]}"
-    return open_door(TIMM_MODELS_MODULE).repository(model_type)
+    name = MODEL_NAMES.get(model_type)
+    return f"timm/{name}" if name else open_door(TIMM_MODELS_MODULE).repository(model_type)
 
 
 def weights_source(spec: CacheSpec) -> dict[str, Any]:
@@ -2756,13 +2744,6 @@ def set_input_size(model: torch.nn.Module, image_size: tuple[int, int], device: 
     return grid
 
 
-def settle_input(model: torch.nn.Module, spec: CacheSpec, device: str) -> tuple[int, int]:
-    """As set_input_size, of any model, by its own rule."""
-    if spec.dino_model_type in MODEL_NAMES:
-        return set_input_size(model, spec.image_size, device)
-    return open_door(TIMM_MODELS_MODULE).settle_input(model, spec, device)
-
-
 def keep_freed_memory() -> None:
     """Have this process keep the memory that it frees. Handed back to the system after every batch, a batch's
     activations are cleared page by page for the next one: a seventh of an encoder's time on a CPU. glibc only."""
@@ -2871,7 +2852,11 @@ class DinoEncoder:
             self.most_rows = 4  # more leave a core's caches, and a stop waits for them
             self.default_batch_size = 2 * self.most_rows * self._num_cores
             keep_freed_memory()
-        self._grid = settle_input(model.eval(), spec, device)  # in fp32, before any cast
+        self._others = None if spec.dino_model_type in MODEL_NAMES else open_door(TIMM_MODELS_MODULE)
+        if self._others is None:  # in fp32, before any cast
+            self._grid = set_input_size(model.eval(), spec.image_size, device)
+        else:
+            self._grid = self._others.settle_input(model.eval(), spec, device)
         self._has_class_token = getattr(model, "cls_token", None) is not None
         self._to_store = open_door(SMALLER_TOKENS_MODULE).stage(spec) if spec.has_smaller_tokens else as_float16
         self._features = self._features_of(model.requires_grad_(False))
@@ -2882,11 +2867,8 @@ class DinoEncoder:
         """What turns normalised fp32 frames (B, 3, H, W) into tokens (B, K * (P + h*w), D), as token_layers."""
         if self._spec.compile and self._device.type == "cuda":
             open_library("triton")  # which the first batch would miss
-        if self._spec.dino_model_type in MODEL_NAMES:
-            model = model.to(self._device, self._dtype)
-        else:
-            model = open_door(TIMM_MODELS_MODULE).cast(model, self._device, self._dtype)
-        forward = token_layers(model, self._spec)
+        cast = model.to if self._others is None else functools.partial(self._others.cast, model)
+        forward = token_layers(cast(self._device, self._dtype), self._spec)
         if self._spec.compile:
             forward = self._torch.compile(forward)
         return lambda normalised: forward(normalised.to(self._dtype))
