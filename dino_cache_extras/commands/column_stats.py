@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 SAMPLED_ROWS = 4096  # whose values say the quantiles
+QUANTILE_COLUMNS = 256  # of a sample at a time
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
 VALUES_AT_A_TIME = 1 << 19  # as float64 they take four times as much
 PATCH_DIMENSIONS = 3  # (h, w, D): statistics of all places together, (1, 1, D)
@@ -28,7 +29,8 @@ class ColumnStats:
         self._count, self._mean, self._squares = np.zeros(width), np.zeros(width), np.zeros(width)
         self._least, self._most = np.full(width, np.inf), np.full(width, -np.inf)
         self._rows = 0
-        self._step, self._sample = 1, [np.empty((0, width))]
+        self._step = 1
+        self._sample: list[np.ndarray] = []  # as they are stored: as float64 they would take four times as much
 
     def add(self, rows: np.ndarray) -> None:
         """(n, *shape) more of them."""
@@ -36,7 +38,7 @@ class ColumnStats:
         numbers = np.arange(len(rows)) + self._rows
         chosen = numbers % self._step == 0
         places = numbers[chosen] // self._step % self._places
-        self._sample.append(rows[chosen, places].astype(np.float64))
+        self._sample.append(rows[chosen, places])
         self._rows += len(rows)
         while sum(map(len, self._sample)) > SAMPLED_ROWS:
             self._sample = [np.concatenate(self._sample)[::2]]
@@ -46,14 +48,19 @@ class ColumnStats:
             self._add_values(rows[start : start + most].reshape(-1, rows.shape[-1]).astype(np.float64))
 
     def _add_values(self, values: np.ndarray) -> None:
-        """(n, width) by the rule for two sets of numbers (Chan, Golub and LeVeque, 1979)."""
-        there = np.isfinite(values)
-        count = there.sum(axis=0)
-        known = np.where(there, values, 0.0)
-        self._least = np.minimum(self._least, np.where(there, values, np.inf).min(axis=0))
-        self._most = np.maximum(self._most, np.where(there, values, -np.inf).max(axis=0))
-        mean = known.sum(axis=0) / np.maximum(count, 1)
-        squares = (np.where(there, values - mean, 0.0) ** 2).sum(axis=0)
+        """(n, width), which are overwritten, by the rule for two sets of numbers (Chan, Golub and LeVeque, 1979)."""
+        least, most, sums = values.min(axis=0), values.max(axis=0), values.sum(axis=0)
+        count: Any = len(values)
+        if not np.isfinite(sums).all():
+            there = np.isfinite(values)
+            least = np.where(there, values, np.inf).min(axis=0)
+            most = np.where(there, values, -np.inf).max(axis=0)
+            count, sums = there.sum(axis=0), np.where(there, values, 0.0).sum(axis=0)
+        mean = sums / np.maximum(count, 1)
+        values -= mean
+        values[~np.isfinite(values)] = 0.0
+        squares = np.einsum("ij,ij->j", values, values)
+        self._least, self._most = np.minimum(self._least, least), np.maximum(self._most, most)
         total = np.maximum(self._count + count, 1)
         apart = mean - self._mean
         self._squares += squares + apart**2 * self._count * count / total
@@ -63,16 +70,24 @@ class ColumnStats:
     def result(self) -> dict[str, Any]:
         """Name -> nested lists of the statistics' shape; `count`, of rows, has one number. Zeros where a value never
         was there."""
-        sample = np.concatenate(self._sample)
-        filled = np.where(np.isfinite(sample), sample, np.nan)
         empty = self._count == 0
-        filled[:, empty | np.isnan(filled).all(axis=0)] = 0.0
         found = {
             "min": np.where(empty, 0.0, self._least),
             "max": np.where(empty, 0.0, self._most),
             "mean": self._mean,
             "std": np.sqrt(self._squares / np.maximum(self._count, 1)),
         }
-        found |= dict(zip(QUANTILES, np.nanquantile(filled, list(QUANTILES.values()), axis=0)))
+        found |= dict(zip(QUANTILES, self._quantiles()))
         shaped = {name: values.reshape(self._shape).tolist() for name, values in found.items()}
         return {**shaped, "count": [self._rows]}
+
+    def _quantiles(self) -> np.ndarray:
+        """(5, width) of the sampled rows."""
+        sample = np.concatenate(self._sample)
+        found = np.zeros((len(QUANTILES), sample.shape[1]))
+        for start in range(0, sample.shape[1], QUANTILE_COLUMNS):
+            values = sample[:, start : start + QUANTILE_COLUMNS].astype(np.float64)
+            values[~np.isfinite(values)] = np.nan
+            values[:, np.isnan(values).all(axis=0)] = 0.0
+            found[:, start : start + QUANTILE_COLUMNS] = np.nanquantile(values, list(QUANTILES.values()), axis=0)
+        return found

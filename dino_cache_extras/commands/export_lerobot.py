@@ -160,6 +160,12 @@ class DatasetWriter:
         self._folder, self._features, self._fps = folder, features, fps
         self._schema = pa.schema([(name, feature.arrow_type()) for name, feature in features.items()])
         self._stats = {name: ColumnStats(feature.shape) for name, feature in features.items()}
+        small = [name for name, feature in features.items() if feature.shape == (1,)]
+        self._encoding = {
+            "use_dictionary": False,
+            "write_statistics": small,  # by which one episode is found
+            "compression": {name: "snappy" if name in small else "none" for name in features},  # tokens do not shrink
+        }
         self._data: pq.ParquetWriter | None = None
         self._data_bytes, self._file = 0, -1
         self._lines: list[dict[str, Any]] = []
@@ -224,7 +230,7 @@ class DatasetWriter:
             self._file, self._data_bytes = self._file + 1, 0
             path = self._folder / DATA_PATH.format(**self._place())
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._data = pq.ParquetWriter(path, self._schema, compression="snappy", use_dictionary=False)
+            self._data = pq.ParquetWriter(path, self._schema, **self._encoding)
         self._tasks.setdefault(block.task, len(self._tasks))
         place = self._place()
         self._lines.append(

@@ -11,6 +11,7 @@ import torch
 from cache_support import tokens_of
 from test_export import EPISODES, robot  # noqa: F401
 from test_export_lerobot import FRAMES, POSITIONS, YAW, killed_export, rover, way  # noqa: F401
+from test_export_vint import train_one_step
 from torch.utils.data import DataLoader
 
 import progress_utils
@@ -21,20 +22,6 @@ pytestmark = pytest.mark.exports
 
 def export(cache: Path, layout: str, out: Path, *arguments: str) -> int:
     return progress_utils.main(["export", "--cache-dir", str(cache), "--to", layout, "-o", str(out), *arguments])
-
-
-def train_one_step(loader: DataLoader, tokens: str) -> None:
-    """A step down the loss of a network that reads actions from tokens: the loss of the same batch falls."""
-    batch = next(iter(loader))
-    inputs, wanted = batch[tokens].float().flatten(1), batch["action"].float().flatten(1)
-    model = torch.nn.Linear(inputs.shape[1], wanted.shape[1])
-    optimiser = torch.optim.SGD(model.parameters(), lr=1e-5)
-    before = torch.nn.functional.mse_loss(model(inputs), wanted)
-    before.backward()
-    optimiser.step()
-    after = torch.nn.functional.mse_loss(model(inputs), wanted)
-    assert torch.isfinite(after)
-    assert after < before
 
 
 @pytest.fixture
