@@ -2953,20 +2953,20 @@ def write_rows(dataset: Any, start: int, rows: np.ndarray) -> None:
 
 
 @functools.cache
-def _attribute_type(is_text: bool) -> tuple[np.dtype, Any, Any]:
-    """numpy's, the file's and the memory's type of an attribute: text, or a whole number."""
+def _attribute_type(is_text: bool) -> tuple[np.dtype, Any, Any, Any]:
+    """numpy's, the file's and the memory's type of an attribute, text or a whole number; and its space, one value."""
     import h5py
 
     kind = h5py.string_dtype() if is_text else np.dtype(np.int64)
-    return kind, h5py.h5t.py_create(kind, logical=True), h5py.h5t.py_create(kind)
+    return kind, h5py.h5t.py_create(kind, logical=True), h5py.h5t.py_create(kind), h5py.h5s.create_simple(())
 
 
 def write_attribute(owner: Any, name: str, value: str | int) -> None:
     """Give a dataset or file an attribute that it has not; `owner`: its low-level identifier."""
     import h5py
 
-    kind, in_file, in_memory = _attribute_type(isinstance(value, str))
-    attribute = h5py.h5a.create(owner, name.encode(), in_file, h5py.h5s.create_simple(()))
+    kind, in_file, in_memory, one = _attribute_type(isinstance(value, str))
+    attribute = h5py.h5a.create(owner, name.encode(), in_file, one)
     attribute.write(np.array(value, kind), mtype=in_memory)
 
 

@@ -1711,7 +1711,7 @@ def _run_command(asked_for: str | None, argv: list[str]) -> int:
         if asked_for in COMMAND_MODULES:  # they look for trajectories by name
             refuse_locale()
         arguments = build_parser(asked_for).parse_args(argv)
-        return _run_on_cache(arguments) if hasattr(arguments, "cache_dir") else arguments.run(arguments)
+        return _run_on_cache(arguments) if hasattr(arguments, "cache") else arguments.run(arguments)
     except DinoCacheError as error:
         first, *more = error.args
         print_lines(f"error: {first}", *more, file=sys.stderr)

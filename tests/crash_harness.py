@@ -18,6 +18,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
@@ -95,6 +96,7 @@ def _be_the_child(commands: list[Command], log: Path, report: Path, die_at: int 
         gc.disable()
         _redirect(log)
         faulthandler.dump_traceback_later(SECONDS, exit=True, file=sys.__stderr__)
+        _share_fork_server()
         torch.set_num_threads(1)
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})  # verify and rebuild then start no processes
@@ -109,6 +111,7 @@ def _be_the_child(commands: list[Command], log: Path, report: Path, die_at: int 
         traceback.print_exc()
     finally:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 
@@ -118,6 +121,14 @@ def _redirect(log: Path) -> None:
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False, encoding="utf-8")
     sys.stderr = sys.__stderr__ = os.fdopen(2, "w", closefd=False, encoding="utf-8")
+
+
+def _share_fork_server() -> None:
+    """Readers come from the fork server of the parent, where it has one, which stays when this process ends."""
+    dino_cache._STARTED.clear()
+    if forkserver._forkserver._forkserver_pid is not None:
+        for owner in (forkserver, forkserver._forkserver):
+            owner.ensure_running = lambda: None  # its own would wait for a process that is no child of this one
 
 
 class _Counter:

@@ -62,6 +62,7 @@ class Lab:
 
     def __init__(self, root: Path):
         self.data, self.start = root / "data", root / "start"
+        self.readers = "threads"
         self.start.mkdir()
         self._copies = (root / f"copy{number}" for number in itertools.count())
 
@@ -88,7 +89,7 @@ class Lab:
     def configure(self, **settings: Any) -> None:
         path = self.start / "robot.yaml"
         limits = {"max_chunk_distance_m": 1.0, "overlap_distance_m": 0.25, "batch_size": 4}
-        config = yaml.safe_load(write_config(path, self.data, **limits, **settings).read_text())
+        config = yaml.safe_load(write_config(path, self.data, **limits, readers=self.readers, **settings).read_text())
         config["datasets"]["robot"]["cache_dir"] = "cache"
         path.write_text(yaml.safe_dump(config))
 
@@ -319,11 +320,12 @@ class Crash(NamedTuple):
     way_on: list[str]
 
 
-def crashes(lab: Lab, scenario: Scenario) -> Iterator[Crash]:
-    """The command killed at its first call, its second, ... until one ends undisturbed. The next ones are under way."""
+def crashes(lab: Lab, scenario: Scenario, step: int) -> Iterator[Crash]:
+    """The command killed at its first call, and at every `step`-th after it, until one ends undisturbed. The next ones
+    are under way."""
     under_way: deque[tuple[int, Path, Child]] = deque()
     try:
-        for number in itertools.count(1):
+        for number in itertools.count(1, step):
             folder = lab.copy()
             under_way.append(
                 (number, folder, Child([command(folder, scenario.command)], folder / "output.txt", number))
@@ -370,13 +372,14 @@ def noted(crash: Crash) -> Iterator[None]:
         raise
 
 
-def survive(lab: Lab, scenario: Scenario, check_more: Callable[[Path], Any] = lambda cache: None) -> int:
-    """The command killed at each call, the cache as it lies then, and what comes of going on; the number of deaths."""
+def survive(lab: Lab, scenario: Scenario, check_more: Callable[[Path], Any] = lambda cache: None, step: int = 1) -> int:
+    """The command killed at each call, or at every `step`-th, the cache as it lies then, and what comes of going on;
+    the number of deaths."""
     start = lab.cache
     scenario.prepare(lab)
     expected = undisturbed(lab, scenario)
     died = []
-    for crash in crashes(lab, scenario):
+    for crash in crashes(lab, scenario, step):
         with noted(crash):
             check_nothing_false(crash.folder / "cache", start, scenario, expected)
             check_more(crash.folder / "cache")

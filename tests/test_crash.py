@@ -1,12 +1,15 @@
 """Runs and resets that are killed at each of their calls (crash_lab)."""
 
+import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import dino_cache
 from crash_harness import Disk
 from crash_lab import (
     BOTH,
@@ -157,6 +160,24 @@ def survived() -> dict[str, int]:
 @pytest.mark.parametrize("title", SCENARIOS)
 def test_killed_at_any_call_it_records_nothing_false_and_then_ends_as_if_undisturbed(title, lab, survived):
     survived[title] = survive(lab, SCENARIOS[title])
+
+
+@pytest.fixture
+def reader_processes(lab: Lab) -> Iterator[None]:
+    """Children read in processes, all of them from the fork server of this one."""
+    lab.readers = "processes"
+    dino_cache.start_fork_server(dino_cache.READING_LIBRARIES)
+    yield
+    dino_cache.stop_fork_server()
+
+
+@pytest.mark.slow
+@pytest.mark.real_readers
+@pytest.mark.usefixtures("reader_processes")
+@pytest.mark.parametrize("title", SCENARIOS)
+def test_so_it_is_with_reader_processes(title, lab):
+    """At few calls each: such a run takes a second. CRASH_STEP=1 is all of them, in half an hour."""
+    assert survive(lab, SCENARIOS[title], step=int(os.environ.get("CRASH_STEP", "25"))) > 0
 
 
 @pytest.mark.parametrize(
