@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,12 +43,16 @@ def write(job: ExportJob) -> str:
     columns = columns_of(job)
     schema = _schema(columns, with_times=has_times(job))
     refuse_full_disk(job, columns)
-    count = [0, 0]  # episodes, frames
+    batches = Batches(job, columns, schema)
     with exported_folder(job.output, "lance", TABLE_FILES, job.about, force=job.force) as folder:
-        reader = pa.RecordBatchReader.from_batches(schema, _batches(job, columns, schema, count))
-        lance.write_dataset(reader, str(folder), mode="create", enable_stable_row_ids=False)
+        try:
+            lance.write_dataset(pa.RecordBatchReader.from_batches(schema, batches), str(folder), mode="create")
+        except Exception as error:  # of which class, depends on where in Lance it came up
+            raise batches.error or error from None
+        finally:
+            batches.end()
         size = _force_to_disk(folder)
-    return f"{count[0]} episodes, {count[1]} frames, {human_bytes(size)}"
+    return f"{batches.episodes} episodes, {batches.frames} frames, {human_bytes(size)}"
 
 
 def table_name(dataset: str) -> str:
@@ -75,11 +80,41 @@ def _list_type(column: Column) -> pa.DataType:
     return pa.list_(pa.from_numpy_dtype(column.dtype), int(np.prod(column.shape, dtype=np.int64)))
 
 
-def _batches(job: ExportJob, columns: list[Column], schema: pa.Schema, count: list[int]) -> Iterator[pa.RecordBatch]:
-    for block in episode_blocks(job, columns):
-        count[0] = block.episode + 1
-        count[1] += block.stop - block.start
-        yield _batch(block, columns, schema)
+class Batches:
+    """The rows of an export as Lance pulls them, in a thread of its own.
+
+    What went wrong there is in `error`, since Lance hands on the text alone. It may pull on after a Ctrl-C, and Python
+    crashes if it ends meanwhile: call `end` before you leave.
+    """
+
+    def __init__(self, job: ExportJob, columns: list[Column], schema: pa.Schema):
+        self._blocks, self._columns, self._schema = episode_blocks(job, columns), columns, schema
+        self.episodes = self.frames = 0
+        self.error: Exception | None = None
+        self._pull, self._is_over = threading.Lock(), False
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        return self
+
+    def __next__(self) -> pa.RecordBatch:
+        with self._pull:
+            if self._is_over:
+                raise RuntimeError("the export has ended")  # not StopIteration, after which Lance would end its file
+            try:
+                block = next(self._blocks)
+                self.episodes = block.episode + 1
+                self.frames += block.stop - block.start
+                return _batch(block, self._columns, self._schema)
+            except StopIteration:
+                raise
+            except Exception as error:
+                self.error = error
+                raise
+
+    def end(self) -> None:
+        """Give no more, once the pull that is at work has ended."""
+        with self._pull:
+            self._is_over = True
 
 
 def _batch(block: Block, columns: list[Column], schema: pa.Schema) -> pa.RecordBatch:

@@ -15,6 +15,7 @@ from dino_cache_extras.chunk_files import recorded_chunk
 from dino_cache_extras.commands.column_stats import ColumnStats
 from dino_cache_extras.commands.export_folder import exported_folder
 from dino_cache_extras.commands.export_rows import (
+    BLOCK_BYTES,
     Block,
     Column,
     ExportJob,
@@ -168,6 +169,8 @@ class DatasetWriter:
         }
         self._data: pq.ParquetWriter | None = None
         self._data_bytes, self._file = 0, -1
+        self._waiting: list[pa.RecordBatch] = []  # for the next row group
+        self._waiting_bytes = 0
         self._lines: list[dict[str, Any]] = []
         self._episodes_file: pq.ParquetWriter | None = None
         self._tasks: dict[str, int] = {}
@@ -179,8 +182,12 @@ class DatasetWriter:
             self._begin_episode(block)
         values = self._values(block)
         arrays = [self._features[name].array(values[name]) for name in self._features]
-        self._data.write_batch(pa.record_batch(arrays, schema=self._schema))
-        self._data_bytes += sum(rows.nbytes for rows in values.values())
+        self._waiting.append(pa.record_batch(arrays, schema=self._schema))
+        num_bytes = sum(rows.nbytes for rows in values.values())
+        self._data_bytes += num_bytes
+        self._waiting_bytes += num_bytes
+        if self._waiting_bytes >= BLOCK_BYTES:
+            self._flush_data()
         for name, rows in values.items():
             self._stats[name].add(rows)
         self.frames += block.stop - block.start
@@ -193,6 +200,7 @@ class DatasetWriter:
 
     def finish(self) -> None:
         """End all files and write what says where everything is."""
+        self._flush_data()
         self._flush_episodes()
         self.close_files()
         _write_tasks(self._folder / "meta/tasks.parquet", list(self._tasks))
@@ -226,6 +234,7 @@ class DatasetWriter:
     def _begin_episode(self, block: Block) -> None:
         if self._data is None or self._data_bytes >= DATA_FILE_BYTES:
             if self._data is not None:
+                self._flush_data()
                 self._data.close()
             self._file, self._data_bytes = self._file + 1, 0
             path = self._folder / DATA_PATH.format(**self._place())
@@ -253,6 +262,11 @@ class DatasetWriter:
 
     def _place(self) -> dict[str, int]:
         return {"chunk_index": self._file // FILES_A_FOLDER, "file_index": self._file % FILES_A_FOLDER}
+
+    def _flush_data(self) -> None:
+        if self._waiting:
+            self._data.write_table(pa.Table.from_batches(self._waiting, self._schema), row_group_size=1 << 30)
+        self._waiting, self._waiting_bytes = [], 0
 
     def _flush_episodes(self) -> None:
         table = pa.Table.from_pylist(self._lines)

@@ -79,7 +79,7 @@ def columns_of(job: ExportJob) -> list[Column]:
     with recorded_chunk(job.progress, next(iter(job.progress.records)), 0, deep=False) as chunk:
         poses = [name for name in POSES if name in chunk]
         names = [*job.tokens, *poses, "frame_index", *job.extras]
-        return [Column(name, chunk[name].shape[1:], chunk[name].dtype) for name in names]
+        return [Column(name, *row_type(chunk, name)) for name in names]
 
 
 def has_times(job: ExportJob) -> bool:
@@ -88,9 +88,16 @@ def has_times(job: ExportJob) -> bool:
         return "timestamp" in chunk
 
 
+# All that the layouts of this module know of how tokens lie in a chunk
+
+
+def row_type(chunk: Any, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of what `read_rows` gives of a frame."""
+    return chunk[name].shape[1:], chunk[name].dtype
+
+
 def read_rows(chunk: Any, name: str, start: int, stop: int) -> np.ndarray:
-    """(stop - start, ...) rows of a chunk's dataset. All that the layouts of this module know of how tokens lie in a
-    chunk."""
+    """(stop - start, ...) rows of a chunk's dataset."""
     return chunk[name][start:stop]
 
 
@@ -188,7 +195,7 @@ def _refuse_other_columns(chunk: Any, columns: list[Column]) -> None:
             raise RefusedError(
                 f"{chunk.filename}: has no {column.dataset}, chunks before have it; --to flat holds both"
             )
-        found = Column(column.dataset, chunk[column.dataset].shape[1:], chunk[column.dataset].dtype)
+        found = Column(column.dataset, *row_type(chunk, column.dataset))
         if found != column:
             raise RefusedError(
                 f"{chunk.filename}: {column.dataset} has rows of {found.shape} {found.dtype}, those before have "

@@ -237,32 +237,32 @@ def test_only_an_export_as_it_was_made_is_replaced(rover, tmp_path, capsys):
 
 
 KILLED = """
-import os, signal, sys
+import os, sys
 from dino_cache_extras.commands import export_{layout} as layout
 import progress_utils
 blocks = layout.episode_blocks
 def until_killed(*arguments):
     for number, block in enumerate(blocks(*arguments)):
         if number == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), {signal})
         yield block
 layout.episode_blocks = until_killed
 sys.exit(progress_utils.main(sys.argv[1:]))
 """
 
 
-def killed_export(layout: str, cache: Path, out: Path, *arguments: str) -> None:
-    """An export in a process of its own that is killed after two episodes."""
+def killed_export(layout: str, cache: Path, out: Path, *arguments: str, by: signal.Signals = signal.SIGKILL) -> int:
+    """An export in a process of its own that gets a signal after two blocks; returns what it ended with."""
     command = ["export", "--cache-dir", str(cache), "--to", layout, "-o", str(out), *arguments]
-    done = subprocess.run([sys.executable, "-c", KILLED.format(layout=layout), *command], cwd=ROOT, check=False)
-    assert done.returncode == -signal.SIGKILL
+    script = KILLED.format(layout=layout, signal=int(by))
+    return subprocess.run([sys.executable, "-c", script, *command], cwd=ROOT, check=False).returncode
 
 
 def test_a_killed_export_begins_anew_and_leaves_what_was_there(rover, tmp_path):
     out = tmp_path / "out"
     assert export(rover, out) == 0
     whole = tree(out)
-    killed_export("lerobot", rover, out, "--force")
+    assert killed_export("lerobot", rover, out, "--force") == -signal.SIGKILL
     assert tree(out) == whole
     assert (tmp_path / "out.partial").is_dir()
     assert export(rover, out, "--force") == 0

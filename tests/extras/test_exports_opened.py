@@ -2,6 +2,7 @@
 requirements-exports.txt, which CI installs in an environment of its own."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,9 @@ def test_a_table_is_replaced_only_as_it_was_made(rover, tmp_path, capsys):  # no
     assert export(rover, "lance", out) == 0
     assert export(rover, "lance", out) == 2
     assert "--force" in capsys.readouterr().err
-    killed_export("lance", rover, out, "--force")
+    assert killed_export("lance", rover, out, "--force", by=signal.SIGINT) == 130  # while Lance pulls rows
+    assert sorted(os.listdir(tmp_path)) == ["cache", "rover.lance"]
+    assert killed_export("lance", rover, out, "--force") == -signal.SIGKILL
     assert (tmp_path / "rover.lance.partial").is_dir()
     assert export(rover, "lance", out, "--force") == 0
     assert not (tmp_path / "rover.lance.partial").exists()
@@ -155,3 +158,14 @@ def test_a_table_is_replaced_only_as_it_was_made(rover, tmp_path, capsys):  # no
     assert "which was changed since" in capsys.readouterr().err
     assert tree(out) == before
     assert sorted(os.listdir(tmp_path)) == ["cache", "rover.lance"]
+
+
+def test_a_bad_chunk_ends_a_table_and_is_named(rover, tmp_path, capsys):  # noqa: F811
+    path = rover / "b" / "chunk_00001.h5"
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    assert export(rover, "lance", tmp_path / "rover.lance") == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {path}: ")
+    assert "verify" in message
+    assert os.listdir(tmp_path) == ["cache"]
