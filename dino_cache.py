@@ -80,7 +80,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
@@ -93,6 +93,7 @@ from progress_utils import (
     LOG_FILE,
     PROGRESS_FILE,
     RUNS_FILE,
+    SHARDS_FOLDER,
     SHOWN_NAMES,
     STAGING_FOLDER,
     TEMPORARY_FILES,
@@ -105,6 +106,7 @@ from progress_utils import (
     Progress,
     RefusedError,
     RunState,
+    Shard,
     TrajectoryRecord,
     __version__,
     absent_mount,
@@ -140,6 +142,7 @@ from progress_utils import (
     refuse_locale,
     set_aside,
     set_up_console,
+    unmerged_shards,
 )
 
 try:
@@ -194,6 +197,7 @@ FORMAT_MODULES = {  # format -> the module that reads it; gnm is read here
 }
 EXECUTOR_MODULES = {"ray": "dino_cache_extras.ray_workers"}  # executor -> its module; local is this process
 PARTIAL_WORK_MODULE = "dino_cache_extras.partial_work"  # what is left of trajectories that are begun, for estimates
+RECUT_MODULE = "dino_cache_extras.recut"  # --recut: tokens come from the chunks that are replaced
 ENGINE_MODULES = {"openvino": "dino_cache_extras.openvino_engine"}  # engine -> its module; torch is used here
 HOOKS_MODULE = "dino_cache_extras.hooks"  # tells others how a run went, as the settings HOOK_KEYS want it
 HOOK_KEYS = ("notify", "metrics_file")
@@ -766,6 +770,12 @@ class DatasetConfig:
     options: RunOptions
     format: str = "auto"
     own_keys: frozenset[str] = frozenset()  # given under the dataset, not at the top
+    shard: Shard | None = None  # --shard: the share of the trajectories that is done
+
+    @property
+    def record_dir(self) -> Path:
+        """Where record, lock, log and staging lie: the cache folder, or that of the shard."""
+        return self.cache_dir if self.shard is None else self.shard.folder(self.cache_dir)
 
 
 _SECTIONS: tuple[type[BaseModel], ...] = (CacheSpec, RunOptions, DatasetPaths)
@@ -957,7 +967,9 @@ def spec_differences(recorded: dict[str, Any], spec: CacheSpec) -> list[tuple[st
 # ======================================================================================================================
 
 POSE_FILES = ("traj_data.pkl", "traj_data.json", "traj_data.npz")  # the first one found is read
-OWN_NAMES = (PROGRESS_FILE, LOG_FILE, RUNS_FILE, LOCK_FILE, LOCK_OWNER_FILE, STAGING_FOLDER)  # of no trajectory
+OWN_NAMES = (  # of no trajectory
+    PROGRESS_FILE, LOG_FILE, RUNS_FILE, LOCK_FILE, LOCK_OWNER_FILE, STAGING_FOLDER, SHARDS_FOLDER,
+)  # fmt: skip
 CACHE_SIGNS = (PROGRESS_FILE, LOCK_FILE)  # files that, with the staging folder, show a cache of this tool
 ZIP_SIGN = b"PK\x03\x04"
 MAX_FILE_BYTES = 1 << 29  # a pose or frame file larger than this is refused unread
@@ -975,6 +987,7 @@ class Trajectory(NamedTuple):
     format: str = "gnm"
     episode: int = 0  # lerobot: its number
     data_folder: Path | None = None  # video, frames: poses_folder is looked for no higher than there
+    old: Any = None  # one that is cut anew: recut.OldChunks, where its tokens are read
 
 
 class DataKeys(NamedTuple):
@@ -2021,6 +2034,7 @@ class TrajectoryPlan:
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)  # dataset name -> (T, ...): what comes along
     task: str | None = None
     partial: Partial | None = None  # its first chunks, of an interrupted run; frames are wanted from the next one on
+    old: Any = None  # one that is cut anew: recut.OldRows, where the tokens of its kept frames lie
 
     @property
     def datasets(self) -> dict[str, np.ndarray]:
@@ -2040,20 +2054,21 @@ class TrajectoryPlan:
         done = [0, *(span.stop for span in spans)]
         return np.concatenate([np.arange(max(span.start, begin), span.stop) for begin, span in zip(done, spans)])
 
+    @functools.cached_property
+    def rows_to_encode(self) -> np.ndarray:
+        """(n,) int64: those of them whose tokens are not in an old chunk."""
+        return self.stored_rows if self.old is None else self.stored_rows[self.old.chunk[self.stored_rows] < 0]
+
     @property
-    def stored_numbers(self) -> list[int]:
+    def numbers_to_encode(self) -> list[int]:
         """Their numbers, by which the source knows them."""
-        return self.frame_index[self.stored_rows].tolist()
+        return self.frame_index[self.rows_to_encode].tolist()
 
     def left_out(self) -> list[Span]:
         """Kept frames that lie in no chunk: pieces between pose jumps that travel too little."""
         starts = [0, *(span.stop for span in self.spans)]
         stops = [*(span.start for span in self.spans), len(self.frame_index)]
         return [Span(start, stop) for start, stop in zip(starts, stops) if start < stop]
-
-    @property
-    def num_stored_frames(self) -> int:
-        return len(self.stored_rows)
 
     @property
     def num_rows(self) -> int:
@@ -3141,15 +3156,16 @@ class TrajectoryWriter:
 class ChunkStore:
     """A cache folder: staging, publishing and removing trajectories' chunks."""
 
-    def __init__(self, cache_dir: Path, staging: Path | None = None):
+    def __init__(self, cache_dir: Path, staging: Path | None = None, record_dir: Path | None = None):
         self.cache_dir = cache_dir
-        self._staging = staging or cache_dir / STAGING_FOLDER
+        self._record_dir = record_dir or cache_dir  # where the record and, unless it is given, staging lie
+        self._staging = staging or self._record_dir / STAGING_FOLDER
         self._durable_folders = {cache_dir}  # whose own entries this run has forced to the disk
 
     def empty_staging(self, wanted: Container[str] | None = None) -> None:
         """Remove what an interrupted run left half-made; partial trajectories stay, or those that are `wanted`."""
         for name in TEMPORARY_FILES:
-            (self.cache_dir / name).unlink(missing_ok=True)
+            (self._record_dir / name).unlink(missing_ok=True)
         if self._staging.is_symlink():
             self._staging.unlink()  # what it points to is not ours
         self._staging.mkdir(exist_ok=True)
@@ -3162,7 +3178,7 @@ class ChunkStore:
         kept: set[Path] = set()
         for partial in find_partials(staging):
             name = partial.made_from["trajectory"]
-            folder = partial_folder(self.cache_dir, name)
+            folder = partial_folder(self._record_dir, name)
             if folder in kept or (wanted is not None and name not in wanted):
                 continue
             if partial.folder != folder:
@@ -3180,7 +3196,7 @@ class ChunkStore:
     def partial_of(self, plan: TrajectoryPlan, label: ChunkLabel) -> Partial | None:
         """The chunks of it that an interrupted run finished from the same data with the same settings, and that are
         intact, up to the first that is not."""
-        partial = read_partial(partial_folder(self.cache_dir, plan.trajectory.name))
+        partial = read_partial(partial_folder(self._record_dir, plan.trajectory.name))
         if partial is None or partial.made_from != made_from(plan, label):
             return None
         paths = (partial.folder / chunk_file_name(index) for index in range(len(plan.spans) - 1))
@@ -3194,7 +3210,7 @@ class ChunkStore:
         if plan.partial is not None:
             move_partial(plan.partial, folder)
             LOG.info("%s: goes on after %d of %d chunks", name, len(plan.partial.chunks), len(plan.spans))
-        elif self._discard_partial(partial_folder(self.cache_dir, name)):
+        elif self._discard_partial(partial_folder(self._record_dir, name)):
             LOG.info("%s: its chunks of an interrupted run are of other data or settings, or damaged: made anew", name)
         return folder
 
@@ -3538,9 +3554,18 @@ def checksum_of(source: Source, kind: ChecksumKind) -> str:
     return checksum
 
 
-def open_plan(trajectory: Trajectory, job: ReadingJob) -> tuple[TrajectoryPlan, Source, FrameReader] | TrajectoryResult:
+def with_old_rows(plan: TrajectoryPlan) -> TrajectoryPlan:
+    """The plan, with where the tokens of its frames lie, where its trajectory is cut anew. Raises InputError."""
+    if plan.trajectory.old is None:
+        return plan
+    return dataclasses.replace(plan, old=open_door(RECUT_MODULE).old_rows(plan))
+
+
+def open_plan(
+    trajectory: Trajectory, job: ReadingJob
+) -> tuple[TrajectoryPlan, Source, FrameReader | None] | TrajectoryResult:
     """Open, check and cut a trajectory, for whose chunks there must be a place in the store; a failure is a value. The
-    reader is the first camera's."""
+    reader is the first camera's; None where no frame is to be encoded."""
     checksum, spec = None, job.spec
     try:
         with input_errors(trajectory.name):
@@ -3548,10 +3573,11 @@ def open_plan(trajectory: Trajectory, job: ReadingJob) -> tuple[TrajectoryPlan, 
                 job.store.refuse_taken_place(trajectory.name)
             source = open_source(trajectory, data_keys(spec))
             checksum = checksum_of(source, job.checksum_kind)
-            plan = plan_trajectory(trajectory, source, checksum, job.checksum_kind, spec)
+            plan = with_old_rows(plan_trajectory(trajectory, source, checksum, job.checksum_kind, spec))
             if job.label is not None:
                 plan = dataclasses.replace(plan, partial=job.store.partial_of(plan, job.label))
-            numbers = plan.stored_numbers
+            if not (numbers := plan.numbers_to_encode):
+                return plan, source, None
             frames, *others = [open_camera(source, numbers, camera) for camera in spec.cameras]  # checks all of them
             for other in others:
                 other.close()
@@ -3568,7 +3594,8 @@ def plan_or_fail(
     if isinstance(opened, TrajectoryResult):
         return opened
     plan, _, frames = opened
-    frames.close()
+    if frames is not None:
+        frames.close()
     return plan
 
 
@@ -3640,7 +3667,9 @@ class TrajectoryReader:
             return opened, None
         plan, source, frames = opened
         plan = dataclasses.replace(plan, read=None)  # much to send, and only an estimate asks for it
-        numbers, camera = plan.stored_numbers[:most], self._job.spec.cameras[0]
+        if frames is None:
+            return plan, None
+        numbers, camera = plan.numbers_to_encode[:most], self._job.spec.cameras[0]
         wanted = Wanted(trajectory, plan.stat_checksum, numbers, slot, camera)
         self._keep(wanted, source, frames if format_named(trajectory.format).frames == "stream" else None)
         return plan, self.read(wanted) if most else None
@@ -3694,7 +3723,7 @@ class TrajectoryReader:
             raise InputError(f"{trajectory.name}: its data changed while it was read; run the same command again")
         frames = None
         if format_named(trajectory.format).frames == "stream":
-            rest = plan_trajectory(trajectory, source, checksum, "stat", spec).stored_numbers
+            rest = with_old_rows(plan_trajectory(trajectory, source, checksum, "stat", spec)).numbers_to_encode
             frames = open_camera(source, rest[rest.index(wanted.numbers[0]) :], wanted.camera)
         return self._keep(wanted, source, frames)
 
@@ -3779,6 +3808,7 @@ def start_fork_server(libraries: Sequence[str] = ()) -> None:
     variables = {**ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # Python's own way is broken
     before = {key: os.environ.get(key) for key in variables}
     forkserver.set_forkserver_preload([__name__, *libraries])
+    resource_tracker.ensure_running()  # now: starting it lets SIGINT and SIGTERM through again, to the fork server too
     with _starting_process():
         os.environ.update(variables)
         before_it = forkserver._forkserver._forkserver_pid
@@ -4231,9 +4261,9 @@ class FrameStream:
 
     def groups(
         self, trajectories: Iterable[Trajectory], failed: FailedTrajectories
-    ) -> Iterator[FrameGroup | TrajectoryResult]:
-        """Every stored frame of every trajectory. The rest of one that failed is left out. A group's pixels are there
-        until the next group is asked for."""
+    ) -> Iterator[FrameGroup | TrajectoryPlan | TrajectoryResult]:
+        """Every stored frame of every trajectory, but those whose tokens are in old chunks; the plan of one that has no
+        others. The rest of one that failed is left out. A group's pixels are there until the next is asked for."""
         stop = self._hooks.should_stop
         taken = ((trajectory, self._take_slot(trajectory)) for trajectory in trajectories)
         plans = under_way(self._begin_plan, taken, self._plans_ahead, weigh=self._weigh, should_stop=stop)
@@ -4253,7 +4283,7 @@ class FrameStream:
 
     def _wanted(
         self, plans: Iterator[tuple[tuple[Trajectory, int | None], Future]], failed: FailedTrajectories
-    ) -> Iterator[FrameGroup | TrajectoryResult]:
+    ) -> Iterator[FrameGroup | TrajectoryPlan | TrajectoryResult]:
         """What is to be read, and what is known already."""
         for (trajectory, slot), future in plans:
             try:
@@ -4262,13 +4292,13 @@ class FrameStream:
                 plan, first = died(self._processes, trajectory, error, self._job, self._hooks.should_stop), None
             if first is None and slot is not None:
                 self._slots.give_back(slot)
-            if isinstance(plan, TrajectoryResult):
+            if isinstance(plan, TrajectoryResult) or not len(plan.rows_to_encode):
                 self._leave(trajectory)
                 yield plan
                 continue
-            starts = range(0, len(plan.stored_rows), self._group_frames)
+            starts = range(0, len(plan.rows_to_encode), self._group_frames)
             for start, camera in itertools.product(starts, self._cameras):
-                rows = plan.stored_rows[start : start + self._group_frames]
+                rows = plan.rows_to_encode[start : start + self._group_frames]
                 if first is not None:  # of the first camera
                     yield FrameGroup(plan, rows, slot, first, camera=camera)
                     first = None
@@ -4296,8 +4326,8 @@ class FrameStream:
         most = 0 if self._is_read_in_threads(trajectory) else self._group_frames
         return self._submit(self._processes, TrajectoryReader.plan, trajectory, slot, most)
 
-    def _begin_read(self, item: FrameGroup | TrajectoryResult) -> Future | None:
-        if isinstance(item, TrajectoryResult) or item.content is not None:
+    def _begin_read(self, item: FrameGroup | TrajectoryPlan | TrajectoryResult) -> Future | None:
+        if not isinstance(item, FrameGroup) or item.content is not None:
             return None
         plan = item.plan
         readers = self._threads if self._is_read_in_threads(plan.trajectory) else self._processes
@@ -4335,23 +4365,23 @@ class FrameStream:
 
 
 def full_batches(
-    groups: Iterable[FrameGroup | TrajectoryResult],
+    groups: Iterable[FrameGroup | TrajectoryPlan | TrajectoryResult],
     new_pixels: Callable[[int], torch.Tensor],
     batch_size: int,
     failed: FailedTrajectories,
     should_stop: Callable[[], bool],
-) -> Iterator[Batch | TrajectoryResult]:
+) -> Iterator[Batch | TrajectoryPlan | TrajectoryResult]:
     """Gather frames into batches of `batch_size`, across trajectory borders; only the last one may be smaller.
 
-    A failure is passed on at once; frames of its trajectory that come later are dropped. When stopping, the batch begun
-    is dropped too.
+    What is no frames is passed on at once; frames of a failed trajectory that come later are dropped. When stopping,
+    the batch begun is dropped too.
     """
     with device_errors("making room for a batch"):
         pixels, parts, filled = new_pixels(batch_size), [], 0
     for group in groups:
         if should_stop():
             return
-        if isinstance(group, TrajectoryResult):
+        if not isinstance(group, FrameGroup):
             yield group
             continue
         plan, done, count = group.plan, 0, group.content.count
@@ -4392,10 +4422,10 @@ def cut_parts(parts: list[Rows], start: int, stop: int) -> list[Rows]:
 
 def encode_batches(
     encoder: Encoder,
-    batches: Iterable[Batch | TrajectoryResult],
+    batches: Iterable[Batch | TrajectoryPlan | TrajectoryResult],
     on_encoded: Callable[[int], None],
     should_stop: Callable[[], bool],
-) -> Iterator[EncodedBatch | TrajectoryResult]:
+) -> Iterator[EncodedBatch | TrajectoryPlan | TrajectoryResult]:
     """Encode each batch, in order, with up to `encoder.batches_in_flight` more under way on the device; it comes out in
     the parts that the device took. When stopping, what is under way is finished, and what has not begun is dropped.
 
@@ -4421,7 +4451,7 @@ def encode_batches(
 
     try:
         for batch in batches:
-            if isinstance(batch, TrajectoryResult):
+            if not isinstance(batch, Batch):
                 yield batch
                 continue
             with device_errors("the encoder"):
@@ -4461,7 +4491,8 @@ def _encode_within_memory(
 class StreamWriter:
     """The end of the stream: cuts encoded batches into chunks and publishes trajectories. Used from one thread.
 
-    Frames arrive in the order of the stream, so at most one trajectory is open.
+    Frames arrive in the order of the stream, so at most one trajectory is open; one without frames to encode is written
+    in one go, while it is.
     """
 
     def __init__(
@@ -4471,12 +4502,13 @@ class StreamWriter:
         failed: FailedTrajectories,
         before_replacing: Callable[[str], None],
         frame_name: Callable[[TrajectoryPlan, int, str | None], str],
+        should_stop: Callable[[], bool],
     ):
         self._store, self._label, self._failed = store, label, failed
-        self._before_replacing, self._frame_name = before_replacing, frame_name
+        self._before_replacing, self._frame_name, self._should_stop = before_replacing, frame_name, should_stop
         self._open: TrajectoryWriter | None = None
 
-    def write(self, item: EncodedBatch | TrajectoryResult) -> list[TrajectoryResult]:
+    def write(self, item: EncodedBatch | TrajectoryPlan | TrajectoryResult) -> list[TrajectoryResult]:
         """Take the next item; returns the trajectories that it finished, or failed.
 
         Raises:
@@ -4487,6 +4519,8 @@ class StreamWriter:
                 if self._open is not None and self._open.plan.trajectory.name == item.name:
                     self.close(keep=isinstance(item.error, OSError))  # what cannot be read tonight proves nothing
                 return [item]
+            if isinstance(item, TrajectoryPlan):
+                return self._write_old(item)
             runs = _runs_of_one_camera(item)
             return [result for run in runs for result in self._write_rows(*run)]
 
@@ -4499,9 +4533,31 @@ class StreamWriter:
             frame = self._frame_name(plan, int(rows[int(np.argmin(encoded.finite))]), camera)
             return self._give_up(plan, InvalidDataError(f"{frame}: its features are not finite"))
         if self._open is None:
-            self._open = TrajectoryWriter(self._store.new_chunks_folder(plan), plan, self._label)
-        self._open.write(rows, encoded.tokens, camera)
+            self._open = self._new_writer(plan)
+        try:
+            self._open.write(rows, encoded.tokens, camera)
+        except InputError as error:  # an old chunk is damaged
+            return self._give_up(plan, error)
         return self._publish() if self._open.is_complete else []
+
+    def _write_old(self, plan: TrajectoryPlan) -> list[TrajectoryResult]:
+        """Write a trajectory all of whose tokens are in old chunks; the one that is open waits."""
+        waiting, self._open = self._open, None
+        try:
+            self._open = self._new_writer(plan)
+            self._open.write_rest()
+            return self._publish() if self._open.is_complete else []
+        except InputError as error:
+            return self._give_up(plan, error)
+        finally:
+            self.close()
+            self._open = waiting
+
+    def _new_writer(self, plan: TrajectoryPlan) -> TrajectoryWriter:
+        folder = self._store.new_chunks_folder(plan)
+        if plan.old is None:
+            return TrajectoryWriter(folder, plan, self._label)
+        return open_door(RECUT_MODULE).RecutWriter(folder, plan, self._label, self._should_stop)
 
     def _publish(self) -> list[TrajectoryResult]:
         writer, plan = self._open, self._open.plan
@@ -4543,7 +4599,7 @@ class StreamWriter:
 class NoWriter:
     """The end of a stream that is only measured: nothing is written, and no trajectory is completed."""
 
-    def write(self, item: EncodedBatch | TrajectoryResult) -> list[TrajectoryResult]:
+    def write(self, item: EncodedBatch | TrajectoryPlan | TrajectoryResult) -> list[TrajectoryResult]:
         """Pass failures on."""
         return [item] if isinstance(item, TrajectoryResult) else []
 
@@ -4590,7 +4646,7 @@ def cache_trajectories(
     with contextlib.closing(FrameStream(job, options, batch_size, encoder.batches_in_flight, hooks)) as stream:
         writer = NoWriter()
         if store is not None:
-            writer = StreamWriter(store, label, failed, hooks.before_replacing, stream.frame_name)
+            writer = StreamWriter(store, label, failed, hooks.before_replacing, stream.frame_name, hooks.should_stop)
         with (
             contextlib.closing(writer),  # first in, last out: no thread writes any more when it drops what is half-made
             thread_pool(1, "write") as writers,
@@ -4670,6 +4726,7 @@ CHOICES_MODULE = "dino_cache_extras.changed_config"  # what can be done about a 
 HINTS_MODULE = "dino_cache_extras.hints"  # what the machine could do beside what it does
 JSON_LOG_MODULE = "dino_cache_extras.json_log"  # writes what --log-json asks for
 MEASURE_MODULE = "dino_cache_extras.measure"  # what --measure does; what other tokens would take
+SHARDS_MODULE = "dino_cache_extras.shards"  # what --shard does; merges the records of shards
 POSE_FACTS_MODULE = "dino_cache_extras.pose_facts"  # tells what poses add up to, and what looks like another unit
 
 WORK_LIBRARIES = ("torch", "torchvision", "timm", "PIL.Image", "h5py")  # imported where there is work, and only there
@@ -4770,6 +4827,7 @@ class PreparedDataset:
     lost: dict[str, str]  # recorded, not among the data now, and with chunk files that are not as recorded -> how
     has_forgotten: bool = False  # a forced rebuild that begins now forgot completed trajectories
     begins_rebuild: bool = False  # a forced rebuild begins now
+    num_elsewhere: int = 0  # trajectories of other shards, present or recorded
     other_caches: list[str] = field(default_factory=list)  # of the config's other datasets, where they are or were
     pending: list[Trajectory] = field(default_factory=list)  # to do in this run, failed ones last
     left_out: int = 0  # pending too, beyond --limit
@@ -4779,10 +4837,17 @@ class PreparedDataset:
     workers: Workers | None = None  # None where nothing is pending, or a dry run does not ask who would do it
     shape: ModelShape | None = None
     encoder: Encoder | None = None
+    recut: list[str] = field(default_factory=list)  # completed trajectories that are cut anew, all of them pending
+    recut_is_left: bool = False  # others that should be cannot be looked at in this run
 
     @property
     def name(self) -> str:
         return self.config.name
+
+    @property
+    def must_encode(self) -> bool:
+        """Whether a pending trajectory has frames to encode, as far as is known: of one that will fail, nothing is."""
+        return any(work.num_frames or not work.num_chunks for work in self.work.values())
 
     @property
     def trajectories(self) -> list[Trajectory]:
@@ -4814,12 +4879,14 @@ def prepare_dataset(config: DatasetConfig, stop_request: StopRequest) -> Prepare
     Raises:
         RefusedError: the record is unusable or of another dataset, or there are no trajectories.
     """
-    progress = open_progress(config)
+    progress = open_progress(config) if config.shard is None else open_door(SHARDS_MODULE).open_progress(config)
     config = settle_keys(settle_format(config), progress)
     spec = settle_spec(config, progress.processing_config.get("precision"))
     selection = select_trajectories(config, spec, stop_request)
     refuse_case_collisions(config.cache_dir, selection.trajectories)
-    store, has_forgotten = ChunkStore(config.cache_dir), False
+    store, num_elsewhere, has_forgotten = ChunkStore(config.cache_dir), 0, False
+    if config.shard is not None:
+        selection, store, num_elsewhere = open_door(SHARDS_MODULE).share_of(config, progress, selection)
     begins_rebuild = config.options.force_rebuild and progress.rebuild_started is None
     if config.options.force_rebuild:
         has_forgotten = forget_selected(config, progress, selection, store)
@@ -4835,6 +4902,7 @@ def prepare_dataset(config: DatasetConfig, stop_request: StopRequest) -> Prepare
         lost=lost_trajectories(progress, store, {trajectory.name for trajectory in selection.trajectories}),
         has_forgotten=has_forgotten,
         begins_rebuild=begins_rebuild,
+        num_elsewhere=num_elsewhere,
     )
 
 
@@ -4843,6 +4911,7 @@ def forget_selected(config: DatasetConfig, progress: Progress, selection: Select
     that goes on, trajectories whose chunk files are younger than its beginning are redone already."""
     names = {trajectory.name for trajectory in selection.trajectories}
     began, is_new = progress.rebuild_started, progress.rebuild_started is None
+    progress.recut_started = None
     if is_new:
         which = f"every trajectory{' of the split' if config.split else ''} is redone"
         LOG.warning("%s: force_rebuild: %s (by every run, if it is True in the config file)", config.name, which)
@@ -4864,13 +4933,16 @@ def forget_selected(config: DatasetConfig, progress: Progress, selection: Select
 
 
 def open_progress(config: DatasetConfig) -> Progress:
-    """The cache's record, or an empty one.
+    """The cache's record, with what waits in its shards, or an empty one.
 
     Raises:
         RefusedError: it is unusable, of another dataset, missing beside chunks, or there although tracking is off.
     """
     options, cache_dir = config.options, config.cache_dir
-    progress = Progress.load(cache_dir)
+    if unmerged_shards(cache_dir):
+        progress = open_door(SHARDS_MODULE).with_shards(cache_dir)
+    else:
+        progress = Progress.load(cache_dir)
     if not options.enable_progress_tracking:
         if progress is not None:
             raise RefusedError(
@@ -4930,7 +5002,7 @@ def settle_keys(config: DatasetConfig, progress: Progress) -> DatasetConfig:
         RefusedError: nothing can be guessed, or a key is not among the data.
     """
     kind = format_named(config.format)
-    recorded = with_defaults(progress.processing_config) if progress.records else {}
+    recorded = with_defaults(progress.processing_config) if progress.is_begun else {}
     known = recorded.get("guessed_keys")  # None: no record, or from before guesses were recorded
     try:
         found = kind.guess(config.data_folder, config.spec)
@@ -4954,7 +5026,7 @@ def configuration_changes(dataset: PreparedDataset) -> list[tuple[str, Any, Any]
     """(key, recorded value, new value) of the format and every setting in which a dataset differs from its record."""
     progress, new_format = dataset.progress, dataset.config.format
     changes = spec_differences(progress.processing_config, dataset.spec)
-    if progress.records and progress.data_format not in (None, new_format):
+    if progress.is_begun and progress.data_format not in (None, new_format):
         changes.insert(0, ("format", progress.data_format, new_format))
     return changes
 
@@ -5223,7 +5295,7 @@ def lost_trajectories(progress: Progress, store: ChunkStore, present: Container[
     return lost
 
 
-ANSWERS = {"y": "keep", "yes": "keep", "r": "redo"}  # to the question about a changed configuration; others: no
+ANSWERS = {"y": "keep", "yes": "keep", "c": "recut", "r": "redo"}  # about a changed configuration; others: no
 
 
 class ChangedConfig(Exception):
@@ -5234,8 +5306,13 @@ class ChangedConfig(Exception):
         self.dataset, self.differences, self.can_redo = dataset, differences, can_redo
         self.facts = repr((dataset.name, differences, len(dataset.progress.records)))  # what an answer is good for
 
+    @property
+    def can_recut(self) -> bool:
+        """Whether what is completed can be cut anew, since no feature is another."""
+        return self.can_redo and is_there(RECUT_MODULE) and not open_door(RECUT_MODULE).obstacles(self.differences)
+
     def decide(self, stop_request: StopRequest, *, yes: bool) -> str:
-        """Say what changed; keep: what is completed stays as it is, the rest is made with the new one; or redo.
+        """Say what changed; keep: what is completed stays as it is, the rest is made with the new one; recut; or redo.
 
         Raises:
             RefusedError: the answer is no, or there is neither --yes nor a terminal.
@@ -5245,28 +5322,33 @@ class ChangedConfig(Exception):
             "Ways on: --yes keeps what is completed and makes the rest with the new configuration; --force-rebuild "
             f"redoes everything, as {reset} does; or undo it"
         )
+        if self.can_recut:
+            ways = ways.replace("--force-rebuild", "--recut cuts it anew without encoding it again; --force-rebuild")
         lines = [f"  {key}: {old} -> {new}" for key, old, new in self.differences]
         for line in (f"{name}: the configuration changed since this cache was begun:", *lines):
             LOG.warning("%s", line)
         if self.can_redo and not yes and sys.stdin and sys.stdin.isatty() and is_there(CHOICES_MODULE):
-            for letter, what in open_door(CHOICES_MODULE).choices(self.dataset):
+            for letter, what in open_door(CHOICES_MODULE).choices(self.dataset, can_recut=self.can_recut):
                 LOG.warning("  %s  %s", letter, what)
         question = "Continue with the changed configuration?"
         answer = ANSWERS.get("y" if yes else answer_to(question, ways, stop_request))
-        if answer is None or (answer == "redo" and not self.can_redo):
+        is_possible = {"redo": self.can_redo, "recut": self.can_recut}
+        if answer is None or not is_possible.get(answer, True):
             raise RefusedError(f"{name}: not continued with the changed configuration. Nothing was changed. {ways}")
         return answer
 
 
 def confirm_changes(change: ChangedConfig, answers: dict[str, str], stop_request: StopRequest, *, yes: bool) -> str:
-    """What was decided on a changed configuration, if it did change: keep or redo.
+    """What was decided on a changed configuration, if it did change: keep, recut or redo.
 
     Raises:
         ChangedConfig: it is to be asked, on the terminal.
         RefusedError: as for `decide`.
     """
     dataset, differences = change.dataset, change.differences
-    if differences and dataset.progress.records and change.facts not in answers:
+    if dataset.recut:  # decided; what comes now are other weights
+        open_door(RECUT_MODULE).refuse_other_features(dataset, differences)
+    if differences and dataset.progress.is_begun and change.facts not in answers:
         if not yes and sys.stdin and sys.stdin.isatty():
             raise change
         answers[change.facts] = change.decide(stop_request, yes=yes)
@@ -5339,7 +5421,7 @@ def plan_costs(_: TrajectoryReader, trajectories: list[Trajectory], job: Reading
         FENCE.allow()
         if isinstance(outcome, TrajectoryPlan):
             work = Work(
-                num_frames=outcome.num_stored_frames * len(job.spec.cameras),
+                num_frames=len(outcome.rows_to_encode) * len(job.spec.cameras),
                 num_chunks=len(outcome.spans),
                 num_rows=outcome.num_rows,
                 pose_bytes=outcome.num_rows * sum(values[:1].nbytes for values in outcome.datasets.values()),
@@ -5460,7 +5542,9 @@ def load_encoders(datasets: list[PreparedDataset], stop_request: StopRequest) ->
     for dataset in datasets:
         stop_request.check()
         source, recorded = weights_source(dataset.spec), dataset.progress.weights
-        if not dataset.pending:
+        if not dataset.pending or not dataset.must_encode:
+            if dataset.pending:
+                dataset.encoder = open_door(RECUT_MODULE).NoEncoder()
             if recorded is not None and {**recorded, **source} == recorded:
                 continue
             if dataset.progress.records:
@@ -5505,7 +5589,8 @@ def remarks(dataset: PreparedDataset) -> list[str]:
             f"{given_up} failed trajectories are not tried again after {most} attempts (reset-failed allows it)"
         )
     others = {key for key, spec in dataset.progress.specs.items() if spec_differences(spec, dataset.spec)}
-    kept = [name for name, record in records.items() if record["fingerprint"] in others]
+    recut = set(dataset.recut)
+    kept = [name for name, record in records.items() if record["fingerprint"] in others and name not in recut]
     for names, what in (
         (
             sorted(records.keys() - present - dataset.lost.keys()),
@@ -5750,7 +5835,7 @@ class DatasetRun:
         self._progress, self._store = dataset.progress, dataset.store
         self._counts = RunCounts(dataset)
         self._display = ProgressDisplay(
-            self._counts, dataset.progress, dataset.config.cache_dir, options.progress_interval_s
+            self._counts, dataset.progress, dataset.config.record_dir, options.progress_interval_s
         )
         self._mount = MountGuard(dataset.config.data_folder, dataset.pending)
         self._unchanged_failures = {s.trajectory.name for s in dataset.states if s.status == "failed"}
@@ -5758,6 +5843,7 @@ class DatasetRun:
         self._unfinished = set(self._states)  # whose chunks in staging are still wanted
         self._num_odd = sum(bool(s.status == "completed" and s.remark) for s in dataset.states) + len(dataset.lost)
         self._told: set[str] = set()  # trajectories that were said to have failed
+        self._recut_is_left = dataset.recut_is_left  # the next run tries again
         self._must_save = False  # a run that has nothing to do, and changes no setting, leaves the record as it is
         self._elapsed_before_s = dataset.progress.elapsed_s
 
@@ -5825,7 +5911,7 @@ class DatasetRun:
         progress.data_folder, progress.data_format = str(dataset.config.data_folder), dataset.config.format
         progress.other_caches = dataset.other_caches or None
         num_new = sum(name not in progress.records for name, *_ in dataset.trajectories)
-        progress.num_trajectories = len(progress.records) + num_new
+        progress.num_trajectories = len(progress.records) + num_new + dataset.num_elsewhere
         if dataset.pending or progress.records:
             progress.processing_config = dataset.spec.to_json()
             progress.weights = dataset.weights
@@ -5844,8 +5930,8 @@ class DatasetRun:
             progress.forget(name)
         progress.to_redo = {name for name, *_ in dataset.pending if name in progress.records}
         has_changed = bool(renewed or dataset.lost) or before != self._settings()
-        has_changed |= (self._store.cache_dir / JOURNAL_FILE).exists()  # of a killed run
-        self._must_save = bool(dataset.pending or progress.rebuild_started) or has_changed
+        has_changed |= (dataset.config.record_dir / JOURNAL_FILE).exists()  # of a killed run
+        self._must_save = bool(dataset.pending or progress.rebuild_started or progress.recut_started) or has_changed
         with storage_errors(self._store.cache_dir):
             self._store.empty_staging(self._unfinished)
         if dataset.pending:
@@ -5890,6 +5976,8 @@ class DatasetRun:
     def _end_record(self) -> None:
         if self._counts.is_finished and not self._dataset.left_out:
             self._progress.rebuild_started = None
+            if not (self._recut_is_left or self._mount.held_back):
+                self._progress.recut_started = None
         with storage_errors(self._store.cache_dir):
             self._store.empty_staging(self._unfinished)
 
@@ -5940,6 +6028,7 @@ class DatasetRun:
             LOG.warning("%s stays as it was completed", name)
             self._counts.num_completed += 1
             self._num_odd += 1
+            self._recut_is_left |= state.trajectory.old is not None and not isinstance(error, InvalidDataError)
             return
         before = self._progress.failures.get(name)
         unchanged = before is not None and (name in self._unchanged_failures or before["checksum"] == result.checksum)
@@ -5986,11 +6075,15 @@ def announce(dataset: PreparedDataset) -> None:
     total, completed = len(dataset.trajectories), dataset.num_completed
     LOG.info("dino_cache %s, %s", __version__, time.strftime("%Y-%m-%d %H:%M:%S"))
     LOG.info("Dataset %s: %s -> %s", dataset.name, dataset.config.data_folder, dataset.config.cache_dir)
+    if dataset.config.shard is not None:
+        open_door(SHARDS_MODULE).announce(dataset)
     places = {"data_folder": str(dataset.config.data_folder), "cache_dir": str(dataset.config.cache_dir)}
     counts = {"trajectories": total, "completed": completed, "to_do": len(dataset.pending)}
     EVENTS.info("start", {"dataset": dataset.name, **places, **counts, "frames": dataset.num_frames})
-    if dataset.pending:
+    if dataset.pending and dataset.must_encode:
         announce_encoding(dataset)
+    if dataset.recut:
+        LOG.info("%s", open_door(RECUT_MODULE).describe(dataset))
     if dataset.progress.records:
         LOG.info("Loaded existing progress: %d trajectories completed", completed)
         LOG.info("Resuming processing: %d/%d trajectories completed", completed, total)
@@ -6020,9 +6113,15 @@ def announce_encoding(dataset: PreparedDataset) -> None:
         LOG.warning("WEIGHTS ARE RANDOM (seeded): the features are for trying things out and mean nothing")
 
 
+def begin_shards(dataset: PreparedDataset) -> None:
+    """Bring what waits in shards into the record; of a run with --shard, begin its own record."""
+    if dataset.config.shard is not None or (dataset.config.cache_dir / SHARDS_FOLDER).is_dir():
+        open_door(SHARDS_MODULE).begin(dataset)
+
+
 def begin_rebuild(dataset: PreparedDataset) -> None:
     """Where much is redone, withdraw it from the record before any dataset's work: a plain run then goes on with all.
-    The record before it is set aside."""
+    The record before it is set aside. Of a re-cut, only a mark is put there."""
     progress, cache_dir = dataset.progress, dataset.config.cache_dir
     if dataset.begins_rebuild:
         with storage_errors(cache_dir):
@@ -6034,6 +6133,8 @@ def begin_rebuild(dataset: PreparedDataset) -> None:
                     "%s: the record before it is kept as %s", dataset.name, set_aside(cache_dir, "rebuild").name
                 )
             progress.save()
+    if progress.recut_started is not None:
+        open_door(RECUT_MODULE).begin(dataset)
 
 
 class LogFormatter(logging.Formatter):
@@ -6164,7 +6265,7 @@ def run_dataset(dataset: PreparedDataset, stop_request: StopRequest, num_waiting
         run, error = DatasetRun(dataset, stop_request), None
         try:
             with storage_errors(dataset.config.cache_dir):
-                logs.enter_context(log_file(dataset.config.cache_dir))
+                logs.enter_context(log_file(dataset.config.record_dir))
             run.run()
         except Exception as fault:
             error = fault
@@ -6185,20 +6286,22 @@ def print_forecast(dataset: PreparedDataset, reasons: list[str], rates: dict[str
     print_lines(f"  trajectories: {len(dataset.trajectories)}")
     print_lines(f"  completed: {dataset.num_completed}")
     print_lines(f"  to do now: {len(dataset.pending)}")
+    if dataset.recut:
+        print_lines(f"  {open_door(RECUT_MODULE).describe(dataset)}")
     print_lines(f"  frames to encode: {dataset.num_frames}")
     print_lines(f"  chunks to write: {sum(work.num_chunks for work in dataset.work.values())}")
     print_lines(f"  bytes they take: {taken} ({human_bytes(taken)}), replacing {human_bytes(replaced_bytes(dataset))}")
     for line in open_door(MEASURE_MODULE).cost_lines(dataset, rates) if is_there(MEASURE_MODULE) else ():
         print_lines(line)
     print_lines(f"  free space: {human_bytes(free_bytes(dataset.config.cache_dir))}")
-    if dataset.progress.records:
+    if dataset.progress.is_begun:
         changes = configuration_changes(dataset)
         recorded, source = dataset.progress.weights, weights_source(dataset.spec)["source"]
         if recorded and recorded["source"] != source:
             changes.append(("weights", recorded["source"], source))
         for key, old, new in changes:
             print_lines(f"  changed configuration: {key}: {old} -> {new}")
-        if changes:
+        if changes and not dataset.progress.recut_started:
             print_lines("  a run would ask about it, and without a terminal refuse to start unless --yes is given")
     facts, doubts = pose_lines(dataset)
     for remark in [*facts, *remarks(dataset), *doubts]:
@@ -6228,6 +6331,8 @@ class RunArguments(NamedTuple):
     limit: int | None = None
     told: list[Any] | None = None  # gets the config's hooks; None: no one is told
     log_json: Path | None = None
+    recut: bool = False
+    shard: Shard | None = None
 
 
 def run(arguments: RunArguments, stop_request: StopRequest, night: Night | None = None) -> NightOutcome:
@@ -6246,15 +6351,30 @@ def run(arguments: RunArguments, stop_request: StopRequest, night: Night | None 
 
 
 def confirmed(
-    dataset: PreparedDataset, config: DatasetConfig, answers: dict[str, str], stop_request: StopRequest, *, yes: bool
+    dataset: PreparedDataset,
+    config: DatasetConfig,
+    answers: dict[str, str],
+    stop_request: StopRequest,
+    arguments: RunArguments,
 ) -> PreparedDataset:
-    """The dataset, once its changed settings are confirmed; prepared anew where all is redone. Raises ChangedConfig
-    where that is to be asked."""
-    change = ChangedConfig(dataset, configuration_changes(dataset), can_redo=True)
-    if confirm_changes(change, answers, stop_request, yes=yes) != "redo":
-        return dataset
-    options = config.options.model_copy(update={"force_rebuild": True})
-    return prepare_dataset(dataclasses.replace(config, options=options), stop_request)
+    """The dataset, once its changed settings are confirmed, which a dry run takes for granted; prepared anew where all
+    is redone. Raises ChangedConfig where that is to be asked."""
+    change = ChangedConfig(dataset, configuration_changes(dataset), can_redo=config.shard is None)
+    if arguments.recut:
+        is_begun = bool(dataset.progress.records)
+        open_door(RECUT_MODULE).refuse_other_features(dataset, change.differences if is_begun else [])
+        answers[change.facts] = "recut"
+    answer = "keep"
+    if arguments.recut or not arguments.dry_run:
+        answer = confirm_changes(change, answers, stop_request, yes=arguments.yes)
+    if answer == "redo":
+        options = config.options.model_copy(update={"force_rebuild": True})
+        return prepare_dataset(dataclasses.replace(config, options=options), stop_request)
+    if answer == "keep" and change.differences:
+        dataset.progress.recut_started = None
+    if answer == "recut" or dataset.progress.recut_started is not None:
+        open_door(RECUT_MODULE).take_up(dataset)
+    return dataset
 
 
 def attempt(arguments: RunArguments, stop_request: StopRequest, night: Night, answers: dict[str, str]) -> NightOutcome:
@@ -6263,7 +6383,7 @@ def attempt(arguments: RunArguments, stop_request: StopRequest, night: Night, an
         # 1) read the config
         not_told_yet = None if arguments.told else arguments.told
         all_configs = load_config(arguments.config, arguments.overrides, not_told_yet)
-        configs = select_datasets(all_configs, arguments.datasets)
+        configs = select_datasets(all_configs, arguments.datasets, arguments.shard)
         night.num_datasets = len(configs)
         # 2) see that every disk is there, and lock every cache before anything slow
         for config in configs:
@@ -6271,14 +6391,14 @@ def attempt(arguments: RunArguments, stop_request: StopRequest, night: Night, an
             if not arguments.dry_run:
                 refuse_gone_cache(config, all_configs, stop_request, yes=arguments.yes)
         for config in () if arguments.dry_run else configs:
-            resources.enter_context(locked_cache(config.cache_dir))
-            BACKLOG.locked.append(config.cache_dir)
+            resources.enter_context(locked(config))
+            BACKLOG.locked.append(config.record_dir)
         # 3) read the records, list the trajectories, compare them
         with PROFILE("list"):
             datasets = night.prepared = [prepare_dataset(config, stop_request) for config in configs]
         # 4) have changed settings confirmed
-        for number, config in () if arguments.dry_run else enumerate(configs):
-            datasets[number] = confirmed(datasets[number], config, answers, stop_request, yes=arguments.yes)
+        for number, config in enumerate(configs):
+            datasets[number] = confirmed(datasets[number], config, answers, stop_request, arguments)
         # 5) choose what is to do
         for dataset in datasets:
             dataset.other_caches = other_caches(dataset, all_configs)
@@ -6312,6 +6432,7 @@ def attempt(arguments: RunArguments, stop_request: StopRequest, night: Night, an
         stop_request.check()
         # 10) from here on something is written: withdraw what is redone, then work
         for dataset in datasets:
+            begin_shards(dataset)
             begin_rebuild(dataset)
         outcome = run_datasets(datasets, stop_request)
         night.outcomes = outcome.datasets
@@ -6323,10 +6444,12 @@ def record_history(night: Night, exit_code: int) -> None:
     """Add the run to the histories of the caches that it worked on, where there is what writes them."""
     word = verdict(night, exit_code).partition(":")[0]
     for dataset, outcome in zip(night.prepared, night.outcomes if is_there(HISTORY_MODULE) else ()):
+        shard, cache_dir = dataset.config.shard, dataset.config.cache_dir
         try:
-            open_door(HISTORY_MODULE).add_run(dataset.config.cache_dir, outcome, word, night.begin, exit_code)
-        except OSError as error:  # a full disk, say; what was done stays done
-            LOG.warning("%s: this run is not added: %s", dataset.config.cache_dir / RUNS_FILE, error)
+            with contextlib.nullcontext() if shard is None else open_door(SHARDS_MODULE).guard(cache_dir):
+                open_door(HISTORY_MODULE).add_run(cache_dir, outcome, word, night.begin, exit_code, shard)
+        except (OSError, CacheLockedError) as error:  # a full disk, say; what was done stays done
+            LOG.warning("%s: this run is not added: %s", cache_dir / RUNS_FILE, error)
 
 
 def forecast(datasets: list[PreparedDataset], stop_request: StopRequest, *, with_rates: bool) -> None:
@@ -6343,13 +6466,21 @@ def forecast(datasets: list[PreparedDataset], stop_request: StopRequest, *, with
         print_forecast(dataset, why, rates)
 
 
-def select_datasets(configs: list[DatasetConfig], names: list[str] | None) -> list[DatasetConfig]:
-    """Those named on the command line; all where none is."""
+def select_datasets(
+    configs: list[DatasetConfig], names: list[str] | None, shard: Shard | None = None
+) -> list[DatasetConfig]:
+    """Those named on the command line, all where none is; of each the share that is asked for."""
     known = [config.name for config in configs]
     for name in names or []:
         if name not in known:
             raise RefusedError(f"--dataset {name}: not in the config; it has {', '.join(known)}")
-    return [config for config in configs if not names or config.name in names]
+    chosen = [config for config in configs if not names or config.name in names]
+    return chosen if shard is None else [open_door(SHARDS_MODULE).sharded(config, shard) for config in chosen]
+
+
+def locked(config: DatasetConfig) -> contextlib.AbstractContextManager[None]:
+    """Holds the lock of a dataset's cache, or of its shard."""
+    return locked_cache(config.cache_dir) if config.shard is None else open_door(SHARDS_MODULE).locked(config)
 
 
 def refuse_missing_data(config: DatasetConfig) -> None:
@@ -6453,9 +6584,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="say what would be done and what it takes; write nothing")
     add("--measure", action="store_true", help="with --dry-run: decode and encode for seconds, to estimate the time")
     add("--force-rebuild", action="store_true", help="redo every trajectory (of the split)")
+    add("--recut", action="store_true", help="cut what is completed anew, as configured now, from its stored features")
     add("--yes", action="store_true", help="go on with a changed configuration, or where a cache is gone")
     add("--limit", type=_positive(int), metavar="N", help="at most N pending trajectories per dataset")
     add("--max-hours", type=_positive(float), metavar="H", help="stop, resumably, after H hours")
+    add(
+        "--shard", type=_shard, metavar="I/N",
+        help="only the I-th of N shares of the trajectories, 0/N to N-1/N, beside runs that do the others",
+    )  # fmt: skip
     add("--profile", action="store_true", help="at the end, say where the time went, and the limit")
     add("--log-json", type=Path, metavar="FILE", help="append what happens to a file, a JSON object a line")
     add("--device", metavar="D", help="auto, cpu, cuda or cuda:N, instead of the config's")
@@ -6477,6 +6613,13 @@ def _setting(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"{text!r}: the value is not YAML: {one_line(error)}") from error
 
 
+def _shard(text: str) -> Shard:
+    parts = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+    if parts is None or not int(parts[1]) < int(parts[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 0 <= I < N: of 16 shares write 0/16, ..., 15/16")
+    return Shard(int(parts[1]), int(parts[2]))
+
+
 def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
     def parse(text: str) -> float:
         value = kind(text)
@@ -6495,7 +6638,10 @@ def run_arguments(parsed: argparse.Namespace) -> RunArguments:
     return RunArguments(
         datasets=parsed.dataset,
         overrides={**dict(parsed.set), **{key: value for key, value in overrides.items() if value is not None}},
-        **{key: getattr(parsed, key) for key in ("config", "dry_run", "measure", "yes", "limit", "log_json")},
+        **{
+            key: getattr(parsed, key)
+            for key in ("config", "dry_run", "measure", "yes", "limit", "log_json", "recut", "shard")
+        },
     )
 
 
@@ -6511,6 +6657,10 @@ def main(argv: list[str] | None = None) -> int:
     parsed = parser.parse_args(argv)
     if parsed.measure and not parsed.dry_run:
         parser.error("--measure: goes with --dry-run")
+    if parsed.recut and parsed.force_rebuild:
+        parser.error("--recut keeps features that --force-rebuild redoes: give one of them")
+    if parsed.recut and parsed.shard is not None:
+        parser.error("--recut: not with --shard. One run cuts the whole cache anew; begin the shards after it")
     for key, count in Counter(key for key, _ in parsed.set).items():
         if count > 1:
             parser.error(f"--set: {key} is given twice")

@@ -13,6 +13,7 @@ and, where dino_cache_extras/ lies beside it, what COMMAND_MODULES names (`--hel
     python progress_utils.py report       CACHE [-o report.html] [--data-folder DIR]
     python progress_utils.py export       CACHE --to flat|vint|lerobot|lance -o PATH [--tokens ...] [--force]
     python progress_utils.py prune        CACHE [--yes]
+    python progress_utils.py merge        CACHE
 
 CACHE is the folder that holds progress.json, or that file; also `--cache-dir D`, or `--config FILE [--dataset NAME]`.
 
@@ -53,10 +54,11 @@ import re
 import shutil
 import socket
 import sys
+import textwrap
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn, TextIO, TypedDict
@@ -71,6 +73,7 @@ PROGRESS_FILE = "progress.json"
 BACKUP_FILE = "progress.json.bak"
 JOURNAL_FILE = "progress.json.journal"  # results that progress.json does not hold yet, where its saves are spaced
 STAGING_FOLDER = ".staging"
+SHARDS_FOLDER = ".shards"  # record, lock, log and staging of each run with --shard, until they are merged
 LOCK_FILE = ".lock"
 LOCK_OWNER_FILE = ".lock.owner"  # who holds the lock and how far it is; advisory, the lock itself decides
 LOG_FILE = "dino_cache.log"
@@ -144,6 +147,25 @@ def available_cores() -> int:
     return cores
 
 
+class Shard(NamedTuple):
+    """A share of a cache's trajectories: those whose name's digest is `index` modulo `count`."""
+
+    index: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    def holds(self, name: str) -> bool:
+        """Whether a trajectory is of this share; the same on every machine, in every version."""
+        digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest()
+        return int.from_bytes(digest, "big") % self.count == self.index
+
+    def folder(self, cache_dir: Path) -> Path:
+        """Where its record, lock, log and staging lie."""
+        return cache_dir / SHARDS_FOLDER / f"{self.index}-of-{self.count}"
+
+
 def chunk_folders(cache_dir: Path) -> Iterator[str]:
     """Names of trajectories that have chunk files here, recorded or not.
 
@@ -156,8 +178,8 @@ def chunk_folders(cache_dir: Path) -> Iterator[str]:
             raise RefusedError(f"{error.filename}: cannot list it: {error.strerror}. Nothing was changed") from error
 
     for folder, subfolders, files in os.walk(cache_dir, onerror=refuse):
-        is_top = Path(folder) == cache_dir
-        subfolders[:] = sorted(name for name in subfolders if not (is_top and name == STAGING_FOLDER))
+        ours = (STAGING_FOLDER, SHARDS_FOLDER) if Path(folder) == cache_dir else ()
+        subfolders[:] = sorted(name for name in subfolders if name not in ours)
         if any(map(is_chunk_file, files)):
             yield Path(folder).relative_to(cache_dir).as_posix()
 
@@ -441,9 +463,18 @@ STALE_AFTER_S = 900.0  # a run that encodes and has no heartbeat for so long is 
 LOOK_S = 0.2  # time that a run waits for those who only look whether somebody holds the lock, an instant each
 
 
+def refuse_links(cache_dir: Path) -> None:
+    """Raise RefusedError where one of the cache's own files is a link: the folder may have come with the data, from a
+    stranger."""
+    for name in (LOCK_FILE, LOCK_OWNER_FILE, LOG_FILE, SHARDS_FOLDER):
+        if (cache_dir / name).is_symlink():
+            raise RefusedError(f"{cache_dir / name}: is a link, and would be written through. Remove it")
+
+
 @contextlib.contextmanager
 def cache_lock(cache_dir: Path) -> Iterator[None]:
     """Hold the cache for this process. The system drops the lock with the process, so a dead one leaves no stale lock.
+    Runs with --shard hold it together, which keeps all others out.
 
     Raises:
         CacheLockedError: another process holds it; the message says who.
@@ -451,9 +482,7 @@ def cache_lock(cache_dir: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout  # here: 50 ms that reading commands need not pay
 
-    for name in (LOCK_FILE, LOCK_OWNER_FILE, LOG_FILE):  # a cache folder may have come with the data, from a stranger
-        if (cache_dir / name).is_symlink():
-            raise RefusedError(f"{cache_dir / name}: is a link, and would be written through. Remove it")
+    refuse_links(cache_dir)
     lock = FileLock(cache_dir / LOCK_FILE, timeout=LOOK_S, poll_interval=LOOK_S / 10, fallback_to_soft=False)
     try:
         lock.acquire()
@@ -481,21 +510,58 @@ def cache_lock(cache_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-@contextlib.contextmanager
-def locked_cache(cache_dir: Path) -> Iterator[None]:
-    """Make the cache folder and hold its lock."""
+def make_cache_folder(cache_dir: Path) -> None:
+    """Make the folder, durably. Raises RefusedError where it cannot be made."""
     try:
         make_directories_durably(cache_dir)
     except OSError as error:
         raise RefusedError(f"cache_dir {cache_dir}: cannot make it: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def locked_cache(cache_dir: Path) -> Iterator[None]:
+    """Make the cache folder and hold its lock."""
+    make_cache_folder(cache_dir)
     with cache_lock(cache_dir):
         yield
 
 
+@contextlib.contextmanager
+def edit_lock(cache_dir: Path) -> Iterator[None]:
+    """Hold the cache to edit its record. RefusedError where records of shards wait to be merged into it."""
+    with cache_lock(cache_dir):
+        if waiting := [str(shard) for shard in unmerged_shards(cache_dir)]:
+            raise RefusedError(
+                f"{cache_dir}: the records of shards {human_list(waiting)} are not merged yet: first "
+                f"{progress_command(f'merge --cache-dir {cache_dir}')}. Nothing was changed"
+            )
+        yield
+
+
+def shard_folders(cache_dir: Path) -> dict[Shard, Path]:
+    """The folders of a cache's shards, in order."""
+    folder, found = cache_dir / SHARDS_FOLDER, {}
+    if folder.is_symlink():
+        return {}
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for path in folder.iterdir():
+            parts = re.fullmatch(r"(0|[1-9]\d*)-of-([1-9]\d*)", path.name, re.ASCII)
+            if parts is not None and path.is_dir() and not path.is_symlink():
+                found[Shard(int(parts[1]), int(parts[2]))] = path
+    return dict(sorted(found.items(), key=lambda item: (item[0].count, item[0].index)))
+
+
+def unmerged_shards(cache_dir: Path) -> dict[Shard, Path]:
+    """Those whose record is not in the cache's own yet."""
+    found = shard_folders(cache_dir).items()
+    return {shard: folder for shard, folder in found if os.path.lexists(folder / PROGRESS_FILE)}
+
+
 def is_empty_cache(cache_dir: Path) -> bool:
-    """Whether the folder is missing, or holds nothing that a run has made but its lock."""
+    """Whether the folder is missing, or holds nothing that a run has made but locks."""
+    locks = {LOCK_FILE, LOCK_OWNER_FILE, "lost+found"}
     try:
-        return not set(os.listdir(cache_dir)) - {LOCK_FILE, LOCK_OWNER_FILE, "lost+found"}
+        return not set(os.listdir(cache_dir)) - (locks if unmerged_shards(cache_dir) else locks | {SHARDS_FOLDER})
     except OSError:
         return not os.path.lexists(cache_dir)
 
@@ -575,8 +641,9 @@ class Heartbeat:
 
 
 def is_locked(cache_dir: Path) -> bool:
-    """Whether somebody holds the cache. The lock itself is asked: the name beside it may be that of a killed process,
-    whose pid another has by now (in a container always), or whose host is a container that is no more."""
+    """Whether somebody holds the cache alone; shards hold it together. The lock itself is asked: the name beside it may
+    be that of a killed process, whose pid another has by now (in a container always), or whose host is a container that
+    is no more."""
     try:
         descriptor = os.open(cache_dir / LOCK_FILE, os.O_RDONLY | os.O_NONBLOCK)
     except PermissionError:
@@ -608,8 +675,26 @@ class LockOwner(NamedTuple):
         return is_silent or not self.is_alive
 
 
+def shards_at_work(cache_dir: Path) -> dict[Shard, LockOwner]:
+    """Who holds which shard of a cache."""
+    owners = {shard: _read_owner(folder) for shard, folder in shard_folders(cache_dir).items()}
+    return {shard: owner for shard, owner in owners.items() if owner is not None and owner.is_alive}
+
+
 def read_lock_owner(cache_dir: Path) -> LockOwner | None:
-    """Who holds the lock, or held it when it was killed; None where nobody does and nobody left a name."""
+    """Who holds the cache, shards together too, or held it when it was killed; None where nobody does and nobody left
+    a name."""
+    owner = _read_owner(cache_dir)
+    if owner is not None and owner.is_alive:
+        return owner
+    if not (shards := shards_at_work(cache_dir)):
+        return owner
+    names = ", ".join(f"shard {shard}: {holder.name}" for shard, holder in shards.items())
+    last_heartbeat = max(holder.last_heartbeat for holder in shards.values())
+    return LockOwner(names, True, last_heartbeat, None)
+
+
+def _read_owner(cache_dir: Path) -> LockOwner | None:
     path = cache_dir / LOCK_OWNER_FILE
     try:
         last_heartbeat = path.stat().st_mtime
@@ -835,6 +920,11 @@ class Progress:
     def _count(self) -> None:
         self.total_chunks = sum(len(record["spans"]) for record in self.records.values())  # of completed trajectories
         self._uses = collections.Counter(record["fingerprint"] for record in self.records.values())
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether the configuration in force counts: trajectories were made with it."""
+        return bool(self.records)
 
     @property
     def fingerprints(self) -> set[str]:
@@ -1102,6 +1192,7 @@ RECORD_KEYS: dict[str, RecordKey] = {
     "other_caches": RecordKey((list, _NULL), check=_check_texts, is_later=True),
     "checksum_kind": RecordKey((str,), lambda: "stat"),
     "rebuild_started": RecordKey((*_NUMBER, _NULL)),
+    "recut_started": RecordKey((*_NUMBER, _NULL), is_later=True),
     "processing_config": RecordKey((dict,), dict),
     "weights": RecordKey((dict, _NULL), check=_check_weights),  # source, size, mtime, digest
     "specs": RecordKey((dict,), dict, saved=_specs_in_use, check=_check_specs),  # fingerprint -> spec
@@ -1250,6 +1341,8 @@ def read_or_refuse(cache_dir: Path) -> StoredRecord:
     if stored is None:
         near = [str(path.parent) for path in sorted(cache_dir.glob(f"*/{PROGRESS_FILE}"))[:3]]
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+        if owner := lock_owner(cache_dir):
+            hint = f". A run is at work ({owner}) and has recorded nothing yet"
         raise RefusedError(f"{cache_dir}: no {PROGRESS_FILE} here; a cache is the folder that holds it{hint}")
     return stored
 
@@ -1262,16 +1355,34 @@ def show(cache_dir: Path, *, as_json: bool, show_all: bool) -> int:
         print(json.dumps({"cache_dir": str(cache_dir), "mixed": mixed, **progress.to_json()}, ensure_ascii=False))
         return 0
     configuration = [f"  {key}: {value}" for key, value in progress.processing_config.items()]
-    lines = [*_status_lines(progress), "", "Processing Configuration:", *configuration]
+    waiting = waiting_in_shards(cache_dir, progress.records)
+    lines = [*_status_lines(progress), *([waiting] if waiting else []), "", "Processing Configuration:", *configuration]
     print_lines(*lines, *_failure_lines(progress.failures, show_all))
     return 0
 
 
+def waiting_in_shards(cache_dir: Path, recorded: Container[str]) -> str | None:
+    """A line on the trajectories that shards completed and the cache's record, which has those `recorded`, does not
+    have yet; None where no shard waits. A redone one was withdrawn from that record before."""
+    count, unusable, waiting = 0, [], unmerged_shards(cache_dir)
+    for shard, folder in waiting.items():
+        try:
+            progress = Progress.load(folder)  # None: it was merged just now
+            count += sum(name not in recorded for name in (progress.records if progress else ()))
+        except RefusedError:
+            unusable.append(str(shard))
+    if not waiting:
+        return None
+    how = f"{progress_command(f'merge --cache-dir {cache_dir}')} or the next run without --shard brings them in"
+    bad = f"; the records of shards {human_list(unusable)} cannot be read" if unusable else ""
+    return f"{count} completed trajectories wait in {len(waiting)} unmerged shards: {how}{bad}"
+
+
 def watch(cache_dir: Path, *, every_s: float, show_all: bool) -> int:
     """Print the state of one cache again and again, until Ctrl-C: in place on a terminal, else whenever it changed."""
-    load_or_refuse(cache_dir)
     record, in_place, before = _WatchedRecord(cache_dir), sys.stdout.isatty(), None
     try:
+        _await_record(cache_dir, every_s)
         while console_error("stdout") is None:  # else nobody watches any more
             progress = record.load()
             lines = [*_status_lines(progress), *_failure_lines(progress.failures, show_all)]
@@ -1284,6 +1395,23 @@ def watch(cache_dir: Path, *, every_s: float, show_all: bool) -> int:
     except KeyboardInterrupt:
         pass
     return 0
+
+
+def _await_record(cache_dir: Path, every_s: float) -> None:
+    """Wait while a run holds a cache that has no record yet: it loads weights and reads poses before the first.
+
+    Raises:
+        RefusedError: there is no record, and no run that would make one; or it is unreadable.
+    """
+    is_told = False
+    while read_record(cache_dir, with_journal=False) is None and (owner := lock_owner(cache_dir)) is not None:
+        if not is_told:
+            print_lines(
+                f"{cache_dir}: a run is at work ({owner}) and has recorded nothing yet; waiting", file=sys.stderr
+            )
+        is_told = True
+        time.sleep(every_s)
+    load_or_refuse(cache_dir)
 
 
 class _WatchedRecord:
@@ -1307,7 +1435,9 @@ class _WatchedRecord:
 def _print_in_place(lines: list[str], *, is_first: bool) -> None:
     """Print over what was printed before, as much of it as fits into the terminal."""
     width, height = os.get_terminal_size(sys.stdout.fileno())
-    shown = [printable(line)[: max(width - 1, 20)] for line in lines[: max(height - 1, 10)]]  # some terminals say 0
+    width, height = max(width - 1, 20), max(height - 1, 10)  # some terminals say 0
+    parts = [part for line in lines for part in textwrap.wrap(printable(line), width, subsequent_indent="  ") or [""]]
+    shown = parts[:height]
     clear, home, to_line_end, to_screen_end = "\x1b[2J", "\x1b[H", "\x1b[K", "\x1b[J"
     text = "".join(f"{line}{to_line_end}\n" for line in shown)
     print(f"{clear if is_first else ''}{home}{text}{to_screen_end}", end="", flush=True)
@@ -1355,9 +1485,13 @@ def _last_run(cache_dir: Path) -> list[str]:
 
 def _run_lines(cache_dir: Path) -> list[str]:
     """What is known of a run at work, or of one that was killed."""
-    owner = read_lock_owner(cache_dir)
+    lines = []
+    for shard, owner in shards_at_work(cache_dir).items():
+        lines.append(f"Shard {shard} at work: {owner.name}")
+        lines += [owner.run.line()] if owner.run is not None else []
+    owner = None if lines else read_lock_owner(cache_dir)
     if owner is None:
-        return []
+        return lines
     if owner.is_stale:
         how = "not heard of since" if owner.is_alive else "killed; last heard of"
         return [f"⚠️ Stale: a run ({owner.name}) was {how} {time.ctime(owner.last_heartbeat)}"]
@@ -1370,6 +1504,8 @@ def _run_lines(cache_dir: Path) -> list[str]:
 
 def state_remarks(progress: Progress) -> list[str]:
     remarks = []
+    if progress.recut_started is not None:
+        remarks.append(f"Re-cut under way since {time.ctime(progress.recut_started)}: the next run goes on with it")
     if progress.rebuild_started is not None:
         remarks.append(f"Rebuild under way since {time.ctime(progress.rebuild_started)}: the next run goes on with it")
     if len(progress.fingerprints) > 1:
@@ -1422,6 +1558,8 @@ def find_caches(root: Path) -> Iterator[Path]:
         if PROGRESS_FILE in files or PROGRESS_FILE in subfolders:
             subfolders.clear()
             yield Path(folder)
+        elif SHARDS_FOLDER in subfolders:
+            subfolders.remove(SHARDS_FOLDER)
 
 
 def _cache_row(cache_dir: Path) -> dict[str, Any]:
@@ -1479,7 +1617,7 @@ def reset(cache_dir: Path, *, yes: bool) -> int:
     """Replace the record by an empty one, keeping the old one aside, so that the next run redoes every trajectory."""
     if not (cache_dir / PROGRESS_FILE).exists():
         raise RefusedError(f"{cache_dir}: no {PROGRESS_FILE} here, nothing to reset")
-    with cache_lock(cache_dir):
+    with edit_lock(cache_dir):
         try:
             old = load_or_refuse(cache_dir)
             dataset_name = old.dataset_name
@@ -1516,7 +1654,7 @@ def set_aside(cache_dir: Path, why: str) -> Path:
 def reset_failed(cache_dir: Path) -> int:
     """Forget failures and their attempts, so that the next run tries those trajectories again."""
     load_or_refuse(cache_dir)
-    with cache_lock(cache_dir):
+    with edit_lock(cache_dir):
         progress = load_or_refuse(cache_dir)  # again: a run may have ended in between
         count = len(progress.failures)
         progress.failures.clear()
@@ -1579,6 +1717,9 @@ COMMAND_MODULES = {
     "prune": CommandModule(
         "dino_cache_extras.commands.prune", "Remove what the data no longer have, and leftovers.", "--config my.yaml"
     ),
+    "merge": CommandModule(
+        "dino_cache_extras.commands.merge", "Take the records of shards into the cache's own.", "--config my.yaml"
+    ),
 }
 
 
@@ -1634,6 +1775,8 @@ def _run_on_cache(arguments: argparse.Namespace) -> int:
         raise RefusedError(f"{path}: is a configuration, not a cache: give it as --config {path}")
     is_record = path.name == PROGRESS_FILE and not (path / PROGRESS_FILE).exists()
     arguments.cache_dir = path.parent if is_record else path
+    if arguments.cache_dir.parent.name == SHARDS_FOLDER and arguments.command != "show":
+        raise RefusedError(f"{path}: is a shard of a cache: name the cache, {arguments.cache_dir.parent.parent}")
     return arguments.run(arguments)
 
 

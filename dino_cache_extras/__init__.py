@@ -10,6 +10,7 @@
     labels.py         waypoints and goals of windows
     windows.py        CacheWindows, to train on                                 dino_cache.DOORS
     images.py         encode_images, features of a few pictures                 dino_cache.DOORS
+    recut.py          --recut, tokens out of the chunks that are replaced         dino_cache.RECUT_MODULE
     measure.py        --dry-run --measure, the speed of decoding and encoding
     pose_facts.py     what poses add up to, and what looks like another unit or other axes
 

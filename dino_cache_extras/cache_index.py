@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import tempfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ from progress_utils import (
     program_name,
     progress_command,
     read_or_refuse,
+    unmerged_shards,
+    waiting_in_shards,
 )
 
 INDEX_PREFIX = ".index-"  # begins the name of a large record's index, kept beside it for the next reader
@@ -59,13 +62,17 @@ def cache_index(cache_dir: Path) -> CacheIndex:
         index = _index_of(Progress.parse(cache_dir, stored))
         if len(stored.text) + len(stored.journal) >= MIN_INDEXED_BYTES:
             _keep_index(file, index)
+    if waiting := unmerged_shards(cache_dir) and waiting_in_shards(cache_dir, set(index.names)):
+        warnings.warn(f"{cache_dir}: {waiting}", stacklevel=2)
     return index
 
 
 def _index_of(progress: Progress) -> CacheIndex:
     path, names = progress.cache_dir / PROGRESS_FILE, sorted(progress.records)
     if not names:
-        raise RefusedError(f"{path}: no trajectory is completed yet; run {program_name('dino_cache.py')} first")
+        waiting = waiting_in_shards(progress.cache_dir, ())
+        way = waiting or f"run {program_name('dino_cache.py')} first"
+        raise RefusedError(f"{path}: no trajectory is completed yet; {way}")
     fingerprints = sorted(progress.fingerprints)
     numbers = {fingerprint: number for number, fingerprint in enumerate(fingerprints)}
     rows = (

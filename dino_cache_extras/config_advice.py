@@ -30,10 +30,11 @@ def advised(path: Path, messages: Iterable[str], set_otherwise: Collection[str])
         return [*messages]
     try:
         places = key_places(yaml.compose(text, Loader=yaml.SafeLoader))
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return [*messages, *_tab_advice(path, text)]
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return [*messages, *_tab_advice(path, text), *_quotes_advice(path, text, error)]
     known = sorted(places.keys() - set_otherwise, key=len, reverse=True)
-    return [f"{_with_place(path, message, known, places)}{_frames_advice(message, text)}" for message in messages]
+    patterns = {_plain(node) for key, (_, node) in places.items() if key.rpartition(".")[2] == "frame_pattern"}
+    return [f"{_with_place(path, message, known, places)}{_frames_advice(message, patterns)}" for message in messages]
 
 
 def key_places(top: yaml.Node | None) -> dict[str, tuple[int, yaml.Node]]:
@@ -77,12 +78,28 @@ def _plain(node: yaml.Node) -> Any:
 
 
 def _tab_advice(path: Path, text: str) -> list[str]:
+    depth, opens = 0, False  # of the line before: its spaces, and whether a mapping begins behind it
     for number, line in enumerate(text.splitlines(), 1):
-        indent = line[: len(line) - len(line.lstrip())]
+        said = line.lstrip()
+        indent = line[: len(line) - len(said)]
         if "\t" in indent:
-            spaces = indent.replace("\t", "  ") + line.lstrip()
+            spaces = " " * (depth + 2 * opens) + said
             return [f"{path}: line {number} is indented by a tab: {line[:100]!r}; write spaces: {spaces[:100]!r}"]
+        if said and not said.startswith("#"):
+            depth, opens = len(indent), said.partition(" #")[0].rstrip().endswith(":")
     return []
+
+
+def _quotes_advice(path: Path, text: str, error: Exception) -> list[str]:
+    """Of a regular expression in double quotes, in which YAML reads a backslash as an escape."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None or "unknown escape character" not in str(error):
+        return []
+    line = text.splitlines()[mark.line]
+    if (found := re.search(r"""^\s*([\w]+):\s*"([^"']*)"(?:\s|$)""", line)) is None:
+        return []
+    key, value = found.groups()
+    return [f"{path}: line {mark.line + 1}: a backslash in double quotes is an escape; write `{key}: '{value}'`"]
 
 
 def _image_size(_: Path, key: str, value: Any, message: str) -> str | None:
@@ -155,11 +172,11 @@ def _data_folder(path: Path, key: str, value: Any, message: str) -> str | None:
     return f"{said}; {above} holds {', '.join(names[:SHOWN_ENTRIES]) or 'no folder'}; write the whole path"
 
 
-def _frames_advice(message: str, text: str) -> str:
-    """Where no trajectories were found: the frame_pattern of pictures there, unless the configuration has it."""
+def _frames_advice(message: str, patterns: Collection[Any]) -> str:
+    """Where no trajectories were found: the frame_pattern of pictures there, unless it is among those that are set."""
     before, found, _ = message.partition(": no trajectories below it")
     for _, _, files in itertools.islice(os.walk(before.rpartition(": ")[2]), FOLDERS_LOOKED_INTO if found else 0):
-        if (pattern := pattern_for(files)) and pattern.strip("'") not in text:
+        if (pattern := pattern_for(files)) and yaml.safe_load(pattern) not in patterns:
             return f" It holds pictures that frame_pattern: {printable(pattern)} reads"
     return ""
 

@@ -20,7 +20,7 @@ def work_left(work: Work, partial: Partial, spec: CacheSpec) -> Work:
         last_stop = stop
     rows_left = sum(rows[count:])
     return work._replace(
-        num_frames=frames_left * len(spec.cameras),
+        num_frames=min(work.num_frames, frames_left * len(spec.cameras)),  # the former: others are in old chunks
         num_chunks=len(spans) - count,
         num_rows=rows_left,
         pose_bytes=work.pose_bytes * rows_left // work.num_rows,
@@ -30,7 +30,7 @@ def work_left(work: Work, partial: Partial, spec: CacheSpec) -> Work:
 
 def count_only_what_is_left(dataset: PreparedDataset) -> None:
     """Take what is in staging already off the work of a dataset."""
-    for partial in find_partials(dataset.config.cache_dir / STAGING_FOLDER):
+    for partial in find_partials(dataset.config.record_dir / STAGING_FOLDER):
         name = partial.made_from["trajectory"]
         if name in dataset.work:
             dataset.work[name] = work_left(dataset.work[name], partial, dataset.spec)

@@ -17,6 +17,7 @@ from progress_utils import (
     RUNS_FILE,
     Failure,
     RefusedError,
+    Shard,
     __version__,
     human_bytes,
     human_duration,
@@ -47,13 +48,17 @@ def cause_of(name: str, failure: Failure) -> str:
     return re.sub(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", "#", reason)
 
 
-def add_run(cache_dir: Path, outcome: DatasetOutcome, verdict: str, begin: float, exit_code: int) -> None:
-    """Add a run to the history of one of its caches, atomically and durably. The caller holds the cache's lock.
+def add_run(
+    cache_dir: Path, outcome: DatasetOutcome, verdict: str, begin: float, exit_code: int, shard: Shard | None = None
+) -> None:
+    """Add a run to the history of one of its caches, atomically and durably. The caller holds the
+    cache's lock, or the guard of its shards.
 
     Raises:
         OSError: it could not be written; what was there before is there still.
     """
-    line = json.dumps(run_entry(outcome, verdict, begin, exit_code), ensure_ascii=False)
+    entry = run_entry(outcome, verdict, begin, exit_code) | ({"shard": str(shard)} if shard is not None else {})
+    line = json.dumps(entry, ensure_ascii=False)
     lines = [*_read_lines(cache_dir), line.encode(errors="backslashreplace")][-MOST_RUNS:]
     write_durably(cache_dir / RUNS_FILE, b"".join(line + b"\n" for line in lines))
 

@@ -100,7 +100,8 @@ def train(cache_dirs: list[Path], *, window: int, batch_size: int, epochs: int, 
             tested = [errors(model, batch) for batch in test_loader]
         outcome.train.append(relative(seen))
         outcome.held_out.append(relative(tested))
-        print(f"epoch {epoch:3}: loss {outcome.train[-1]:.3f}, held out {outcome.held_out[-1]:.3f}")
+        held = f"{outcome.held_out[-1]:.3f}" if tested else "none (it takes four trajectories)"
+        print(f"epoch {epoch:3}: loss {outcome.train[-1]:.3f}, held out {held}")
     print(f"batches: {digest.hexdigest()}")
     return outcome._replace(digest=digest.hexdigest())
 

@@ -435,6 +435,7 @@ def record(failed: int = 0, **changes: Any) -> dict[str, Any]:
         "other_caches": None,
         "checksum_kind": "stat",
         "rebuild_started": None,
+        "recut_started": None,
         "weights": {"source": "random", "size": None, "mtime": None, "digest": "d" * 16},
         "specs": {"f" * 16: SPEC},
         "trajectory_records": {

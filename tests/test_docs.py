@@ -1,5 +1,6 @@
 """The docs are whole: what the program has stands in them, what they show runs, where they point there is something."""
 
+import ast
 import os
 import re
 import shutil
@@ -161,6 +162,69 @@ def test_every_model_is_named() -> None:
         *(name for name in dino_cache.MODEL_NAMES if name.endswith("_reg")),
         *(name for name in dino_cache.MODEL_NAMES if name.startswith("dinov3_")),
     ]
+
+
+# ======================================================================================================================
+# Messages
+# ======================================================================================================================
+
+LEAST_WORDS = 3  # of a text that a test looks for, to be a message and not a name in one
+
+
+def flat(text: str) -> str:
+    return " ".join(text.replace("`", "").replace(r"\|", "|").lower().split())
+
+
+def constants(node: ast.expr) -> list[str]:
+    """The texts that an expression is put together of, without what it fills in."""
+    if isinstance(node, ast.Constant):
+        return [node.value] if isinstance(node.value, str) else []
+    if isinstance(node, ast.JoinedStr):
+        return [text for part in node.values for text in constants(part)]
+    return [*constants(node.left), *constants(node.right)] if isinstance(node, ast.BinOp) else []
+
+
+def pinned_messages() -> dict[str, str]:
+    """Where -> the longest text of every `<text> in <outcome>.err` (or .stderr) of the tests."""
+    pinned = {}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In):
+                said = max(constants(node.left), key=len, default="").strip(" .,:;()'\"\n")
+                if re.search(r"\.(std)?err\b", ast.unparse(node.comparators[0])) and len(said.split()) >= LEAST_WORDS:
+                    pinned[f"{path.name}:{node.lineno}"] = said
+    return pinned
+
+
+def words_of(text: str) -> list[str]:
+    return [word for word in (word.strip(".,:;()?'\"") for word in flat(text).split()) if word]
+
+
+def is_documented(said: str, spans: list[str]) -> bool:
+    """Whether half of a message's words, and two at least, stand in this order in one documented message."""
+    words = words_of(said)
+    for span in spans:
+        lengths = [0] * (len(words) + 1)  # of the longest common sequence, row by row
+        for word in words_of(span):
+            row = [0]
+            for place, other in enumerate(words):
+                row.append(lengths[place] + 1 if word == other else max(row[-1], lengths[place + 1]))
+            lengths = row
+        if lengths[-1] >= max(2, len(words) / 2):
+            return True
+    return False
+
+
+def test_every_message_that_tests_look_for_is_documented() -> None:
+    """On a page as it is, or by what stays of a documented message, of which `...` stands for the rest."""
+    pages = [ROOT / "docs" / name for name in ("troubleshooting.md", "operations.md")]
+    text = flat(" ".join(page.read_text(encoding="utf-8") for page in pages))
+    spans = [span for row in table_rows(section(pages[0], "Messages")) for span in code_spans(row[0])]
+    pinned = pinned_messages()
+    assert len(pinned) > 80
+    pinned = {where: said for where, said in pinned.items() if flat(said) not in text}
+    missing = {where: said for where, said in pinned.items() if not is_documented(said, spans)}
+    assert missing == {}, "\n".join(f"{where}: {said}" for where, said in missing.items())
 
 
 # ======================================================================================================================

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 import pytest
 import yaml
 
@@ -22,15 +23,20 @@ import dino_cache
 import progress_utils
 from support import (
     STAMP_SHAPE,
+    BitEncoder,
     StampEncoder,
     cache_content,
     check_stamps,
     chunk_files,
+    encoded,
     make_trajectory,
     read_progress,
+    render,
+    straight_line,
     tree,
     write_config,
     write_frame,
+    write_poses,
 )
 
 # 80 frames, 0.25 m apart: chunks of 2 m that overlap by 0.5 m, of 9 frames each: [0, 9), [6, 15), [12, 21) ...
@@ -330,12 +336,19 @@ FORKED.set_forkserver_preload(["h5py", "pydantic", "pytest", "torchvision.io", "
 IN_FLIGHT = 4  # batches between an encoder and the disk
 
 
-def run_until(config: Path, told: Path, last: int | None, then_s: float) -> None:
-    """A run that kills itself, so long after it began to encode its frame number `last`; each is told in a file."""
+def run_with(encoder: type[StampEncoder], config: Path) -> None:
+    """A run in a process that was forked for it, with this encoder; what it says goes into <config>.log."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, dino_cache.HELD_SIGNALS)
     output = os.open(config.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    dino_cache.load_encoder = lambda spec, device: (encoder(spec.image_size, spec.tokens), "stamp" + spec.weights)
+    dino_cache.model_shape = lambda model_type: STAMP_SHAPE
+    sys.exit(dino_cache.main(["--config", str(config)]))
+
+
+def run_until(config: Path, told: Path, last: int | None, then_s: float) -> None:
+    """A run that kills itself, so long after it began to encode its frame number `last`; each is told in a file."""
 
     class FatalEncoder(PlainEncoder):
         def encode(self, pixels: Any) -> Any:
@@ -346,9 +359,7 @@ def run_until(config: Path, told: Path, last: int | None, then_s: float) -> None
             time.sleep(0.005)
             return super().encode(pixels)
 
-    dino_cache.load_encoder = lambda spec, device: (FatalEncoder(spec.image_size, spec.tokens), "stamp" + spec.weights)
-    dino_cache.model_shape = lambda model_type: STAMP_SHAPE
-    sys.exit(dino_cache.main(["--config", str(config)]))
+    run_with(FatalEncoder, config)
 
 
 @pytest.mark.slow
@@ -369,6 +380,89 @@ def test_ten_kills_at_random_cost_a_chunk_each_and_what_was_in_flight(trial, exp
     encoded = len(told.read_text()) + len(trial.finish())
     check_same(trial.cache, expected)
     assert encoded <= FRAMES + kills * (9 + IN_FLIGHT)
+
+
+LONG, CHUNK, BATCH = 20_000, 500, 16  # frames
+BATCH_S = 0.004  # an encoder that a kill can still meet where it was meant to
+MOST_LOST = CHUNK + IN_FLIGHT * BATCH  # by a kill
+BEFORE_KILLS = (600, 1900)  # frames that a run encodes: more than a kill may cost, and by ten runs less than all
+
+
+class PlainBitEncoder(BitEncoder, PlainEncoder):
+    """Reads the numbers out of JPEGs, of which the whole 16 bits are the frame's."""
+
+
+def run_long(config: Path, told: Path) -> None:
+    """A run of which each frame is told in a file, by a byte, before it is encoded."""
+
+    class TellingEncoder(PlainBitEncoder):
+        def encode(self, pixels: Any) -> Any:
+            with open(told, "ab") as file:
+                file.write(b"x" * len(pixels))
+            time.sleep(BATCH_S)
+            return super().encode(pixels)
+
+    run_with(TellingEncoder, config)
+
+
+def make_long_trajectory(folder: Path) -> None:
+    """LONG small JPEGs, 0.25 m apart."""
+    folder.mkdir(parents=True)
+    for number in range(LONG):
+        (folder / f"{number}.jpg").write_bytes(encoded(render(0, number)))
+    write_poses(folder, straight_line(LONG), np.zeros(LONG))
+
+
+def check_numbers(content: dict[str, Any]) -> list[tuple[int, int]]:
+    """Assert that each row of all chunks is its own frame's; returns where the chunks begin and end."""
+    for _, datasets in content.values():
+        tokens = datasets["cls_token"].astype(int)
+        np.testing.assert_array_equal(tokens[:, 0] * 4096 + tokens[:, 1] * 256 + tokens[:, 2], datasets["frame_index"])
+    return [(int(attributes["start"]), int(attributes["stop"])) for attributes, _ in content.values()]
+
+
+@pytest.mark.slow
+def test_ten_kills_in_a_long_trajectory_cost_ten_chunks_and_what_was_in_flight_at_most(tmp_path):
+    data, cache, told = tmp_path / "data", tmp_path / "data" / "dino_cache_small", tmp_path / "told"
+    make_long_trajectory(data / "long")
+    distance = (CHUNK - 1) * 0.25 + 0.1  # CHUNK frames, not one more
+    config = write_config(
+        tmp_path / "long.yaml", data, batch_size=BATCH, resize="stretch", max_chunk_distance_m=distance
+    )
+
+    def start() -> Any:
+        process = FORKED.Process(target=run_long, args=(config, told))
+        process.start()
+        return process
+
+    undisturbed = start()
+    undisturbed.join()
+    assert undisturbed.exitcode == 0
+    expected = cache_content(cache)
+    spans = check_numbers(expected)
+    assert (spans[0], spans[-1][1], max(stop - begin for begin, stop in spans)) == ((0, CHUNK), LONG, CHUNK)
+    assert told.stat().st_size == LONG
+    shutil.rmtree(cache)
+    told.write_bytes(b"")
+
+    moments = random.Random(20_000)
+    for _ in range(10):
+        before, process = told.stat().st_size, start()
+        frames = moments.randint(*BEFORE_KILLS)
+        while told.stat().st_size < before + frames:
+            assert process.exitcode is None
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert chunk_files(cache) == []  # published whole, later
+    last = start()
+    last.join()
+    assert last.exitcode == 0
+    assert LONG < told.stat().st_size <= LONG + 10 * MOST_LOST
+    check_same(cache, expected)
+    assert list((cache / ".staging").iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -246,13 +246,13 @@ def test_show_says_how_far_a_run_is_and_which_trajectory_is_in_work(tmp_path, mo
 def test_watch_shows_in_place_what_changes_until_ctrl_c(tmp_path, monkeypatch):
     write_record(tmp_path)
     arguments = [str(ROOT / "progress_utils.py"), "show", "--cache-dir", str(tmp_path), "--watch", "0.1"]
-    with pexpect.spawn(sys.executable, arguments, timeout=60, encoding="utf-8", dimensions=(30, 120)) as terminal:
+    with pexpect.spawn(sys.executable, arguments, timeout=60, encoding="utf-8", dimensions=(30, 80)) as terminal:
         terminal.expect_exact("\x1b[2J")  # the screen is cleared once
         terminal.expect_exact("Completed trajectories: 2")
         with cache_lock(tmp_path):
             terminal.expect_exact("Run at work: ")
             beat(tmp_path, 2, "b/c", monkeypatch)
-            terminal.expect_exact(TOLD)
+            terminal.expect_exact(TOLD.replace(" frames/s", "\x1b[K\r\n  frames/s"))  # all of it, on a narrow screen
             terminal.expect_exact("Trajectory in work: b/c")
         progress = Progress.load(tmp_path)
         progress.fail("f", record(1)["failures"]["f0"])
@@ -286,6 +286,21 @@ def test_watch_without_a_terminal_prints_a_block_for_each_change(tmp_path):
 def test_a_watch_that_cannot_be_is_refused(tmp_path, arguments):
     write_record(tmp_path)
     assert run_utils("show", "--cache-dir", tmp_path, *arguments).returncode == 2
+
+
+def test_watch_waits_for_the_record_of_a_run_that_has_begun(tmp_path):
+    command = [sys.executable, str(ROOT / "progress_utils.py"), "show", "--cache-dir", str(tmp_path)]
+    with cache_lock(tmp_path):
+        refused = run_utils("show", "--cache-dir", tmp_path)
+        assert refused.returncode == 2
+        assert f"A run is at work (pid {os.getpid()} on " in refused.stderr
+        told = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen([*command, "--watch", "0.1"], **told) as watching:
+            assert "has recorded nothing yet; waiting" in watching.stderr.readline()
+            write_record(tmp_path)
+            assert "Completed trajectories: 2\n" in iter(watching.stdout.readline, "\n")
+            watching.send_signal(signal.SIGINT)
+    assert watching.returncode == 0
 
 
 def test_watch_refuses_a_folder_without_a_record(tmp_path):

@@ -187,6 +187,17 @@ def test_no_process_stays_when_a_run_is_killed_while_its_reader_is_stuck(tmp_pat
     wait_until(lambda: is_gone(reader) and is_gone(server), 20)
 
 
+def test_a_fork_server_holds_back_the_signals_of_a_terminal_from_its_first_moment() -> None:
+    """Importing takes it seconds, in which Ctrl-C would make it print a traceback."""
+    script = (
+        "import dino_cache; from pathlib import Path; dino_cache.start_fork_server();"
+        "pid = dino_cache.forkserver._forkserver._forkserver_pid; print(Path(f'/proc/{pid}/status').read_text())"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (blocked,) = [int(line.split()[1], 16) for line in shown.splitlines() if line.startswith("SigBlk")]
+    assert {number for number in dino_cache.HELD_SIGNALS if not blocked >> (number - 1) & 1} == set()
+
+
 def fork_servers(group: int) -> list[str]:
     """Command lines of the fork servers in a process group."""
     found = []

@@ -26,7 +26,8 @@ KEYS = {
 }  # fmt: skip
 
 
-LATER_KEYS = {"data_folder", "data_format", "num_trajectories", "other_caches"}  # that records of earlier versions lack
+# Those that records of earlier versions lack.
+LATER_KEYS = {"data_folder", "data_format", "num_trajectories", "other_caches", "recut_started"}
 
 
 def test_a_record_of_an_earlier_version_is_shown_and_listed(tmp_path):
@@ -72,7 +73,7 @@ def with_entry(key: str, name: str, **changes: Any) -> dict[str, Any]:
 
 
 def with_wrong_type(key: str) -> dict[str, Any]:
-    is_number = isinstance(record(rebuild_started=1.0)[key], (int, float))
+    is_number = isinstance(record(rebuild_started=1.0, recut_started=1.0)[key], (int, float))
     return record(1, **{key: "text" if is_number else 1})
 
 

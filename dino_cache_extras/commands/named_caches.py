@@ -25,22 +25,23 @@ def configured(config: Path, dataset: str | None) -> list[DatasetConfig]:
 
 
 def run_on_caches(arguments: argparse.Namespace) -> int:
-    """Run a command on the cache of a configuration. `show` shows those of several datasets, one below the other.
+    """Run a command on the cache of a configuration. `show` and `merge` take those of several datasets, one
+    after the other.
 
     Raises:
         RefusedError: there are several, and the command is for one.
     """
     configs = configured(arguments.config, arguments.dataset)
-    if len(configs) > 1 and (arguments.command != "show" or arguments.watch is not None):
+    if len(configs) > 1 and (arguments.command not in ("show", "merge") or getattr(arguments, "watch", None)):
         names = ", ".join(config.name for config in configs)
         raise RefusedError(f"{arguments.config}: has several datasets: name one with --dataset: {names}")
     begun = [config for config in configs if os.path.lexists(config.cache_dir / PROGRESS_FILE)]
     for number, config in enumerate(begun or configs[:1]):
-        if number and not arguments.json:
+        if number and arguments.command == "show" and not arguments.json:
             print_lines("")
         arguments.cache_dir = config.cache_dir
         code = arguments.run(arguments)
     for config in configs:
-        if config not in begun:
+        if config not in begun and not os.path.lexists(config.cache_dir / PROGRESS_FILE):  # made while it was watched
             print_lines(f"Dataset {config.name}: no {PROGRESS_FILE} in {config.cache_dir} yet", file=sys.stderr)
     return code

@@ -19,8 +19,8 @@ from progress_utils import (
     Progress,
     RefusedError,
     add_cache_dir,
-    cache_lock,
     chunk_folders,
+    edit_lock,
     human_bytes,
     load_or_refuse,
     lock_owner,
@@ -46,7 +46,7 @@ def prune(cache_dir: Path, config: DatasetConfig | None, *, yes: bool) -> int:
         CacheLockedError: a run holds the cache, and something would be removed.
     """
     load_or_refuse(cache_dir)
-    with cache_lock(cache_dir) if yes else contextlib.nullcontext():
+    with edit_lock(cache_dir) if yes else contextlib.nullcontext():
         progress = load_or_refuse(cache_dir)
         holder = None if yes else lock_owner(cache_dir)
         unrecorded = chunk_folders(cache_dir) if holder is None else ()  # else a run has just written them
@@ -58,7 +58,8 @@ def prune(cache_dir: Path, config: DatasetConfig | None, *, yes: bool) -> int:
         for name in waste.gone:
             print_lines(f"  gone from the data: {name} ({human_bytes(sizes[name])})")
         for what, paths in (("record set aside", waste.set_aside), ("leftover", waste.leftovers)):
-            print_lines(*(f"  {what}: {path.relative_to(cache_dir)}" for path in paths))
+            for path in paths:
+                print_lines(f"  {what}: {path.relative_to(cache_dir)}")
         counts = f"{len(waste.gone)} trajectories, {len(waste.set_aside)} records set aside, "
         counts += f"{len(waste.leftovers)} leftovers: {human_bytes(size)}"
         if holder is not None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from dino_cache_extras.chunk_files import check_recorded, recorded_chunks
 from dino_cache_extras.commands.workers import on_all_cores
+from dino_cache_extras.shards import load_all
 from progress_utils import (
     CANNOT_LOOK,
     JOURNAL_FILE,
@@ -25,9 +26,9 @@ from progress_utils import (
     TrajectoryRecord,
     add_cache_dir,
     ask,
-    cache_lock,
     chunk_file_name,
     chunk_folders,
+    edit_lock,
     find_partials,
     is_chunk_file,
     load_or_refuse,
@@ -35,6 +36,8 @@ from progress_utils import (
     partial_journal,
     print_lines,
     program_name,
+    unmerged_shards,
+    waiting_in_shards,
 )
 
 
@@ -50,7 +53,7 @@ class Finding(NamedTuple):
 def verify(cache_dir: Path, *, deep: bool, as_json: bool, repair: bool, yes: bool) -> int:
     """Check every recorded trajectory's chunk files; exit code 0 sound, 1 problems found (also when repaired)."""
     load_or_refuse(cache_dir)
-    with cache_lock(cache_dir) if repair else contextlib.nullcontext():
+    with edit_lock(cache_dir) if repair else contextlib.nullcontext():
         progress = load_or_refuse(cache_dir)
         findings = _check_recorded(progress, deep)
         if findings and not repair:
@@ -115,10 +118,12 @@ def damage_of(path: Path, problem: Exception) -> str:
 
 
 def _find_unrecorded(progress: Progress) -> list[Finding]:
+    shards = load_all(unmerged_shards(progress.cache_dir)).values()
+    in_shards = {name for shard in shards for name in shard.records}
     return [
         Finding("unrecorded", name, name, "chunk files that are not in the record")
         for name in chunk_folders(progress.cache_dir)
-        if name not in progress.records
+        if name not in progress.records and name not in in_shards
     ]
 
 
@@ -148,6 +153,8 @@ def _print_findings(progress: Progress, findings: list[Finding], holder: str | N
     )
     if holder:
         print_lines(f"Note: a run is at work ({holder}); unrecorded and leftover files are not looked for")
+    if waiting := waiting_in_shards(progress.cache_dir, progress.records):
+        print_lines(f"Note: {waiting}; they are not looked into")
     if len(progress.fingerprints) > 1:
         print_lines(f"Note: mixed cache: made with {len(progress.fingerprints)} different configurations")
     for finding in findings:

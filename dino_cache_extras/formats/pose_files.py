@@ -111,7 +111,7 @@ def pose_table(rows: TableRows, keys: DataKeys) -> dict[str, np.ndarray]:
     """
     where, header, records, has_names = rows
     names = _column_names(where, header, keys) if has_names else list(TUM_COLUMNS)
-    columns = _pose_columns(where, names, records, keys)
+    columns = _pose_columns(where, header, names, records, keys)
     timestamp = columns["timestamp"] * keys.time_scale + keys.time_offset
     check_values(where, "timestamp", timestamp, math.inf)  # finite also when scaled
     if (steps := np.diff(timestamp)).min(initial=1) <= 0:
@@ -157,13 +157,19 @@ def _column_names(where: str, header: list[str], keys: DataKeys) -> list[str]:
     return names
 
 
-def _pose_columns(where: str, names: list[str], records: list[list[str]], keys: DataKeys) -> dict[str, np.ndarray]:
+def _found_columns(header: list[str]) -> str:
+    return f"; its columns are {', '.join(name.strip() for name in header)[:300]}" if header else ""
+
+
+def _pose_columns(
+    where: str, header: list[str], names: list[str], records: list[list[str]], keys: DataKeys
+) -> dict[str, np.ndarray]:
     needs_z = max(AXES[keys.pose_axes].columns) == 2
     needed = {"timestamp", "x", "y"} | ({"z"} if needs_z else set()) | ({"yaw"} if "yaw" in names else set(QUATERNION))
     if missing := needed - set(names):
         raise InputError(
             f"{where}: has no column {', '.join(sorted(missing))}; expected a first line with timestamp, x, y and yaw "
-            "or qx, qy, qz, qw; a .txt file in TUM's form: timestamp tx ty tz qx qy qz qw"
+            f"or qx, qy, qz, qw; a .txt file in TUM's form: timestamp tx ty tz qx qy qz qw{_found_columns(header)}"
         )
     if not records:
         raise InputError(f"{where}: holds no poses")

@@ -659,3 +659,32 @@ def test_the_order_of_cameras_makes_no_other_cache_and_their_names_do() -> None:
     assert one.fingerprint("w") == other.fingerprint("w") != CacheSpec(image_key={"a": "x", "b": "y"}).fingerprint("w")
     assert dino_cache.data_keys(one) == dino_cache.data_keys(other) == dino_cache.DataKeys.of(one.to_json())
     assert dino_cache.encoder_key(one, "cpu") == dino_cache.encoder_key(CacheSpec(), "cpu")
+
+
+@pytest.mark.parametrize("kind", ["recon", "lerobot v3.0"])
+def test_each_cameras_tokens_are_cut_anew_and_the_frames_between_encoded(
+    run_bits: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Every third frame is stored; then every second one is wanted, of which every third is."""
+    names = KINDS[kind][2](tmp_path / "data", TRAJECTORIES)
+    keys, cut = {"image_key": KINDS[kind][1]}, {"tokens": ["cls", "patch"], "batch_size": 5}
+    assert run_bits(keys, frame_stride=3, max_chunk_distance_m=3.0, **cut).code == 0
+    loaded: list[BitEncoder] = []
+
+    def load(spec: CacheSpec, device: str) -> tuple[BitEncoder, str]:
+        loaded.append(BitEncoder(spec.image_size, spec.tokens))
+        return loaded[-1], "bits"
+
+    monkeypatch.setattr(dino_cache, "load_encoder", load)
+    outcome = run_bits(keys, "--recut", frame_stride=2, max_chunk_distance_m=1.9, **cut)
+    assert outcome.code == 0, outcome.err
+    wanted = [set(range(0, one.count, 2)) - set(range(0, one.count, 3)) for one in TRAJECTORIES]
+    assert sum(loaded[0].batch_sizes) == 2 * sum(map(len, wanted))
+    for trajectory, name in zip(TRAJECTORIES, names):
+        check_both(tmp_path / "cache", name, trajectory.stamp, frame_stride=2)
+    loaded.clear()
+    assert run_bits(keys, "--recut", frame_stride=4, max_chunk_distance_m=4.0, **cut).code == 0
+    for trajectory, name in zip(TRAJECTORIES, names):
+        check_both(tmp_path / "cache", name, trajectory.stamp, frame_stride=4)
+    assert loaded == []
+    assert progress_utils.main(["verify", "--cache-dir", str(tmp_path / "cache"), "--deep"]) == 0

@@ -48,6 +48,8 @@ def test_each_answer_is_told_with_what_it_comes_to(asked):
     assert re.search(
         rf"\n  y  keep: 2 completed trajectories \({size:.1f} kB\) stay as they are, 1 {made}{pace}; "
         rf"the cache is mixed\n"
+        rf"  c  re-cut: 2 completed trajectories are cut anew from their stored features \({size:.1f} kB are read and "
+        rf"replaced\), frames in no chunk are encoded; 1 {made}{pace}\n"
         rf"  r  redo: all 3 {made}{pace}, which replaces {size:.1f} kB\n"
         r"  N  stop: nothing is changed \(the default\)\n$",
         said,

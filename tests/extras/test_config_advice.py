@@ -28,7 +28,15 @@ ROBOT = "datasets:\n  robot:\n    data_folder: data\n"
     [
         (
             "datasets:\n  robot:\n\tdata_folder: /data\n",
-            r"line 3 is indented by a tab: '\tdata_folder: /data'; write spaces: '  data_folder: /data'",
+            r"line 3 is indented by a tab: '\tdata_folder: /data'; write spaces: '    data_folder: /data'",
+        ),
+        (
+            "datasets:  # ours\n    robot:  # the: first\n        data_folder: /data\n# more\n\t\tsplit: s\n",
+            r"line 5 is indented by a tab: '\t\tsplit: s'; write spaces: '        split: s'",
+        ),
+        (
+            f'tokens: [cls]\nframe_pattern: "frame_(\\d+)\\.jpg"  # ours\n{ROBOT}',
+            r"line 2: a backslash in double quotes is an escape; write `frame_pattern: 'frame_(\d+)\.jpg'`",
         ),
         (
             f"image_size: [3, 224, 224]\n{ROBOT}",
@@ -142,6 +150,7 @@ def test_frames_of_another_name_are_answered_with_their_frame_pattern(tmp_path: 
         frame.rename(frame.with_name(f"frame_{int(frame.stem):06d}.jpg"))
     config = tmp_path / "lab.yaml"
     text = "weights: random\ndino_model_type: small\nimage_size: [28, 42]\ndatasets: {r: {data_folder: data}}\n"
+    text += "# frame_pattern: 'frame_(\\d+)\\.jpg', for one, as the shipped file says\n"
     config.write_text(text)
     failed = run_cache(config)
     assert failed.returncode == 1

@@ -228,7 +228,11 @@ HARMS: list[tuple[str, Callable[[Path], Any], list[str]]] = [  # the file, a har
     (TUM, lambda d: (d / "t1.txt").write_text(tum(1.6e9, 1.7e9)), ["no frame lies between", "0.000 to 3.900 s"]),
     (TUM, lambda d: (d / "t1.txt").write_text(tum(0, 0)), [" t1.txt:", "do not rise", "pose 1"]),
     (TUM, lambda d: (d / "t1.txt").write_text(tum(0, 9, qw=0)), [" t1.txt:", "quaternion 0"]),
-    (CSV, lambda d: (d / "t1/poses.csv").write_text("timestamp,x,y\n0,1,2\n"), ["t1/poses.csv", "no column", "qw"]),
+    (
+        CSV,
+        lambda d: (d / "t1/poses.csv").write_text("t,x,y,az\n0,1,2,0\n"),
+        ["t1/poses.csv", "no column", "qw", "are t, x, y, az"],
+    ),
     (CSV, lambda d: (d / "t1/poses.csv").write_text("timestamp,x,y,yaw\n0,1,nan,2\n"), ["t1/poses.csv", "y[0]", "nan"]),
 ]
 

@@ -1,6 +1,8 @@
 """Caches named by the configuration that makes them, and a list of them in a narrow terminal."""
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,6 +33,20 @@ def test_show_takes_a_dataset_of_a_config(config: Path) -> None:
     shown = run_utils("show", "--config", config, "--dataset", "yard")
     assert (shown.returncode, shown.stderr) == (0, "")
     assert shown.stdout == run_utils("show", config.parent / "caches" / "yard").stdout
+
+
+def test_a_record_that_is_made_while_it_is_waited_for_is_not_called_missing(config: Path) -> None:
+    cache_dir = config.parent / "caches" / "later"
+    cache_dir.mkdir()
+    command = [sys.executable, str(ROOT / "progress_utils.py"), "show", "--config", str(config), "--dataset", "later"]
+    told = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with progress_utils.cache_lock(cache_dir), subprocess.Popen([*command, "--watch", "0.1"], **told) as watching:
+        assert "has recorded nothing yet; waiting" in watching.stderr.readline()
+        write_record(cache_dir, failed=1, dataset_name="later")
+        assert "Dataset: later\n" in iter(watching.stdout.readline, "\n")
+        watching.send_signal(signal.SIGINT)
+        _, errors = watching.communicate(timeout=60)
+    assert (watching.returncode, errors) == (0, "")
 
 
 def test_show_shows_every_dataset_of_a_config(config: Path) -> None:

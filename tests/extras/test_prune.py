@@ -38,6 +38,7 @@ def test_what_the_data_no_longer_have_is_named_and_then_removed(cached: Robot, b
     assert "gone from the data: t3 (" in said.stdout
     assert "Would remove 2 trajectories, 0 records set aside, 0 leftovers: " in said.stdout
     assert "Nothing was changed: --yes removes them" in said.stdout
+    assert "" not in said.stdout.splitlines()
     assert tree(cached.cache) == before
     done = run_utils("prune", *named, "--yes")
     assert (done.returncode, "Removed 2 trajectories" in done.stdout) == (0, True), done.stderr

@@ -680,3 +680,27 @@ def test_a_node_that_sees_another_cache_folder_is_refused(lab, cluster):
     assert "is not here: cache_dir must be on a filesystem that all nodes share" in outcome.err
     assert str(lab.cache) in outcome.err
     assert not (lab.cache / "progress.json").exists()
+
+
+@pytest.mark.slow
+@needs_ray
+def test_workers_cut_anew_what_is_stored_and_encode_what_is_not(lab):
+    lab.add(6)
+    lab.configure(frame_stride=2)
+    assert lab.run().code == 0
+
+    def refuse(stamps: set[int]) -> None:
+        raise AssertionError("something was encoded")
+
+    lab.configure(frame_stride=4, max_chunk_distance_m=1.5)
+    outcome = lab.run("--recut", on_batch=refuse)
+    assert outcome.code == 0, outcome.err
+    assert "6 completed (+6)" in outcome.out
+    for number in range(6):
+        assert check_stamps(lab.cache, f"t{number:02d}", number, frame_stride=4) > 0
+    lab.configure(max_chunk_distance_m=3.0)
+    assert f"frames to encode: {6 * (FRAMES - FRAMES // 4)}" in lab.run("--recut", "--dry-run").out
+    assert lab.run("--recut", "--limit", "3").code == 5
+    assert lab.run().code == 0
+    lab.check_complete(6)
+    assert read_progress(lab.cache)["recut_started"] is None
