@@ -11,7 +11,7 @@ and, where dino_cache_extras/ lies beside it, what COMMAND_MODULES names (`--hel
     python progress_utils.py verify       CACHE [--deep] [--json] [--repair [--yes]]
     python progress_utils.py rebuild      CACHE [--yes]
     python progress_utils.py report       CACHE [-o report.html] [--data-folder DIR]
-    python progress_utils.py export       CACHE --to flat|vint -o PATH [--tokens ...] [--allow-mixed] [--force]
+    python progress_utils.py export       CACHE --to flat|vint|lerobot|lance -o PATH [--tokens ...] [--force]
     python progress_utils.py prune        CACHE [--yes]
     python progress_utils.py merge        CACHE
 
@@ -297,11 +297,15 @@ def refuse_locale() -> None:
 
 # Library -> the extra that brings it
 EXTRA_OF = {
-    **{"av": "lerobot", "pyarrow": "lerobot", "ray": "ray", "openvino": "openvino"},
+    **{"av": "lerobot", "pyarrow": "lerobot", "ray": "ray", "openvino": "openvino", "lance": "lance"},
     **dict.fromkeys(("matplotlib", "jinja2", "markupsafe"), "report"),
     **dict.fromkeys(("rosbags", "lz4", "zstandard"), "rosbag"),
 }
-PACKAGE_OF = {"yaml": "pyyaml", "PIL": "pillow"}  # library -> its package, where that is called otherwise
+PACKAGE_OF = {
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+    "lance": "pylance",
+}  # library -> its package, where that is called otherwise
 SCRIPTS = {"dino_cache.py": "dino-cache", "progress_utils.py": "dino-cache-progress"}  # file -> command, once installed
 
 

@@ -339,6 +339,7 @@ def test_the_command_that_installs_a_library_fits_how_we_are_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert progress_utils.install_command("av") == "pip install -r requirements-lerobot.txt"
+    assert progress_utils.install_command("lance") == "pip install -r requirements-lance.txt"
     assert progress_utils.install_command("openvino") == "pip install -r requirements-openvino.txt"
     assert progress_utils.install_command("h5py") == "pip install -r requirements.txt"
     monkeypatch.setattr(progress_utils, "__file__", str(tmp_path / "site-packages/progress_utils.py"))

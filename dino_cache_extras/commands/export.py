@@ -29,6 +29,7 @@ from dino_cache import (
     read_file,
 )
 from dino_cache_extras.chunk_files import NewRows, is_cut_by_frames, pieces, recorded_chunk, token_datasets
+from dino_cache_extras.commands.export_rows import ExportJob
 from dino_cache_extras.commands.workers import with_bar
 from dino_cache_extras.smaller_tokens import read_rows, read_type
 from progress_utils import (
@@ -38,9 +39,16 @@ from progress_utils import (
     fsync_path,
     human_bytes,
     load_or_refuse,
+    open_door,
     print_lines,
     write_durably,
 )
+
+# Layouts of modules of their own, each with write(job) -> what was written, in words
+LAYOUT_MODULES = {
+    "lerobot": "dino_cache_extras.commands.export_lerobot",
+    "lance": "dino_cache_extras.commands.export_lance",
+}
 
 FLAT_DESCRIPTION = (
     "flat: one HDF5 file in stable-worldmodel's dialect. Every dataset but ep_len and ep_offset is a column, one row "
@@ -55,6 +63,15 @@ VINT_DESCRIPTION = (
     "vint: a folder with one .pt file a chunk (features (L, D) float16: the CLS tokens; positions, yaws, indices) and "
     "cache_metadata.json, as visualnav-transformer's feature cache has them. Chunks overlap as in the cache. "
     "Refused where a trajectory has no poses. It holds one camera; --camera says which of several."
+)
+LEROBOT_DESCRIPTION = (
+    "lerobot: a LeRobot v3.0 dataset, a folder: observation.cls_token and the like, observation.state (x, y, yaw), "
+    "action (dx, dy, dyaw to the next frame, in the axes of the frame), extra.<name>, task. An episode ends at a pose "
+    "jump or a gap; its last action is 0, and next.done is true there. Its rate is --fps, else by the stored times."
+)
+LANCE_DESCRIPTION = (
+    "lance: a Lance table in stable-worldmodel's layout, a folder named *.lance: the same columns, without dots in "
+    "their names, with position and yaw apart, episode_idx and step_idx."
 )
 VINT_METADATA = "cache_metadata.json"
 VINT_SETTINGS = ("max_chunk_distance_m", "overlap_distance_m", "min_chunk_distance_m")
@@ -74,6 +91,7 @@ def export(
     allow_mixed: bool,
     force: bool,
     camera: str | None = None,
+    fps: float | None = None,
 ) -> int:
     """Write what is recorded in another layout; the output appears under its name when it is complete.
 
@@ -89,9 +107,15 @@ def export(
         raise RefusedError(f"-o {output}: lies inside the cache; an export belongs beside it")
     if not output.parent.is_dir():
         raise RefusedError(f"-o {output}: there is no folder {output.parent}")
-    if layout == "flat":
-        if camera is not None:
-            raise RefusedError(f"--camera {camera}: the flat layout holds all cameras; leave it out")
+    if layout != "vint" and camera is not None:
+        raise RefusedError(f"--camera {camera}: the {layout} layout holds all cameras; leave it out")
+    if layout != "lerobot" and fps is not None:
+        raise RefusedError(f"--fps {fps:g}: the {layout} layout has no rate; leave it out")
+    if layout in LAYOUT_MODULES:
+        datasets = _exported_datasets(progress, tokens)
+        job = ExportJob(progress, output, datasets, _common_extras(progress), fps, force)
+        done = open_door(LAYOUT_MODULES[layout]).write(job)
+    elif layout == "flat":
         done = _export_flat(progress, output, _exported_datasets(progress, tokens), force=force)
     else:
         if tokens not in (None, ["cls"]):
@@ -392,16 +416,27 @@ def _flat_names(names: Iterable[str]) -> dict[str, str]:
     return flat
 
 
+def _positive(text: str) -> float:
+    """A number above 0; argparse names the option where it is none."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.description += f" {FLAT_DESCRIPTION} {VINT_DESCRIPTION}"
+    parser.description += f" {FLAT_DESCRIPTION} {VINT_DESCRIPTION} {LEROBOT_DESCRIPTION} {LANCE_DESCRIPTION}"
     add_cache_dir(parser)
-    parser.add_argument("--to", choices=("flat", "vint"), required=True, dest="layout", help="the layout")
+    parser.add_argument(
+        "--to", choices=("flat", "vint", *LAYOUT_MODULES), required=True, dest="layout", help="the layout"
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="PATH", help="the file or folder")
     parser.add_argument(
         "--tokens", nargs="+", choices=tuple(TOKEN_DATASETS), help="which of them (default: all that there are)"
     )
     parser.add_argument("--camera", metavar="NAME", help="which of several cameras (vint)")
+    parser.add_argument("--fps", type=_positive, metavar="RATE", help="kept frames a second (lerobot)")
     parser.add_argument("--allow-mixed", action="store_true", help="also of several configurations")
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
 
@@ -416,4 +451,5 @@ def run(arguments: argparse.Namespace) -> int:
         allow_mixed=arguments.allow_mixed,
         force=arguments.force,
         camera=arguments.camera,
+        fps=arguments.fps,
     )

@@ -28,6 +28,7 @@ class Robot:
     spans: Sequence[tuple[int, int]] | None = None  # None: as the spec cuts it
     columns: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # dataset -> (T, ...)
     count: int = 0
+    task: str | None = None
 
     @property
     def length(self) -> int:
@@ -85,4 +86,5 @@ def plan_of(name: str, robot: Robot, spec: CacheSpec) -> TrajectoryPlan:
         travelled=travelled,
         spans=spans,
         columns=robot.columns,
+        task=robot.task,
     )
