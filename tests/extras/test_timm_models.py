@@ -566,3 +566,18 @@ def test_ray_makes_the_same_cache_of_layers(layered, tmp_path):
         assert here.keys() == there.keys()
         for name, values in here.items():
             np.testing.assert_allclose(there[name], values, rtol=4e-3, atol=4e-3)
+
+
+def test_a_cache_of_layers_is_cut_anew(layered, run_here):
+    cache, config = layered
+    _, before = read_chunk(next((cache / "a").glob("*.h5")))
+    outcome = run_here(
+        config, "--recut", "--yes", "--set", "max_chunk_distance_m=1.0", "--set", "overlap_distance_m=0.0"
+    )
+    assert outcome.code == 0, outcome.err
+    paths = sorted((cache / "a").glob("*.h5"))
+    assert len(paths) > 1
+    for path in paths:
+        _, after = read_chunk(path)
+        for name in NAMES:
+            np.testing.assert_array_equal(after[name], before[name][after["frame_index"]])
