@@ -12,6 +12,7 @@ import numpy as np
 from dino_cache import EXTRA_PREFIX, free_bytes, to_next_frame
 from dino_cache_extras.chunk_files import NewRows, is_cut_by_frames, pieces, recorded_chunk
 from dino_cache_extras.commands.workers import with_bar
+from dino_cache_extras.smaller_tokens import read_rows, read_type
 from progress_utils import Progress, RefusedError, human_bytes
 
 BLOCK_BYTES = 1 << 24  # of rows in memory at a time, but one row at least
@@ -79,26 +80,13 @@ def columns_of(job: ExportJob) -> list[Column]:
     with recorded_chunk(job.progress, next(iter(job.progress.records)), 0, deep=False) as chunk:
         poses = [name for name in POSES if name in chunk]
         names = [*job.tokens, *poses, "frame_index", *job.extras]
-        return [Column(name, *row_type(chunk, name)) for name in names]
+        return [Column(name, chunk[name].shape[1:], read_type(chunk, name)) for name in names]
 
 
 def has_times(job: ExportJob) -> bool:
     """Whether the first chunk has the times of its frames."""
     with recorded_chunk(job.progress, next(iter(job.progress.records)), 0, deep=False) as chunk:
         return "timestamp" in chunk
-
-
-# All that the layouts of this module know of how tokens lie in a chunk
-
-
-def row_type(chunk: Any, name: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of what `read_rows` gives of a frame."""
-    return chunk[name].shape[1:], chunk[name].dtype
-
-
-def read_rows(chunk: Any, name: str, start: int, stop: int) -> np.ndarray:
-    """(stop - start, ...) rows of a chunk's dataset."""
-    return chunk[name][start:stop]
 
 
 def episode_blocks(job: ExportJob, columns: list[Column]) -> Iterator[Block]:
@@ -181,7 +169,7 @@ def _values(
             _refuse_other_columns(chunk, columns)
             for start in range(part.start, part.stop, block):
                 stop = min(start + block, part.stop)
-                yield row, {column.dataset: read_rows(chunk, column.dataset, start, stop) for column in columns}
+                yield row, {column.dataset: read_rows(chunk, column.dataset, slice(start, stop)) for column in columns}
                 row += stop - start
 
 

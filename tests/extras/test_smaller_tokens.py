@@ -296,7 +296,7 @@ def test_damage_is_found_and_the_record_made_anew(run, cache, capsys):
     assert "the bytes of patch_tokens_scale do not match their digest" in capsys.readouterr().out
 
 
-def test_the_flat_export_is_float16_and_vint_is_as_ever(run, cache, tmp_path):
+def test_exports_are_float16_and_vint_is_as_ever(run, cache, tmp_path):
     assert run(**POOLED).code == 0
     command = ["export", "--cache-dir", str(cache), "--to"]
     assert progress_utils.main([*command, "flat", "-o", str(tmp_path / "flat.h5")]) == 0
@@ -308,6 +308,14 @@ def test_the_flat_export_is_float16_and_vint_is_as_ever(run, cache, tmp_path):
             rows = episodes == stamp - 1
             expected = undone(expected_rows(stamp, numbers[rows], spec_of(**POOLED)))
             np.testing.assert_array_equal(flat["patch_tokens"][...][rows], expected)
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert progress_utils.main([*command, "lerobot", "--fps", "5", "-o", str(tmp_path / "lerobot")]) == 0
+    features = json.loads((tmp_path / "lerobot/meta/info.json").read_text())["features"]
+    assert features["observation.patch_tokens"]["dtype"] == "float16"
+    assert not any("scale" in name for name in features)
+    rows = parquet.read_table(tmp_path / "lerobot/data", columns=["observation.patch_tokens"])
+    with h5py.File(tmp_path / "flat.h5") as flat:
+        np.testing.assert_array_equal(np.array(rows.column(0).to_pylist()), flat["patch_tokens"][...])
     assert progress_utils.main([*command, "vint", "-o", str(tmp_path / "vint")]) == 0
     assert torch.load(tmp_path / "vint" / "t2_00000.pt")["features"].shape == (9, WIDTH)
 
