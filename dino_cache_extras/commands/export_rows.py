@@ -183,7 +183,7 @@ def _refuse_other_columns(chunk: Any, columns: list[Column]) -> None:
             raise RefusedError(
                 f"{chunk.filename}: has no {column.dataset}, chunks before have it; --to flat holds both"
             )
-        found = Column(column.dataset, *row_type(chunk, column.dataset))
+        found = Column(column.dataset, chunk[column.dataset].shape[1:], read_type(chunk, column.dataset))
         if found != column:
             raise RefusedError(
                 f"{chunk.filename}: {column.dataset} has rows of {found.shape} {found.dtype}, those before have "
