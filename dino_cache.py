@@ -4447,7 +4447,7 @@ class FrameStream:
         workers = available_cores() if options.decode_workers == "auto" else options.decode_workers
         shape = (3, *job.spec.image_size)
         self._job, self._hooks, self._cameras = job, hooks, job.spec.cameras
-        self._group_frames = max(1, min(GROUP_FRAMES, GROUP_BYTES // math.prod(shape), batch_size // 2))
+        self._group_frames = max(1, min(GROUP_FRAMES, GROUP_BYTES // math.prod(shape), batch_size))
         self._groups_ahead = max(2 * workers, 2 * batch_size * batches_ahead // self._group_frames)
         self._plans_ahead = max(PLANS_AHEAD, 2 * workers)
         self._slots = self._threads = None
