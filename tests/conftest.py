@@ -18,11 +18,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Two test files at a time; in this process where one wants to see what they print (-s)."""
+    """Three test files at a time, since many wait; in this process where one wants to see what they print (-s)."""
     if config.option.capture == "no":
         config.option.dist = "no"
         return 0
-    return 2
+    return 3
 
 
 @pytest.fixture(autouse=True)

@@ -435,7 +435,7 @@ def test_consumer_that_leaves_in_the_middle_leaves_no_thread_and_no_half_traject
 
 @pytest.mark.parametrize("count", [60, 240])
 def test_frames_waiting_in_memory_are_bounded_whatever_the_trajectorys_length(tmp_path, monkeypatch, count):
-    bound = 3 * 8  # two batches ahead, and the one that is gathered: decoding works that far ahead of a device
+    bound = (2 * dino_cache.available_cores() + 1) * 8  # two groups a worker, and the batch that is gathered
     make_trajectory(tmp_path / "data" / "t1", count, stamp=1)
     encoder, lock, decoded, most = LateEncoder(1), threading.Lock(), 0, 0
 

@@ -63,7 +63,7 @@ ROBOT = "datasets:\n  robot:\n    data_folder: data\n"
         (f"cache_dir: /c\n{ROBOT}", "(line 1: it belongs below a dataset: `datasets: {my_robot: {cache_dir: /c}}`)"),
         (f"dino_model_type: dinov2_vits14\n{ROBOT}", "(line 1: write `dino_model_type: small`)"),
         (f"{ROBOT}    dino_model_type: facebook/dinov2-base\n", "(line 4: write `dino_model_type: base`)"),
-        (f"{ROBOT}    batch_sise: 8\n", "did you mean batch_size or image_size? (line 4)"),
+        (f"{ROBOT}    batch_sise: 8\n", "did you mean batch_size or patch_pool? (line 4)"),
         (f"dino_model_type: resnet50\n{ROBOT}", "(line 1)"),
     ],
 )  # fmt: skip
