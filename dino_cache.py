@@ -2423,7 +2423,7 @@ def check_tokens(spec: CacheSpec, shape: ModelShape) -> None:
     model, known = f"dino_model_type {spec.dino_model_type}", tokens_of(spec.dino_model_type, shape)
     for token in set(spec.tokens).difference(known):
         raise RefusedError(
-            f"tokens: {list(spec.tokens)}: {model} has no {token} token; it has {', '.join(known)}"
+            f"tokens: {list(spec.tokens)}: {model} gives no {token} token; it gives {', '.join(known)}"
             f"{', where mean is the average of the patch tokens' * ('cls' not in known)}"
         )
     if spec.layers is None:
@@ -2973,8 +2973,12 @@ def load_encoder(spec: CacheSpec, device: str) -> tuple[Encoder, str]:
         model = build_model(spec)
         digest = weights_digest(model)
         if spec.engine == "torch":
-            return DinoEncoder(model, spec, device), digest
-        return open_door(ENGINE_MODULES[spec.engine]).load(model, spec, digest), digest
+            encoder: Encoder = DinoEncoder(model, spec, device)
+        else:
+            encoder = open_door(ENGINE_MODULES[spec.engine]).load(model, spec, digest)
+        if spec.dino_model_type not in MODEL_NAMES:
+            open_door(TIMM_MODELS_MODULE).check_output(encoder, spec)
+        return encoder, digest
 
 
 # Settings that do not reach an encoder: they choose frames, bring them to the input size, or cut trajectories. All

@@ -106,6 +106,8 @@ def _image_size(_: Path, key: str, value: Any, message: str) -> str | None:
     numbers = [value, value] if isinstance(value, int) else value
     if not isinstance(numbers, list) or not all(isinstance(number, int) for number in numbers):
         return None
+    if numbers == value and len(numbers) == 2:
+        return None  # its form is right
     if len(numbers) == 3:
         numbers = numbers[1:] if numbers[0] in CHANNELS else numbers[:2] if numbers[2] in CHANNELS else []
     return f"write `image_size: {numbers}`, height and width, without channels" if len(numbers) == 2 else None

@@ -25,11 +25,13 @@ from dino_cache import (
     LOG,
     MODEL_NAMES,
     CacheSpec,
+    Encoder,
     ModelParts,
     ModelShape,
     one_line,
     set_input_size,
     token_layers,
+    token_shapes,
 )
 from progress_utils import RefusedError, open_door
 
@@ -217,7 +219,8 @@ def seen(model_type: str) -> tuple[ModelShape, ModelParts]:
 
     def look(model: torch.nn.Module, device: str) -> tuple[torch.Size, int]:
         frame = torch.zeros((1, 3, height, width), device=device)
-        features = model.forward_intermediates(frame, indices=1, output_fmt="NCHW", intermediates_only=True)
+        how = {"indices": 1, "output_fmt": "NCHW", "intermediates_only": True, **end_of(model)}
+        features = model.forward_intermediates(frame, **how)
         return features[-1].shape, num_tokens(model, spec, device)
 
     try:
@@ -288,6 +291,17 @@ def settle_input(model: torch.nn.Module, spec: CacheSpec, device: str) -> tuple[
 def end_of(model: torch.nn.Module) -> dict[str, bool]:
     """Arguments of forward_intermediates with which its last features are what forward_features gives."""
     return {"norm": type(model).__name__ not in WITHOUT_NORM}
+
+
+def check_output(encoder: Encoder, spec: CacheSpec) -> None:
+    """Raise RefusedError unless an encoder gives tokens of the shapes that chunk files are made for."""
+    tokens = encoder.encode(encoder.new_pixels(1).zero_())().tokens
+    for name, shape in token_shapes(spec, model_shape(spec.dino_model_type)).items():
+        if (found := tokens[name].shape[1:]) != shape:
+            raise RefusedError(
+                f"dino_model_type: {spec.dino_model_type}: gives {name} of shape {found}, and at the end of its blocks "
+                f"of {shape}; leave out layers, or layer_norm: false"
+            )
 
 
 def cast(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:

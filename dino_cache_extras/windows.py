@@ -454,6 +454,8 @@ class CacheWindows:
         dtype = dtype or torch.float16
         if not dtype.is_floating_point:
             raise RefusedError(f"dtype: {dtype} is no floating type")
+        if raw and dtype != torch.float16:
+            raise RefusedError(f"dtype: {dtype}: raw gives tokens as they are stored; give it to restored instead")
         if pin_memory and not torch.cuda.is_available():
             raise RefusedError("pin_memory: torch sees no CUDA device, without which no memory is pinned; leave it out")
         self._pin = pin_memory

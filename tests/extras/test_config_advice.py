@@ -73,6 +73,11 @@ def test_a_mistake_is_answered_with_its_line_and_what_to_write(tmp_path: Path, t
     assert str(tmp_path / "lab.yaml") in message
 
 
+def test_an_image_size_of_the_right_form_is_not_advised_on(tmp_path: Path) -> None:
+    message = refusal(tmp_path, f"image_size: [0, 224]\n{ROBOT}")
+    assert "write" not in message.rpartition("image_size")[2]
+
+
 def test_a_value_of_the_command_line_has_no_line(tmp_path: Path) -> None:
     message = refusal(tmp_path, f"device: cuda\nresize: tile\n{ROBOT}", device="tpu")
     assert "resize: 'tile': should be 'crop' or 'stretch' (line 2)" in message

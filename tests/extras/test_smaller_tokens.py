@@ -447,6 +447,8 @@ def test_each_layers_patches_are_pooled_and_have_scales(run, cache, capsys):
             expected = undone(expected_rows(stamp, numbers, spec, layer))
             np.testing.assert_array_equal(sample[f"patch_tokens_l{layer:02d}"].numpy(), expected)
     assert not any("scale" in key for key in windows[0])
+    with pytest.raises(RefusedError, match="raw gives tokens as they are stored; give it to restored"):
+        CacheWindows(cache, 3, tokens="patch", raw=True, dtype=torch.float32)
     raw = CacheWindows(cache, 3, tokens="patch_tokens_l11", raw=True)[0]
     assert raw["patch_tokens_l11"].dtype == torch.int8 and raw["patch_tokens_l11_scale"].shape == (3, 2, 3)
     assert progress_utils.main(["verify", "--cache-dir", str(cache), "--deep"]) == 0

@@ -172,6 +172,16 @@ def test_tokens_are_those_of_timms_own_forward(cut, name, how, tokens, nearest):
             check_image_size(spec_of(model_type, (224, 308)), model_shape(ours))
 
 
+def test_tokens_are_as_wide_as_a_model_whose_norm_is_a_neck_gives_them(cut):
+    """SAM's blocks are 768 wide; what leaves its neck, which timm has as the final norm, 256."""
+    cut("samvit_base_patch16.sa1b", depth=2)
+    model_type = "timm:samvit_base_patch16.sa1b"
+    check_equal(model_type, ["patch", "mean"], (64, 96))
+    assert model_shape(model_type).width == 256
+    with pytest.raises(RefusedError, match=r"gives patch_tokens_l00 of shape \(4, 6, 768\), and at the end"):
+        load_encoder(spec_of(model_type, (64, 96), layers=(0,), layer_norm=False), "cpu")
+
+
 def test_a_model_of_one_size_is_refused_at_others_and_its_size_named(cut):
     cut()
     spec = spec_of("timm:mixer_b16_224.goog_in21k", (224, 304))
@@ -249,7 +259,8 @@ def test_default_tokens_of_a_model_without_class_token_are_refused_with_those_th
     cut(depth=1)
     spec = CacheSpec(dino_model_type="siglip2_base", image_size=(224, 224))
     with pytest.raises(
-        RefusedError, match=r"tokens: \['cls'\]: dino_model_type siglip2_base has no cls token; it has patch, mean, "
+        RefusedError,
+        match=r"tokens: \['cls'\]: dino_model_type siglip2_base gives no cls token; it gives patch, mean, ",
     ):
         check_tokens(spec, model_shape("siglip2_base"))
 
