@@ -498,6 +498,11 @@ def token_type(name: str, names: Container[str]) -> np.dtype:
     return np.dtype(np.int8 if scale_dataset(name) in names else np.float16)
 
 
+def token_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """What the tokens of a frame of a camera take: dataset name -> shape, as `token_shapes` gives them."""
+    return sum(token_type(name, shapes).itemsize * math.prod(shape) for name, shape in shapes.items())
+
+
 def token_names(token: Token, layers: Sequence[int] | None) -> list[str]:
     """What a token's datasets are called, of one camera: patch_tokens, or of layers patch_tokens_l05, ..._l11."""
     return [f"{TOKEN_DATASETS[token]}_l{layer:02d}" for layer in layers or ()] or [TOKEN_DATASETS[token]]
@@ -5715,8 +5720,7 @@ def pose_lines(dataset: PreparedDataset) -> tuple[list[str], list[str]]:
 
 def cache_bytes(dataset: PreparedDataset, spec: CacheSpec, works: Iterable[Work]) -> int:
     """What the chunk files take with the tokens of `spec`, about."""
-    shapes = token_shapes(spec, dataset.shape)
-    tokens = len(spec.cameras) * sum(token_type(name, shapes).itemsize * math.prod(shapes[name]) for name in shapes)
+    tokens = len(spec.cameras) * token_bytes(token_shapes(spec, dataset.shape))
     return sum(work.num_rows * tokens + work.pose_bytes + work.num_chunks * CHUNK_OVERHEAD_BYTES for work in works)
 
 

@@ -301,11 +301,8 @@ EXTRA_OF = {
     **dict.fromkeys(("matplotlib", "jinja2", "markupsafe"), "report"),
     **dict.fromkeys(("rosbags", "lz4", "zstandard"), "rosbag"),
 }
-PACKAGE_OF = {
-    "yaml": "pyyaml",
-    "PIL": "pillow",
-    "lance": "pylance",
-}  # library -> its package, where that is called otherwise
+# Library -> its package, where that is called otherwise
+PACKAGE_OF = {"yaml": "pyyaml", "PIL": "pillow", "lance": "pylance"}
 SCRIPTS = {"dino_cache.py": "dino-cache", "progress_utils.py": "dino-cache-progress"}  # file -> command, once installed
 
 

@@ -37,6 +37,7 @@ from dino_cache import (
     settle_recorded_keys,
     spec_differences,
     storage_errors,
+    token_bytes,
     token_dataset,
 )
 from dino_cache_extras.chunk_files import ChunkHeader, RecordedChunk, StoredDataset, read_chunk_header
@@ -307,8 +308,8 @@ class RecutWriter(TrajectoryWriter):
 
     def __init__(self, folder: Path, plan: TrajectoryPlan, label: ChunkLabel, should_stop: Callable[[], bool]):
         super().__init__(folder, plan, label)
-        row_bytes = sum(2 * int(np.prod(shape)) for shape in label.token_shapes.values())
-        self._block = max(1, READ_BLOCK_BYTES // row_bytes)  # rows of a camera that are in memory at a time
+        # rows of a camera that are in memory at a time
+        self._block = max(1, READ_BLOCK_BYTES // token_bytes(label.token_shapes))
         self._rows, self._should_stop = plan.stored_rows, should_stop
         self._encoded = np.flatnonzero(plan.old.chunk[self._rows] < 0)  # places in _rows that come to `write`
         self._done = dict.fromkeys(label.spec.cameras, 0)  # camera -> places in _rows that are written

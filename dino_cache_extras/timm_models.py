@@ -298,9 +298,10 @@ def check_output(encoder: Encoder, spec: CacheSpec) -> None:
     tokens = encoder.encode(encoder.new_pixels(1).zero_())().tokens
     for name, shape in token_shapes(spec, model_shape(spec.dino_model_type)).items():
         if (found := tokens[name].shape[1:]) != shape:
+            way = "leave out layers, or layer_norm: false" if spec.layers else "take another model"
             raise RefusedError(
                 f"dino_model_type: {spec.dino_model_type}: gives {name} of shape {found}, and at the end of its blocks "
-                f"of {shape}; leave out layers, or layer_norm: false"
+                f"of {shape}; {way}"
             )
 
 

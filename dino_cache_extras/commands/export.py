@@ -29,6 +29,7 @@ from dino_cache import (
     read_file,
 )
 from dino_cache_extras.chunk_files import NewRows, is_cut_by_frames, pieces, recorded_chunk, token_datasets
+from dino_cache_extras.commands.export_folder import is_folder
 from dino_cache_extras.commands.export_rows import ExportJob
 from dino_cache_extras.commands.workers import with_bar
 from dino_cache_extras.smaller_tokens import read_rows, read_type
@@ -331,10 +332,8 @@ def _own_files(folder: Path, chunks: Iterable[str]) -> list[str]:
     Raises:
         RefusedError: anything else is there.
     """
-    if not os.path.lexists(folder):
+    if not is_folder(folder):
         return []
-    if not folder.is_dir() or folder.is_symlink():
-        raise RefusedError(f"-o {folder}: is not a folder")
     names = sorted(os.listdir(folder))
     listed = _listed_chunks(folder)
     own = {f"{chunk_id}.pt" for chunk_id in (*(listed or ()), *chunks)} | {f"{VINT_METADATA}.tmp"}

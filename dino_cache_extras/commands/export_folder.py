@@ -41,9 +41,7 @@ def exported_folder(
     _remove(temporary, layout, files)
     temporary.mkdir()
     try:
-        _write_note(
-            temporary, layout, None, about
-        )  # first: by it the files are known as an export's, also after a kill
+        _write_note(temporary, layout, None, about)  # by it the files are known as an export's, also after a kill
         yield temporary
         sizes = {name: size for name, size in _files_in(temporary).items() if name != NOTE}
         for folder in sorted({(temporary / name).parent for name in sizes}):
@@ -59,6 +57,15 @@ def exported_folder(
 def _write_note(folder: Path, layout: str, sizes: dict[str, int] | None, about: dict[str, Any]) -> None:
     note = {"made_by": MADE_BY, "layout": layout, "files": sizes, **about}
     write_durably(folder / NOTE, json.dumps(note, indent=1).encode())
+
+
+def is_folder(output: Path) -> bool:
+    """Whether an output is there; RefusedError where it is no folder."""
+    if not os.path.lexists(output):
+        return False
+    if not output.is_dir() or output.is_symlink():
+        raise RefusedError(f"-o {output}: is not a folder")
+    return True
 
 
 def _files_in(folder: Path) -> dict[str, int]:
@@ -79,10 +86,8 @@ def _own_files(folder: Path, layout: str, files: re.Pattern[str]) -> list[str]:
     Raises:
         RefusedError: anything else is there.
     """
-    if not os.path.lexists(folder):
+    if not is_folder(folder):
         return []
-    if not folder.is_dir() or folder.is_symlink():
-        raise RefusedError(f"-o {folder}: is not a folder")
     found, note = _files_in(folder), _note_of(folder, layout)
     listed = None if note is None else note.get("files")
     for name, size in found.items():
