@@ -24,6 +24,7 @@ import progress_utils
 from support import (
     STAMP_SHAPE,
     BitEncoder,
+    PlainEncoder,
     StampEncoder,
     cache_content,
     check_stamps,
@@ -43,16 +44,6 @@ from support import (
 FRAMES = 80
 SPANS = [(start, min(start + 9, FRAMES)) for start in range(0, FRAMES - 3, 6)]
 NAME = "long/ü tra\nck"
-
-
-class PlainEncoder(StampEncoder):
-    """Its tokens do not tell how many rows were in the batch: batches lie otherwise after an interruption."""
-
-    def encode(self, pixels: Any) -> Any:
-        rows = super().encode(pixels)()
-        for values in rows.tokens.values():
-            values[..., 3] = 0
-        return lambda: rows
 
 
 class Trial:

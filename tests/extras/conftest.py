@@ -1,12 +1,22 @@
-"""Fixtures for the commands on a cache."""
+"""Fixtures for the commands on a cache, and for what computes."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands_support import STAMPS, CachedRobot
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """torch computes in one thread, as an encoder's cores do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

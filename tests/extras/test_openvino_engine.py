@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,20 +26,14 @@ from support import REAL, ROOT, chunk_files, make_trajectory, read_chunk, tree, 
 openvino = pytest.importorskip("openvino")
 from dino_cache_extras import openvino_engine, ray_workers  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 SIZES = {"small": (28, 42), "small_reg": (28, 42), "dinov3_small": (32, 48)}
 MOST = {"fp32": 1e-6, "bf16": 1e-4}  # 1 - cosine to torch in fp32
 HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16 instructions")
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"the real recordings are not in {REAL}")
 PRECISIONS = ["fp32", pytest.param("bf16", marks=needs_bf16)]
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

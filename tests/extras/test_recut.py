@@ -25,6 +25,7 @@ from support import (
     FRAMES,
     REAL,
     ROOT,
+    PlainEncoder,
     Robot,
     StampEncoder,
     cache_command,
@@ -44,16 +45,6 @@ from support import (
 )
 
 CUT = {"max_chunk_distance_m": 1.5, "overlap_distance_m": 0.25}
-
-
-class PlainEncoder(StampEncoder):
-    """Its tokens do not tell how many rows were in the batch."""
-
-    def encode(self, pixels: Any) -> Any:
-        rows = super().encode(pixels)()
-        for values in rows.tokens.values():
-            values[..., 3] = 0
-        return lambda: rows
 
 
 @pytest.fixture

@@ -39,16 +39,10 @@ from official_weights import official_state_dict, transformers_model
 from progress_utils import main as progress_main
 from support import make_trajectory, read_chunk, run_cache, write_config
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 REAL = {"load_encoder": dino_cache.load_encoder, "model_shape": dino_cache.model_shape}  # run_here replaces them
 TINY = "timm:vit_tiny_patch16_224.augreg_in21k"
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
