@@ -19,6 +19,7 @@ from __future__ import annotations
 import base64
 import collections
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -36,10 +37,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dino_cache import EXIT_COMPLETED, EXIT_WORK_LEFT, HOOK_KEYS, LOG, NightOutcome, one_of
+from dino_cache import EXIT_COMPLETED, EXIT_WORK_LEFT, HOOK_KEYS, LOG, DatasetOutcome, NightOutcome, one_of
 from dino_cache_extras.metrics import read_own, write_metrics
 from dino_cache_extras.run_outcome import SIGNALLED, RunOutcome, num_failed, run_outcome
-from progress_utils import RefusedError, printable
+from progress_utils import RefusedError, printable, progress_command
 
 KINDS = ("healthchecks", "webhook", "ntfy", "command")
 EVENTS = ("failure", "stop", "success")
@@ -47,7 +48,7 @@ HOOK_SECONDS = 10.0  # that a run waits for all hooks together, which are told a
 COMMAND_SECONDS = HOOK_SECONDS - 1  # after which a command is ended
 TAIL_LINES = 100  # lines of the log that are sent
 TAIL_CHARACTERS = 20_000
-SHOWN_ERRORS = 10  # errors' lines that are sent where the log's tail is not
+SHOWN_ERRORS = 10  # errors' lines, and failed trajectories of a dataset, that are sent where the log's tail is not
 PRIORITIES = {"failure": "high", "stop": "default", "success": "low"}  # ntfy's
 
 
@@ -76,11 +77,11 @@ class Message(NamedTuple):
     event: str
     start: float  # [epoch seconds]
     tail: list[str]  # of the log
-    errors: list[str]  # lines of errors in it
+    errors: list[str]  # lines of errors in it, and why trajectories failed or could not be read
 
     def brief(self) -> str:
         """The verdict, and the errors."""
-        return "\n".join([self.outcome.text, *self.errors[:SHOWN_ERRORS]])
+        return "\n".join([self.outcome.text, *self.errors])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -259,7 +260,7 @@ def as_json(message: Message) -> str:
         {
             "verdict": outcome.verdict, "text": outcome.text, "event": message.event, "exit_code": outcome.exit_code,
             "host": socket.gethostname(), "start": message.start, "seconds": round(outcome.seconds, 3),
-            "frames": outcome.num_frames, "datasets": datasets, "errors": message.errors[:SHOWN_ERRORS],
+            "frames": outcome.num_frames, "datasets": datasets, "errors": message.errors,
         }
     )  # fmt: skip
 
@@ -340,6 +341,16 @@ class LogTail(logging.Handler):
             self.errors.append(line)
 
 
+def failures_told(dataset: DatasetOutcome) -> list[str]:
+    """A line on each of its trajectories that failed, now or earlier, or could not be read, those of this run first;
+    after SHOWN_ERRORS how many more there are."""
+    failures = sorted(dataset.failures.items(), key=lambda item: item[0] not in dataset.told)
+    reasons = [failure["reason"] for _, failure in failures] + dataset.held_back
+    lines = [f"{dataset.name}: failed: {printable(reason)}" for reason in reasons[:SHOWN_ERRORS]]
+    more = len(reasons) - SHOWN_ERRORS
+    return lines + [f"{dataset.name}: {more} more failed; {progress_command('show --all')} lists them"] * (more > 0)
+
+
 def event_of(exit_code: int) -> str:
     """Which of EVENTS it is."""
     if exit_code == EXIT_COMPLETED:
@@ -371,9 +382,8 @@ class RunHooks:
             LOG.warning("notify: nobody could be told how the run ended: unexpected: %s", type(error).__name__)
 
     def _tell(self, outcome: RunOutcome) -> list[str]:
-        message = Message(
-            outcome, event_of(outcome.exit_code), self._start, list(self._tail.lines), list(self._tail.errors)
-        )
+        errors = [*self._tail.errors, *itertools.chain.from_iterable(map(failures_told, outcome.datasets))]
+        message = Message(outcome, event_of(outcome.exit_code), self._start, list(self._tail.lines), errors)
         attempts: list[tuple[str, Attempt | None, Attempt]] = []
         if (path := self._metrics_file) is not None:
             writing = Attempt(lambda: write_metrics(path, outcome, time.time(), self._names))

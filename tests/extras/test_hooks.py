@@ -242,6 +242,27 @@ def test_a_webhook_gets_the_outcome_as_json(robot: Robot, run_here, listener) ->
     assert {key: dataset[key] for key in expected} == expected
     assert dataset["bytes"] == sum(path.stat().st_size for path in chunk_files(robot.cache))
     assert dataset["chunks"] == len(chunk_files(robot.cache))
+    assert told["errors"] == ["robot: failed: t1/traj_data.pkl: position[2, 1] is nan"]
+
+
+def test_whoever_gets_no_log_is_told_of_twelve_failed_trajectories_and_those_of_this_run_first(
+    robot: Robot, run_here, listener
+) -> None:
+    robot.add("t0")
+    robot.add_broken("earlier1")
+    robot.configure(max_attempts=1)
+    assert run_here(robot.config).code == 1
+    for number in range(11):
+        robot.add_broken(f"now{number:02d}")
+    robot.configure(max_attempts=1, notify=[{"ntfy": listener.url("/topic")}])
+    assert run_here(robot.config).code == 1
+    (request,) = listener.requests
+    verdict, *lines, rest = request.body.splitlines()
+    assert verdict.startswith("PARTIAL: ")
+    reason = "traj_data.pkl: position[2, 1] is nan"
+    assert lines == [f"robot: failed: now{number:02d}/{reason}" for number in range(10)]
+    assert rest.startswith("robot: 2 more failed; ")
+    assert "show --all" in rest
 
 
 def test_ntfy_gets_a_title_and_a_priority(robot: Robot, run_here, listener) -> None:
