@@ -1353,9 +1353,8 @@ def show(cache_dir: Path, *, as_json: bool, show_all: bool) -> int:
         print(json.dumps({"cache_dir": str(cache_dir), "mixed": mixed, **progress.to_json()}, ensure_ascii=False))
         return 0
     configuration = [f"  {key}: {value}" for key, value in progress.processing_config.items()]
-    waiting = waiting_in_shards(cache_dir, progress.records)
-    lines = [*_status_lines(progress), *([waiting] if waiting else []), "", "Processing Configuration:", *configuration]
-    print_lines(*lines, *_failure_lines(progress.failures, show_all))
+    lines = [*_status_lines(progress, waiting_in_shards(cache_dir, progress.records)), ""]
+    print_lines(*lines, "Processing Configuration:", *configuration, *_failure_lines(progress.failures, show_all))
     return 0
 
 
@@ -1382,8 +1381,8 @@ def watch(cache_dir: Path, *, every_s: float, show_all: bool) -> int:
     try:
         _await_record(cache_dir, every_s)
         while console_error("stdout") is None:  # else nobody watches any more
-            progress = record.load()
-            lines = [*_status_lines(progress), *_failure_lines(progress.failures, show_all)]
+            progress, waiting = record.load()
+            lines = [*_status_lines(progress, waiting), *_failure_lines(progress.failures, show_all)]
             if in_place:
                 _print_in_place(lines, is_first=before is None)
             elif lines != before:
@@ -1413,21 +1412,23 @@ def _await_record(cache_dir: Path, every_s: float) -> None:
 
 
 class _WatchedRecord:
-    """A record that is read again when its file changed, and not for more than a tenth of the time."""
+    """A record, and what waits in shards, read again when a file changed, and not for more than a tenth of the time."""
 
     def __init__(self, cache_dir: Path):
         self._cache_dir = cache_dir
         self._progress: Progress | None = None
+        self._waiting: str | None = None
         self._stamp: list[tuple[int, ...] | None] = []
         self._not_before = 0.0
 
-    def load(self) -> Progress:
-        begin = time.monotonic()
-        stamp = [_file_stamp(self._cache_dir / name) for name in (PROGRESS_FILE, JOURNAL_FILE)]
+    def load(self) -> tuple[Progress, str | None]:
+        begin, folders = time.monotonic(), [self._cache_dir, *unmerged_shards(self._cache_dir).values()]
+        stamp = [_file_stamp(folder / name) for folder in folders for name in (PROGRESS_FILE, JOURNAL_FILE)]
         if self._progress is None or (stamp != self._stamp and begin >= self._not_before):
             self._progress, self._stamp = load_or_refuse(self._cache_dir), stamp
+            self._waiting = waiting_in_shards(self._cache_dir, self._progress.records)
             self._not_before = begin + 10 * (time.monotonic() - begin)
-        return self._progress
+        return self._progress, self._waiting
 
 
 def _print_in_place(lines: list[str], *, is_first: bool) -> None:
@@ -1441,7 +1442,7 @@ def _print_in_place(lines: list[str], *, is_first: bool) -> None:
     print(f"{clear if is_first else ''}{home}{text}{to_screen_end}", end="", flush=True)
 
 
-def _status_lines(progress: Progress) -> list[str]:
+def _status_lines(progress: Progress, waiting: str | None) -> list[str]:
     return [
         f"📊 Progress Status for {progress.cache_dir}",
         "=" * 60,
@@ -1454,6 +1455,7 @@ def _status_lines(progress: Progress) -> list[str]:
         _summary_line(progress),
         *_run_lines(progress.cache_dir),
         *state_remarks(progress),
+        *([waiting] if waiting else []),
     ]
 
 
@@ -1546,6 +1548,9 @@ def list_caches(root: Path, *, as_json: bool) -> int:
         print_lines(f"No caches below {root}")
     else:
         _print_table(rows)
+        for row in rows:
+            if "waiting" in row:
+                print_lines(f"{row['cache_dir']}: {row['waiting']}")
     return 1 if any("error" in row for row in rows) else 0
 
 
@@ -1566,6 +1571,7 @@ def _cache_row(cache_dir: Path) -> dict[str, Any]:
     except RefusedError as error:
         return {"cache_dir": str(cache_dir), "error": str(error)}
     total, owner = progress.num_trajectories, read_lock_owner(cache_dir)
+    waiting = waiting_in_shards(cache_dir, progress.records)
     return {
         "cache_dir": str(cache_dir),
         "dataset_name": progress.dataset_name,
@@ -1576,6 +1582,7 @@ def _cache_row(cache_dir: Path) -> dict[str, Any]:
         "bytes": sum(sum(record["bytes"]) for record in progress.records.values()),
         "state": "idle" if owner is None else "stale" if owner.is_stale else "running",
         "last_update": progress.last_update,
+        **({"waiting": waiting} if waiting else {}),
     }
 
 

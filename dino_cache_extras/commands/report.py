@@ -62,6 +62,7 @@ from progress_utils import (
     progress_command,
     read_lock_owner,
     state_remarks,
+    waiting_in_shards,
     write_durably,
 )
 
@@ -227,7 +228,8 @@ def _jumps_tile(progress: Progress) -> tuple[str, str]:
 
 
 def _report_remarks(progress: Progress) -> list[str]:
-    remarks = state_remarks(progress)
+    waiting = waiting_in_shards(progress.cache_dir, progress.records)
+    remarks = state_remarks(progress) + ([waiting] if waiting else [])
     if str((progress.weights or {}).get("source", "")).startswith("random"):
         remarks.append("The weights are random: the features, their similarities and their colours mean nothing")
     return remarks

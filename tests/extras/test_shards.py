@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from dino_cache_extras import shards
 from dino_cache_extras.commands.verify import check_trajectory
 from progress_utils import Shard, cache_lock
 from support import (
+    ROOT,
     Outcome,
     Robot,
     cache_command,
@@ -198,6 +200,18 @@ def test_a_shard_is_kept_out_while_somebody_holds_the_cache(two_done, run_here):
         assert run_utils("merge", two_done.cache).returncode == 4
 
 
+def test_a_watch_and_a_report_tell_what_waits(two_done, run_here, tmp_path):
+    assert run_utils("report", two_done.cache, "-o", tmp_path / "report.html").returncode == 0
+    assert "7 completed trajectories wait in 2 unmerged shards" in (tmp_path / "report.html").read_text()
+    command = [sys.executable, ROOT / "progress_utils.py", "show", "--cache-dir", two_done.cache, "--watch", "0.1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watcher:
+        assert any("7 completed trajectories wait in 2 unmerged" in line for line in watcher.stdout)
+        assert run_here(two_done.config, "--shard", "2/3").code == 0
+        assert any("9 completed trajectories wait in 3 unmerged" in line for line in watcher.stdout)
+        watcher.send_signal(signal.SIGINT)
+    assert watcher.returncode == 0
+
+
 def test_edits_wait_for_a_merge_and_the_next_whole_run_merges(two_done, run_here, encoders):
     robot = two_done
     before = tree(robot.cache)
@@ -207,6 +221,10 @@ def test_edits_wait_for_a_merge_and_the_next_whole_run_merges(two_done, run_here
         assert "the records of shards 0/3, 1/3 are not merged yet: first `progress_utils.py merge" in done.stderr
     done = run_utils("verify", robot.cache)  # what shards have is nothing odd
     assert (done.returncode, "7 completed trajectories wait in 2 unmerged" in done.stdout) == (0, True), done.stdout
+    listed = run_utils("list", "--root", robot.cache.parent).stdout.splitlines()
+    assert listed[-1].startswith(f"{robot.cache}: 7 completed trajectories wait in 2 unmerged shards: ")
+    (row,) = json.loads(run_utils("list", "--root", robot.cache.parent, "--json").stdout)
+    assert row["waiting"].startswith("7 completed trajectories wait in 2 unmerged shards: ")
     dry = run_here(robot.config, "--dry-run")
     assert f"to do now: {len(SHARES[2])}" in dry.out
     assert tree(robot.cache) == before
