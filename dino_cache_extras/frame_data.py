@@ -81,17 +81,7 @@ def token_types(
     for (chunk, header), prefix, (dataset, token) in itertools.product(zip(chunks, headers), prefixes, wanted.items()):
         name = prefix + dataset
         if name not in header.datasets:
-            held = tokens_held(header.datasets)
-            if token_of(name) not in held:
-                raise RefusedError(
-                    f"{chunk.path}: tokens: {token} is asked for, and this cache holds {', '.join(held)}; ask for "
-                    f"those, or make one with tokens: [{', '.join([*held, token])}]"
-                )
-            there = sorted(other for other in header.datasets if token_of(other) == token_of(name))
-            raise RefusedError(
-                f"{chunk.path}: tokens: {name} is asked for, and this cache holds {', '.join(there)}: other layers. "
-                "Read caches apart, or name a layer's tokens that all have"
-            )
+            raise RefusedError(f"{chunk.path}: tokens: {_why_not(name, token, header, headers[0])}")
         found = FrameType(header.datasets[name].shape[1:], header.datasets[name].dtype)
         if (before := types.setdefault(name, found)) != found:
             kinds = ("", "") if before.dtype == found.dtype else (f" {found.dtype}", f" {before.dtype}")
@@ -108,6 +98,20 @@ def tokens_held(datasets: Collection[str]) -> list[str]:
     """The tokens that there are among datasets, of any layer and camera."""
     found = {token_of(name) for name in datasets}
     return [token for token in TOKEN_DATASETS if token in found]
+
+
+def _why_not(name: str, token: str, header: ChunkHeader, first: ChunkHeader) -> str:
+    """Why the token asked for cannot be had of a chunk that lacks the dataset `name`, and what can."""
+    held = tokens_held(header.datasets)
+    if token_of(name) not in held:
+        ways = f"ask for those, or make one with tokens: [{', '.join([*held, token])}]"
+        return f"{token} is asked for, and this cache holds {', '.join(held)}; {ways}"
+    there = ", ".join(sorted(other for other in header.datasets if token_of(other) == token_of(name)))
+    if name in first.datasets:
+        ways = "other layers. Read caches apart, or name a layer's tokens that all have"
+    else:
+        ways = f"name one of those, or {token_of(name)}, which is all of them"
+    return f"{name} is asked for, and this cache holds {there}: {ways}"
 
 
 def names_of_tokens(tokens: Sequence[str], datasets: Collection[str]) -> dict[str, str]:
