@@ -86,6 +86,7 @@ FSTAB = Path("/etc/fstab")  # which disks belong where
 # Errors of reading that are the mount's fault or the user's, so that a file that gives one is not called damaged.
 CANNOT_LOOK = (errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOTCONN, errno.ENXIO, errno.ETIMEDOUT)
 SAVE_SHARE = 0.005  # saves of the record may take this share of a run's time before they are spaced
+SYNC_SHARE = 0.001  # of a run's time, for forcing the journal to the disk
 GC_THRESHOLDS = (100_000, 20, 100)  # a large record is a million objects, not to be looked through every 700 new ones
 
 
@@ -721,28 +722,30 @@ class Journal:
     def __init__(self, path: Path):
         self._path = path
         self._file: io.FileIO | None = None
+        self._size = 0
         self._is_synced = True
         self._last_sync_s = self._last_sync_end = 0.0
 
     def append(self, entries: Iterable[dict[str, Any]]) -> None:
         """Add entries; they survive this process at once, and a power cut after `sync`."""
-        rest = memoryview(journal_lines(entries))
+        lines = journal_lines(entries)
         if self._file is None:
-            self._file = io.FileIO(self._path, "x")  # a new one, never through a link
+            self._file, self._size = io.FileIO(self._path, "x"), 0  # a new one, never through a link
             fsync_path(self._path.parent)
-        begin, self._is_synced = self._file.tell(), False
+        rest, self._is_synced = memoryview(lines), False
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError:
             with contextlib.suppress(OSError):  # a full disk: no half line may stand before the next one
-                self._file.truncate(self._file.seek(begin))
+                self._file.truncate(self._file.seek(self._size))
             raise
+        self._size += len(lines)
 
     def sync(self, *, at_once: bool = False) -> None:
-        """Force the entries to the disk; unless `at_once`, for a part of SAVE_SHARE of the time only."""
+        """Force the entries to the disk; unless `at_once`, for SYNC_SHARE of the time only."""
         begin = time.monotonic()
-        if not self._is_synced and (at_once or begin - self._last_sync_end >= self._last_sync_s / (SAVE_SHARE / 2)):
+        if not self._is_synced and (at_once or begin - self._last_sync_end >= self._last_sync_s / SYNC_SHARE):
             os.fsync(self._file.fileno())
             self._is_synced, self._last_sync_end = True, time.monotonic()
             self._last_sync_s = self._last_sync_end - begin
@@ -755,9 +758,12 @@ class Journal:
         self._path.unlink(missing_ok=True)
 
 
+_JOURNAL_JSON = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one for each line
+
+
 def journal_lines(entries: Iterable[dict[str, Any]]) -> bytes:
     """Entries as a journal's bytes."""
-    texts = [json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") for entry in entries]
+    texts = [_JOURNAL_JSON.encode(entry).encode(errors="backslashreplace") for entry in entries]
     return b"".join(b"%08x %b\n" % (zlib.crc32(text), text) for text in texts)
 
 
@@ -1039,7 +1045,7 @@ class Progress:
 
     def save_spaced(self, run_time_s: float, *, at_once: bool = False) -> None:
         """Save, or append what changed to the journal, where saves would take over 0.5 % of the run's time; then they
-        are 400 times their duration apart. A power cut loses what was appended in 400 fsyncs' time; with `at_once`
+        are 400 times their duration apart. A power cut loses what was appended in 1,000 fsyncs' time; with `at_once`
         none."""
         with self._lock:
             since_last_s = time.monotonic() - self._last_save_end
