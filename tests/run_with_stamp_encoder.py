@@ -36,5 +36,6 @@ def stamp_encoder(spec: dino_cache.CacheSpec, device: str) -> tuple[dino_cache.E
 
 if __name__ == "__main__":
     dino_cache.load_encoder = stamp_encoder
+    dino_cache.WORK_LIBRARIES = ("torch", "PIL.Image", "h5py")  # those of models are half of a start
     dino_cache.model_shape = lambda model_type: dino_cache.ModelShape(patch_size=14, width=4, num_registers=0)
     sys.exit(dino_cache.main())

@@ -44,16 +44,16 @@ def logged(robot: Robot) -> str:
         (1, 1, ["--limit", "1"], "FAILED", "1 datasets, 0 completed (+0), 1 failed, 1 left", 1),
     ],
 )
-def test_the_last_line_says_how_a_run_went(robot, good, broken, arguments, word, counts, code):
+def test_the_last_line_says_how_a_run_went(robot, run_here, good, broken, arguments, word, counts, code):
     for number in range(broken):
         robot.add_broken(f"a{number}")
     robot.add(*(f"b{number}" for number in range(good)))
-    done = run_cache(robot.config, *arguments)
-    assert done.returncode == code
-    check(last_line(done.stdout), word, counts, code)
-    assert logged(robot) == last_line(done.stdout)
+    done = run_here(robot.config, *arguments)
+    assert done.code == code
+    check(last_line(done.out), word, counts, code)
+    assert logged(robot) == last_line(done.out)
     for number in range(broken):
-        said = done.stdout + done.stderr
+        said = done.out + done.err
         assert said.count(f"a{number}/traj_data.pkl: position") == 1
 
 
