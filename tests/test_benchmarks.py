@@ -160,6 +160,7 @@ def test_a_run_that_did_other_work_gives_no_figure(tmp_path: Path, fault: str, s
         ceiling.run_once(side, data, tmp_path, 128, {})
 
 
+@pytest.mark.slow
 def test_the_program_itself_is_run_to_its_end(tmp_path: Path) -> None:
     """This checkout with its real command, record and chunk files; the small encoder is no part of its memory."""
     data = workload.data_of(tmp_path, *[20] * 8, size=(16, 16))

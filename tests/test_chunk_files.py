@@ -389,6 +389,7 @@ def fail_at_every_size(root: Path) -> None:
     cache("cache")
 
 
+@pytest.mark.slow
 def test_write_that_fails_anywhere_in_a_file_is_a_storage_error_and_publishes_nothing(tmp_path):
     make_trajectory(tmp_path / "data" / "t1", stamp=1)
     process = multiprocessing.get_context("spawn").Process(target=fail_at_every_size, args=(tmp_path,))

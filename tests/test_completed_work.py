@@ -268,6 +268,7 @@ def test_a_foreign_file_leaves_a_completed_trajectory_completed(robot, run_here)
     assert read_progress(robot.cache)["completed_trajectories"] == ["t0"]
 
 
+@pytest.mark.slow
 def test_a_cache_folder_without_access_fails_its_trajectory_alone(tmp_path):
     """Root may write everywhere; here it gives that up."""
     prefix = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []

@@ -422,6 +422,7 @@ def test_a_gpu_that_torch_cannot_use_is_named_with_the_reason(bus, sign, run_her
     assert dino_cache.unused_gpu() == []
 
 
+@pytest.mark.slow
 def test_a_driver_that_breaks_while_the_model_is_loaded_ends_with_one_message(tmp_path):
     """torch sees a GPU, and the first thing that is asked of it fails. In a process of its own: the real model."""
     make_trajectory(tmp_path / "data" / "t0", 12)
@@ -473,6 +474,7 @@ def test_a_compiled_model_has_the_same_features_in_batches_of_any_size(
             np.testing.assert_allclose(values, expected.tokens[name], rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_compile_needs_cuda(tmp_path: Path) -> None:
     check_engine(COMPILED, "cuda:0")
     check_engine(COMPILED, None)  # Ray's workers, before they are asked

@@ -38,6 +38,7 @@ def profile(out: str) -> tuple[dict[str, tuple[float, int, float]], str]:
     return stages, table.rstrip().splitlines()[-2]  # the last one is the run's verdict
 
 
+@pytest.mark.slow
 def test_the_profile_names_the_encoder_where_it_is_the_limit(robot):
     robot.add("t0", "t1", "t2")
     robot.configure(image_size=[140, 196])

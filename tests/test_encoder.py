@@ -413,6 +413,7 @@ def hub_folder(home: Path) -> Path:
     return home / "hub" / "models--timm--vit_small_patch14_dinov2.lvd142m"
 
 
+@pytest.mark.slow
 def test_pretrained_weights_that_cannot_be_had_offline_are_refused_with_three_ways_on(tmp_path):
     make_trajectory(tmp_path / "data" / "t1", 4)
     config = write_config(tmp_path / "config.yaml", tmp_path / "data", weights="pretrained")

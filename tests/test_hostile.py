@@ -537,6 +537,7 @@ def test_what_is_no_regular_file_fails_its_trajectory_and_is_not_waited_for(
         assert f"{title}/{file_name}" in failure["reason"]
 
 
+@pytest.mark.slow
 def test_links_that_lead_everywhere_are_refused_and_not_walked_for_ever(
     data: Path, tmp_path: Path, run_here: Callable[..., Outcome]
 ) -> None:

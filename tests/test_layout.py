@@ -220,6 +220,7 @@ def run(folder: Path, *arguments: str, **environment: str) -> subprocess.Complet
 CACHE = "sample/rendered_rooms/dino_cache_small"
 
 
+@pytest.mark.slow
 def test_two_files_alone_cache_and_look_at_progress(alone: Path) -> None:
     assert "Completed trajectories: 4" in run(alone, "progress_utils.py", "show", "--cache-dir", CACHE).stdout
     assert "rendered_rooms" in run(alone, "progress_utils.py", "list", "--root", "sample").stdout
@@ -246,6 +247,7 @@ def test_a_command_beyond_the_two_files_says_what_is_missing(alone: Path, comman
     assert tree(alone / CACHE) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -303,10 +305,9 @@ RUN = ("dino_cache.py", "--config", "config/data/sample.yaml", "--force-rebuild"
     [
         ("numpy", RUN, 2),
         ("pydantic", ("dino_cache.py", "--help"), 2),
-        ("h5py", RUN, 2),
         ("torch", RUN, 2),
-        ("torchvision", RUN, 2),
-        ("timm", (*RUN, "--dry-run"), 2),
+        *(pytest.param(library, RUN, 2, marks=pytest.mark.slow) for library in ("h5py", "torchvision")),
+        pytest.param("timm", (*RUN, "--dry-run"), 2, marks=pytest.mark.slow),
         ("filelock", RUN, 2),
         ("filelock", ("progress_utils.py", "reset", "--yes", "--cache-dir", CACHE), 2),
         ("numpy", SHOW, 0),  # which needs none

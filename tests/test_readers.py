@@ -208,6 +208,7 @@ def fork_servers(group: int) -> list[str]:
     return [line for line in found if "forkserver" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["threads", "processes"])
 def test_when_a_run_ends_nobody_holds_its_output_open(robot, mode):
     robot.add("t0")

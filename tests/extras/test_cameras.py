@@ -183,6 +183,7 @@ def test_each_cameras_tokens_equal_its_one_camera_cache(
         assert json.loads(sealed(path)["spec"])["image_key"] == KINDS[kind][1]
 
 
+@pytest.mark.slow
 @pytest.mark.real_readers
 @pytest.mark.parametrize("kind", ["recon", "lerobot v3.0", "lerobot images"])
 def test_readers_in_processes_and_in_threads_make_the_same(

@@ -149,6 +149,7 @@ def test_a_relative_data_folder_is_answered_with_the_folder_that_is_meant(
     assert f"{tmp_path}/configs/data holds robots; write the whole path)" in refused.stderr
 
 
+@pytest.mark.slow
 def test_frames_of_another_name_are_answered_with_their_frame_pattern(tmp_path: Path) -> None:
     make_trajectory(tmp_path / "data" / "t", count=12)
     for frame in (tmp_path / "data" / "t").glob("[0-9]*"):

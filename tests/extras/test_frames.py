@@ -806,6 +806,7 @@ def test_columns_in_the_config_are_recorded_as_they_are_read(tmp_path: Path) -> 
     assert again.fingerprint("w") == loaded.spec.fingerprint("w") != CacheSpec().fingerprint("w")
 
 
+@pytest.mark.slow
 @pytest.mark.real_readers
 @pytest.mark.parametrize("readers", ["threads", "processes"])
 def test_pictures_are_read_in_threads_and_in_processes(tmp_path: Path, readers: str) -> None:

@@ -171,6 +171,7 @@ def test_a_run_that_finds_its_cache_held(robot: Robot, run_here, listener) -> No
     assert listener.paths == [f"/{SECRET}/start", f"/{SECRET}/4"]
 
 
+@pytest.mark.slow
 def test_sigterm(robot: Robot, listener) -> None:
     robot.add(*(f"t{number}" for number in range(10)))
     robot.configure(notify=healthchecks(listener))
@@ -529,6 +530,7 @@ def test_hooks_are_the_same_for_all_datasets(robot: Robot, run_here, listener, k
     refuse_secrets(robot.cache, outcome.out, outcome.err)
 
 
+@pytest.mark.slow
 def test_a_config_that_can_be_read_only_once(robot: Robot, listener) -> None:
     robot.add("t0")
     robot.configure(notify=healthchecks(listener))

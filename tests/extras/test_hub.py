@@ -15,6 +15,7 @@ from dino_cache_extras import hub
 from support import make_trajectory, run_cache, write_config
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_be_reached_is_told_in_one_line(tmp_path: Path) -> None:
     make_trajectory(tmp_path / "data" / "t", count=6)
     config = write_config(tmp_path / "lab.yaml", tmp_path / "data", weights="pretrained")

@@ -17,6 +17,7 @@ def events(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_says_what_happens(robot, tmp_path):
     robot.add_broken("a0")
     robot.add("b0")

@@ -196,6 +196,7 @@ def test_features_that_are_not_finite_are_seen(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_is_converted_once(own_cache: Path, conversions: list[str]) -> None:
     pixels = frames_of(SIZES["small"])
     before = tree(own_cache)
@@ -280,6 +281,7 @@ def test_a_whole_graph_of_other_weights_is_not_used(
     assert deviation(rows_in_order(spec, encoder, pixels), model_tokens(spec, pixels)) <= MOST["fp32"]
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_only_costs_time(
     tmp_path: Path, conversions: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,6 +351,7 @@ def test_a_model_that_cannot_be_converted_is_refused(own_cache: Path, monkeypatc
         load_encoder(spec_of("small"), "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--dry-run",)], ids=str)
 def test_a_missing_library_is_said_before_work(options: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "hidden").mkdir()

@@ -326,6 +326,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_over_two_datasets_is_finished_by_a_plain_one(robot, run_here, loaded, tmp_path):
     robot.add("t0", "t1", "t2")
     other = robot._replace(data=tmp_path / "other", cache=tmp_path / "other" / "dino_cache_small")
@@ -359,6 +360,7 @@ def test_a_killed_run_over_two_datasets_is_finished_by_a_plain_one(robot, run_he
     assert (datasets(robot.cache), datasets(other.cache)) == made
 
 
+@pytest.mark.slow
 def test_c_at_the_question_cuts_anew(robot, run_here):
     robot.add("t0")
     assert run_here(robot.config).code == 0

@@ -100,6 +100,7 @@ def test_the_cache_is_that_of_the_folder(run_bits: Callable[..., Outcome], tmp_p
     assert "Redoing" not in run_bits().err
 
 
+@pytest.mark.slow
 @pytest.mark.real_readers
 @pytest.mark.parametrize("kind", ["bag lz4", "rosbag2 sqlite3, packed file", "mcap of ROS2"])
 def test_bags_are_read_in_reader_processes(run_bits: Callable[..., Outcome], tmp_path: Path, kind: str) -> None:

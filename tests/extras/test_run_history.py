@@ -30,6 +30,7 @@ def counts(run: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(run[key] for key in ("verdict", "completed", "new", "failed", "left", "exit_code"))
 
 
+@pytest.mark.slow
 def test_every_run_leaves_a_line(robot):
     robot.add_broken("a0")
     robot.add("b0", "b1")
@@ -76,6 +77,7 @@ def test_a_fault_leaves_a_line_that_says_it(robot, run_here, before_batch):
     assert "the device is gone" in run["error"]
 
 
+@pytest.mark.slow
 def test_a_signal_leaves_a_line(robot):
     robot.add("t0", "t1")
     environment = {**os.environ, "STAMP_BATCH_SECONDS": "0.5"}

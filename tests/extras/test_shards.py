@@ -165,6 +165,7 @@ EDITS = [["reset", "--yes"], ["reset-failed"], ["prune", "--yes"], ["verify", "-
 EDITS_AND_MERGE = [*EDITS, ["rebuild", "--yes"], ["merge"]]
 
 
+@pytest.mark.slow
 def test_who_is_kept_out_while_a_shard_is_at_work(two_done, run_here):
     robot = two_done
     with begun(robot, "--shard", "2/3", batch_s=60) as shard:
@@ -487,6 +488,7 @@ def test_limit_failures_and_the_verdict_are_the_shards_own(robot, run_here):
     assert read_progress(robot.cache)["num_trajectories"] == len(NAMES)
 
 
+@pytest.mark.slow
 def test_a_killed_shards_partial_trajectory_is_taken_up(robot, run_here):
     names = [name for name in NAMES if Shard(0, 2).holds(name)][:1]
     make_trajectory(robot.data / names[0], 60, stamp=int(names[0][-1]))

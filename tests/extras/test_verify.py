@@ -155,6 +155,7 @@ def everything(path: Path) -> dict[str, Any]:
         return {**values, **file.attrs}
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_anywhere_in_the_file_is_found_or_changes_nothing_that_can_be_read(single, tmp_path):
     """In processes of their own: damaged metadata must not bring down, or hold up, who checks it."""
     size = (single.cache / CHUNK).stat().st_size

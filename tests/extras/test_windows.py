@@ -187,6 +187,7 @@ def test_workers_give_the_same_batches_as_none(make_cache, collate):
         assert_same(ours, others)
 
 
+@pytest.mark.slow
 def test_spawned_workers_give_the_same_batches(make_cache):
     windows = CacheWindows(make_cache(), 3, goal=(0.3, 1.0))
     alone = batches(windows)
