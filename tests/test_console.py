@@ -126,7 +126,7 @@ def test_a_dry_run_writes_nothing_whatever_the_console(robot):
 
 
 @pytest.mark.parametrize("count", [0, 1])
-@pytest.mark.parametrize("command", ["--dry-run", "--help", "show", "list"])
+@pytest.mark.parametrize("command", [pytest.param("--dry-run", marks=pytest.mark.slow), "--help", "show", "list"])
 def test_a_reader_that_has_seen_enough_ends_a_command_quietly(robot, command, count):
     robot.add("t0")
     if command in ("show", "list"):

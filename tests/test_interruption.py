@@ -177,7 +177,13 @@ def test_five_kills_at_random_moments_leave_what_an_undisturbed_run_makes(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGXCPU, 152)]
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+        pytest.param(signal.SIGXCPU, 152, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_ends_the_command_with_its_code_and_the_next_run_resumes(tmp_path, run_here, number, code):
     config, cache = make_dataset(tmp_path, names=10)

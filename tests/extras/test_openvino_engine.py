@@ -218,6 +218,7 @@ def test_what_differs_is_not_taken_for_what_is_kept(other: dict[str, Any]) -> No
     assert folder == openvino_engine.kept_folder(spec.model_copy(update={"precision": "bf16"}), digest)
 
 
+@pytest.mark.slow
 def test_another_release_converts_anew(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, digest = spec_of("small"), own_cache.name.partition("-")[0]
     assert openvino_engine.kept_folder(spec, digest) == own_cache
@@ -325,6 +326,7 @@ def test_bf16_needs_a_cpu_with_bf16_instructions(monkeypatch: pytest.MonkeyPatch
         check_engine(spec_of("small", precision="bf16"), "cpu")
 
 
+@pytest.mark.slow
 def test_features_that_are_not_torchs_are_refused(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert = openvino_engine.convert
 

@@ -66,6 +66,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
     return Watched
 
 
+@pytest.mark.slow
 def test_a_long_video_is_decoded_once_and_little_of_it_is_held(tmp_path: Path, watched: type[Watched]) -> None:
     long = Rendered(5, 3000)
     names = write_videos(tmp_path / "data", [long])
