@@ -41,7 +41,10 @@ class FrameType(NamedTuple):
     """Of one frame's values in a dataset: shape and type as stored."""
 
     shape: tuple[int, ...]
-    dtype: str
+    dtype: str  # as numpy writes it in a header: <f2
+
+    def __str__(self) -> str:
+        return f"{self.shape} {np.dtype(self.dtype).name}"
 
 
 def pose_types(
@@ -84,10 +87,9 @@ def token_types(
             raise RefusedError(f"{chunk.path}: tokens: {_why_not(name, token, header, headers[0])}")
         found = FrameType(header.datasets[name].shape[1:], header.datasets[name].dtype)
         if (before := types.setdefault(name, found)) != found:
-            kinds = ("", "") if before.dtype == found.dtype else (f" {found.dtype}", f" {before.dtype}")
             raise RefusedError(
-                f"{chunk.path}: {name} of a frame is {found.shape}{kinds[0]}, in {chunks[0].path} "
-                f"{before.shape}{kinds[1]}: they do not fit into one batch. Read these caches apart"
+                f"{chunk.path}: {name} of a frame is {found}, in {chunks[0].path} {before}: they do not fit into one "
+                "batch. Read these caches apart"
             )
         if (scale := scale_dataset(name)) in header.datasets:
             types.setdefault(scale, FrameType(header.datasets[scale].shape[1:], header.datasets[scale].dtype))
@@ -181,10 +183,9 @@ def column_types(table: ChunkTable, columns: Sequence[str]) -> dict[str, FrameTy
                     f"{chunk.path}: extra: {name} is of type {there[name].dtype}, which no tensor has; leave it out"
                 )
             elif types.setdefault(name, there[name]) != there[name]:
-                found, before = there[name], types[name]
                 raise RefusedError(
-                    f"{chunk.path}: extra: {name} of a frame is {found.shape} {found.dtype}, elsewhere {before.shape} "
-                    f"{before.dtype}: they do not fit into one batch. Leave it out, or read caches apart"
+                    f"{chunk.path}: extra: {name} of a frame is {there[name]}, elsewhere {types[name]}: they do not "
+                    "fit into one batch. Leave it out, or read caches apart"
                 )
     for (cache_dir, name), numbers in lacking.items():
         total = int((table.cache == table.cache[numbers[0]]).sum())

@@ -114,7 +114,7 @@ def test_columns_that_do_not_fit_into_one_batch_are_refused(tmp_path):
     cache = write_cache(tmp_path / "c", {"a": robot(1), "b": second})
     with pytest.raises(
         RefusedError,
-        match=rf"{cache}/b/chunk_00000.h5: extra: extra/action of a frame is \(7,\) <f8, elsewhere \(7,\) <f4",
+        match=rf"{cache}/b/chunk_00000.h5: extra: extra/action of a frame is \(7,\) float64, elsewhere \(7,\) float32",
     ):
         CacheWindows(cache, 3, extra="action")
     assert "extra/gear" in CacheWindows(cache, 3, extra="gear")[0]
