@@ -319,9 +319,7 @@ class Fence:
     def memory_fault(self, name: str, error: Exception) -> Exception:
         """Whose fault it is that no memory was left to read a trajectory."""
         if self.limits is not None:
-            return InputError(
-                f"{name}: needs more than {self.limits.memory_bytes / 2**30:.1f} GiB of memory to be read"
-            )
+            return beyond_memory(name, self.limits)
         ways = "free memory, or raise the limit (ulimit), and run the same command again"
         return MachineError(f"{name}: cannot be read: {error or type(error).__name__}; {ways}")
 
@@ -329,13 +327,21 @@ class Fence:
         """An error as it can go to another process, with its traceback as a note for the log."""
         if self.limits is None:
             return error
-        text = "".join(traceback.format_exception(error))
+        text, is_full = "".join(traceback.format_exception(error)), isinstance(error.__cause__, MemoryError)
+        error.__traceback__ = error.__cause__ = error.__context__ = None  # they hold all that the parser had taken
+        if is_full:
+            gc.collect()
         if isinstance(error, OSError):  # libraries' own kinds cannot be made anew without them
             error = OSError(error.errno, error.strerror or str(error), error.filename)
         elif not isinstance(error, (InputError, DinoCacheError)):
             error = InputError(f"{type(error).__name__}: {error}")
         error.add_note(f"in a reader process:\n{text}")
         return error
+
+
+def beyond_memory(name: str, limits: FenceLimits) -> InputError:
+    """The fault of data, or of a file of them, that a reader has not the memory for."""
+    return InputError(f"{name}: needs more than {limits.memory_bytes / 2**30:.1f} GiB of memory to be read")
 
 
 def _limit(what: int, most: int) -> None:
@@ -455,7 +461,7 @@ MODELS_WITH_REGISTERS = (*(name for name in DINOV2_NAMES if name.endswith("_reg"
 
 Metres = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Scale = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-PositiveInt = Annotated[int, Field(strict=True, ge=1)]
+PositiveInt = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
 StrictBool = Annotated[bool, Field(strict=True)]
 ChannelValues = tuple[float, float, float]
 DataKey = Annotated[str, Field(min_length=1)]
@@ -800,7 +806,7 @@ class RunOptions(BaseModel):
 
     batch_size: PositiveInt | Literal["auto"] = "auto"
     readers: Literal["auto", "threads", "processes"] = "auto"
-    decode_workers: PositiveInt | Literal["auto"] = "auto"
+    decode_workers: Annotated[int, Field(strict=True, ge=1, le=1024)] | Literal["auto"] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+)$")] = "auto"
     enable_progress_tracking: StrictBool = True
     force_rebuild: StrictBool = False
@@ -1607,8 +1613,10 @@ def read_poses(path: Path, name: str, keys: DataKeys = DEFAULT_KEYS) -> Poses:
     try:
         wanted = ("position", "yaw", *keys.extra_keys)
         poses = _parse_pose_file(path.name, read_file(path).tobytes(), wanted)
-    except (OSError, MemoryError):
+    except OSError:
         raise
+    except MemoryError as error:
+        raise FENCE.memory_fault(where, error) from error
     except Exception as error:  # hostile bytes can raise anything; whatever it is, this file is not poses
         raise InputError(f"{where}: cannot read poses: {str(error) or type(error).__name__}") from error
     if isinstance(poses, dict):
@@ -1807,8 +1815,11 @@ class FileFrames:
         return map_files(self._read_frame, numbers, measured=2, together=1)
 
     def _read_frame(self, number: int) -> np.ndarray:
-        with PROFILE("read"):
-            return read_file(self._path_of(number))
+        try:
+            with PROFILE("read"):
+                return read_file(self._path_of(number))
+        except MemoryError as error:
+            raise FENCE.memory_fault(self.name(number), error) from error
 
     def close(self) -> None:
         """Nothing stays open."""
@@ -2296,8 +2307,8 @@ class FrameDecoder:
             else:
                 self._open_picture(io.BytesIO(data)).verify()  # a PNG's checksums, which decoding does not look at
                 image = self._torch.from_numpy(self._to_rgb(picture)).permute(2, 0, 1)
-        except MemoryError:
-            raise
+        except MemoryError as error:
+            raise FENCE.memory_fault(name, error) from error
         except Exception as error:  # hostile bytes can raise anything from a decoder; whatever it is, it is this file's
             reason = " ".join(str(error).split()) or type(error).__name__
             if "torchvision" in reason:  # decode_jpeg, <path of a C++ file>:<line>, <reason>
@@ -2488,9 +2499,10 @@ def device_errors(what: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        remedy = "free memory or set a smaller batch_size, and " if is_out_of_memory(error) else ""
         raise DeviceError(
-            f"{what} failed: {one_line(error)}. No trajectory is blamed; what is recorded is safe: run the same "
-            "command again to go on"
+            f"{what} failed: {one_line(error)}. No trajectory is blamed; what is recorded is safe: {remedy}run the "
+            "same command again to go on"
         ) from error
 
 
@@ -3817,9 +3829,20 @@ def plan_or_fail(
     return plan
 
 
+def available_memory() -> float:
+    """Bytes that the machine has to give, or that this process's control group may have if that is less."""
+    available = math.inf
+    with contextlib.suppress(OSError), open("/proc/meminfo", "rb") as lines:
+        available = next((1024 * int(line.split()[1]) for line in lines if line.startswith(b"MemAvailable:")), math.inf)
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max"
+            available = min(available, int(Path("/sys/fs/cgroup", limit).read_bytes()))
+    return available
+
+
 class FrameSlots:
     """Memory that this process and its readers share, in slots of a group of frames each. It has no name that could
-    be left behind, and no limit but the machine's memory.
+    be left behind, and no limit but half of the memory that is available.
 
     Raises:
         OSError: there is not so much.
@@ -3829,6 +3852,8 @@ class FrameSlots:
         self._count, self._shape = count, shape
         size = count * math.prod(shape)
         if descriptor is None:
+            if size > (free := available_memory()) / 2:  # else the kernel would kill somebody for it
+                raise OSError(errno.ENOMEM, f"{human_bytes(size)} are wanted, and {human_bytes(free)} are free")
             descriptor = self._new_file()
             os.posix_fallocate(descriptor, 0, size)
         self._descriptor = descriptor
@@ -3997,6 +4022,7 @@ READER_SILENCE_S = 60.0  # without an answer, and without processor time or byte
 READER_LOOK_S = 1.0  # time between two looks at that
 READ_AT_ONCE = 32  # trajectories that a reader looks at in one go, before the work
 READER_REQUESTS = 2  # that a process has at once: the next one is there when it is done with one
+PIPE_BYTES = 1 << 16  # of requests that a pipe takes before they are read, at least
 MOST_KILLS = 3  # of the process that works on one request, from outside, after which the machine is at fault
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGXCPU}
 HELD_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}  # of a whole group
@@ -4085,8 +4111,16 @@ class _ReaderProcess:
         with contextlib.suppress(OSError):
             self.connection.send_bytes(request.call)
 
-    def is_silent(self) -> bool:
-        """Whether it has been at something for too long without an answer and any sign of life."""
+    def has_room(self, waiting: deque[_Request]) -> bool:
+        """Whether there is something to ask it and it has room for that. A large request does not fit into the pipe
+        beside another one: whoever sends it would wait until the process is done."""
+        first = next(iter(self.own or waiting), None)
+        return first is not None and len(self.asked) < (READER_REQUESTS if len(first.call) < PIPE_BYTES else 1)
+
+    def is_silent(self, unwatched_s: float) -> bool:
+        """Whether it has been at something for too long without an answer and any sign of life; what time nobody
+        looked does not count: then the run may have been suspended, and its readers with it."""
+        self.heard_at += unwatched_s
         now, signs = time.monotonic(), _signs_of_life(self.process.pid)
         if not self.asked or signs != self._signs:
             self._signs, self.heard_at = signs, now
@@ -4179,8 +4213,7 @@ class ReaderProcesses:
         """Give what waits to processes that have room for it. With the lock."""
         while True:
             by_load = sorted(self._processes, key=lambda process: len(process.asked))
-            room = [process for process in by_load if len(process.asked) < READER_REQUESTS]
-            process = next((process for process in room if process.own or self._waiting), None)
+            process = next((process for process in by_load if process.has_room(self._waiting)), None)
             if self._waiting and (process is None or process.asked) and len(self._processes) < self._count:
                 process = self._start() or process
             if process is None:
@@ -4219,8 +4252,8 @@ class ReaderProcesses:
                 for key, _ in self._selector.select(READER_LOOK_S):
                     self._take_answer(key.data)
                 if (now := time.monotonic()) - looked_at > READER_LOOK_S:
-                    looked_at = now
-                    for process in [process for process in self._processes if process.is_silent()]:
+                    unwatched_s, looked_at = now - looked_at - READER_LOOK_S, now
+                    for process in [process for process in self._processes if process.is_silent(unwatched_s)]:
                         self._bury(process, is_silent=True)
         except Exception as error:
             self._fail_all(error)
@@ -4240,6 +4273,8 @@ class ReaderProcesses:
             request = process.asked.popleft()
             process.heard_at = time.monotonic()
             self._hand_out()
+        if isinstance(error, MemoryError):
+            error = beyond_memory(request.about, self._limits)
         if error is None:
             request.future.set_result(value)
         else:
@@ -4367,7 +4402,12 @@ def serve_reader(connection: Any, job: ReadingJob | None, slots: FrameSlots | No
             value = function(reader, *arguments)
         except Exception as fault:
             error = FENCE.portable(fault)
-        connection.send((value, error, PROFILE.take()))
+        try:
+            connection.send((value, error, PROFILE.take()))
+        except MemoryError:  # of what is open so much is kept that no answer can be made; nothing of it is sent yet
+            value = error = None
+            reader.close()
+            connection.send((None, MemoryError(), {}))
 
 
 # ======================================================================================================================

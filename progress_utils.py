@@ -1032,10 +1032,9 @@ class Progress:
                 elif follows:
                     _take_entry(self, entry)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise RefusedError(
-                f"{path}: not usable: {error!r}. Without it {PROGRESS_FILE} is true: remove it, and what only it holds "
-                f"is redone. {_ways_out(self.cache_dir)}"
-            ) from error
+            what = error if isinstance(error, ValueError) else f"an entry is no trajectory's ({error!r})"
+            by_hand = f"remove it: without it {PROGRESS_FILE} is true, and what only it holds is redone"
+            raise RefusedError(f"{path}: not usable: {what}. {_ways_out(self.cache_dir, by_hand)}") from error
 
     def save(self, *, keep_old: bool = True) -> None:
         """Write progress.json atomically and durably; the copy before stays as progress.json.bak, if wanted. The
@@ -1307,12 +1306,12 @@ def _check_agreement(data: dict[str, Any]) -> None:
             raise ValueError(f"trajectory_records[{name!r}]: fingerprint {record['fingerprint']!r} is not in specs")
 
 
-def _ways_out(cache_dir: Path) -> str:
+def _ways_out(cache_dir: Path, by_hand: str = f"put {BACKUP_FILE} in its place") -> str:
     command = f"{program_name('progress_utils.py')} {{}} --cache-dir {cache_dir}"
     return (
-        f"Nothing was changed. Ways out: `{command.format('rebuild')}` makes it anew from the chunk files; or put "
-        f"{BACKUP_FILE} in its place; or `{command.format('reset')}` starts afresh and redoes every trajectory. Both "
-        "commands keep the file aside"
+        f"Nothing was changed. Ways out: `{command.format('rebuild')}` makes the record anew from the chunk files; or "
+        f"{by_hand}; or `{command.format('reset')}` starts afresh and redoes every trajectory. Both commands keep the "
+        "file aside"
     )
 
 
@@ -1638,20 +1637,26 @@ def reset(cache_dir: Path, *, yes: bool) -> int:
         question = f"{cache_dir}: set the record ({remark}) aside? The next run then redoes every trajectory."
         if not yes and not ask(question, otherwise="--yes"):
             return 2
+        kept = set_aside(cache_dir, "reset")
         for partial in find_partials(cache_dir / STAGING_FOLDER):  # all is redone, and so are these
             partial_journal(partial.folder).unlink()
-        kept = set_aside(cache_dir, "reset")
         Progress(cache_dir, dataset_name).save(keep_old=False)
     print_lines(f"Reset {cache_dir}; the old record is {kept.name}")
     return 0
 
 
 def set_aside(cache_dir: Path, why: str) -> Path:
-    """Give the present record a new name too, progress.json.<why>-<time>, and its journal that and .journal."""
+    """Give the present record a new name too, progress.json.<why>-<time>, and its journal that and .journal.
+
+    Raises:
+        RefusedError: something that is no file has the journal's name, which a save would not get rid of.
+    """
+    journal = cache_dir / JOURNAL_FILE
+    if os.path.lexists(journal) and not journal.is_file():
+        raise RefusedError(f"{journal}: is no file of this program's; remove it. Nothing was changed")
     stem = f"{PROGRESS_FILE}.{why}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = itertools.chain([stem], (f"{stem}-{count}" for count in itertools.count(2)))
     kept = next(cache_dir / name for name in names if not os.path.lexists(cache_dir / name))
-    journal = cache_dir / JOURNAL_FILE
     pairs = [(cache_dir / PROGRESS_FILE, kept), *([(journal, Path(f"{kept}.journal"))] if journal.is_file() else [])]
     for path, second in pairs:
         try:

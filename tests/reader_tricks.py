@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import dino_cache
+from dino_cache import InputError
 
 
 def pid(_: dino_cache.TrajectoryReader) -> int:
@@ -46,6 +47,27 @@ def allocate(_: dino_cache.TrajectoryReader, num_bytes: int) -> int:
         return int(np.ones(num_bytes, np.uint8)[-1])
 
 
+def _take_all() -> None:
+    """Take all the memory there is, in small pieces, as parsers do."""
+    pieces = []
+    while True:
+        pieces.append(bytearray(1 << 16))
+
+
+def answer_after_a_full_memory(_: dino_cache.TrajectoryReader, num_bytes: int) -> tuple[Exception, bytes]:
+    """What a group of frames comes to whose second frame needs too much: an error beside pixels."""
+    try:
+        with dino_cache.input_errors("t1"):
+            _take_all()
+    except InputError as error:
+        return dino_cache.FENCE.portable(error), bytes(num_bytes)
+
+
+def answer_too_much(_: dino_cache.TrajectoryReader, num_bytes: int) -> np.ndarray:
+    """What fits into the memory once and not twice."""
+    return np.zeros(num_bytes, np.uint8)
+
+
 def fail(_: dino_cache.TrajectoryReader, error: Exception) -> None:
     raise error
 
@@ -53,6 +75,14 @@ def fail(_: dino_cache.TrajectoryReader, error: Exception) -> None:
 def sleep(_: dino_cache.TrajectoryReader, begun: Path) -> None:
     begun.write_text(str(os.getpid()))
     time.sleep(600)
+
+
+def nap(reader: dino_cache.TrajectoryReader, seconds: float, begun: Path) -> str:
+    """Wait in short pieces, none of which is over when a process that was stopped goes on."""
+    begun.touch()
+    for _ in range(10):
+        time.sleep(seconds / 10)
+    return "rested"
 
 
 def plain_work(_: dino_cache.TrajectoryReader, numbers: list[int], log: Path) -> list[int]:

@@ -265,8 +265,21 @@ def test_a_line_that_says_nothing_known_stops_everything(tmp_path, spaced, entry
         entry = {**entry, "follows": read_progress(tmp_path)["last_update"]}
     with open(tmp_path / JOURNAL, "ab") as file:
         file.write(sealed_line(entry))
-    with pytest.raises(RefusedError, match="journal: not usable"):
+    with pytest.raises(RefusedError, match=r"journal: not usable.*rebuild.*; or remove it.*reset") as refused:
         Progress.load(tmp_path)
+    assert "progress.json.bak" not in str(refused.value)  # the journal, which is still there, does not follow it
+
+
+@pytest.mark.parametrize("command", ["reset", "rebuild"])
+def test_what_has_the_journals_name_and_is_no_file_is_found_before_anything_is_changed(robot, run_here, command):
+    robot.add("t0")
+    assert run_here(robot.config).code == 0
+    (robot.cache / JOURNAL).mkdir()
+    before = tree(robot.cache)
+    done = run_utils(command, "--yes", "--cache-dir", robot.cache)
+    assert done.returncode == 2
+    assert f"{robot.cache / JOURNAL}: is no file of this program's; remove it. Nothing was changed" in done.stderr
+    assert tree(robot.cache) == before
 
 
 def test_a_journal_of_a_newer_version_asks_for_a_newer_program(tmp_path, spaced):

@@ -24,7 +24,7 @@ from support import ROOT, make_trajectory, tree
 WING = "dino_cache_extras"
 OWN = ("dino_cache", "progress_utils", WING)
 MAY_IMPORT = {"progress_utils": set(), "dino_cache": {"progress_utils"}, WING: set(OWN)}  # which of ours, statically
-MOST_LINES = {"dino_cache.py": 6_960, "progress_utils.py": 1_900}  # of any other file: 800
+MOST_LINES = {"dino_cache.py": 7_000, "progress_utils.py": 1_900}  # of any other file: 800
 MOST_LINES_OF_A_ROOM = 800
 MOST_LINES_OF_A_FUNCTION = 60  # of its body, the docstring apart
 SOURCES = sorted([ROOT / "dino_cache.py", ROOT / "progress_utils.py", *(ROOT / WING).rglob("*.py")])

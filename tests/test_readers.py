@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,6 +58,13 @@ def is_gone(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
         return True
+
+
+def wait_for_another(begun: Path) -> int:
+    """The process that begins it next."""
+    before = begun.read_text()
+    wait_until(lambda: begun.read_text() not in ("", before))
+    return int(begun.read_text())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,6 +145,79 @@ def test_data_that_need_more_memory_than_a_reader_may_take_are_at_fault(monkeypa
         readers.submit(tricks.allocate, 1 << 29, about="t1").result()
     assert readers.submit(tricks.allocate, 1 << 27, about="t1").result() == 1
     readers.close()
+
+
+def test_a_reader_whose_memory_was_full_answers_all_the_same(monkeypatch):
+    monkeypatch.setattr(dino_cache, "READER_MEMORY_BYTES", 1 << 28)
+    readers = ReaderProcesses(None, 1)
+    pid = readers.submit(tricks.pid, about="t").result()
+    error, pixels = readers.submit(tricks.answer_after_a_full_memory, 20_000_000, about="t1").result()
+    assert (str(error), len(pixels)) == ("t1: needs more than 0.2 GiB of memory to be read", 20_000_000)
+    with pytest.raises(InputError, match=r"t2: needs more than 0\.2 GiB of memory to be read"):
+        readers.submit(tricks.answer_too_much, 200_000_000, about="t2").result()
+    assert readers.submit(tricks.pid, about="t").result() == pid
+    readers.close()
+
+
+@pytest.mark.parametrize("file", ["1.png", "traj_data.json"])
+def test_a_file_that_needs_too_much_memory_is_named(file, robot, run_here, monkeypatch):
+    monkeypatch.setattr(dino_cache, "READER_MEMORY_BYTES", 100_000_000)
+    robot.add("t0", "t2")
+    folder = make_trajectory(robot.data / "t1", stamp=1)
+    if file == "1.png":
+        Image.new("RGB", (6000, 6000)).save(folder / file, "BMP")  # 108 MB of pixels
+    else:
+        (folder / "traj_data.pkl").unlink()
+        (folder / file).write_text(f'{{"yaw": [{"[]," * 4_000_000} 0]}}')  # some 400 MB of lists
+    robot.configure(readers="processes")
+    outcome = run_here(robot.config)
+    assert outcome.code == 1
+    assert f"Failed: t1/{file}: needs more than 0.1 GiB of memory to be read" in outcome.err
+    robot.check("t0", "t2")
+
+
+def test_what_time_the_run_was_suspended_is_no_silence(tmp_path):
+    """Ctrl-Z, or a scheduler's SIGSTOP: the readers stand still with it."""
+    script = (
+        "import sys; import dino_cache, reader_tricks as tricks; from pathlib import Path\n"
+        "dino_cache.READER_SILENCE_S = 4.0\n"
+        "readers = dino_cache.ReaderProcesses(None, 1)\n"
+        "print(readers.submit(tricks.nap, 3.0, Path(sys.argv[1]), about='t').result(), flush=True)\n"
+        "readers.close()\n"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, "-c", script, tmp_path / "begun"]
+    with subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
+        wait_until((tmp_path / "begun").exists)
+        time.sleep(1.5)  # its silence begins with the first look at it
+        os.killpg(run.pid, signal.SIGSTOP)
+        time.sleep(5)
+        os.killpg(run.pid, signal.SIGCONT)
+        assert run.communicate(timeout=60)[0] == "rested\n"
+
+
+def test_a_large_request_waits_for_a_process_that_is_idle(tmp_path):
+    """Into the pipe to a busy one it would not fit, and who sends it could not be stopped."""
+    readers = ReaderProcesses(None, 1)
+    readers.submit(tricks.sleep, tmp_path / "begun", about="t")
+    wait_until((tmp_path / "begun").exists)
+    with no_hang(30):
+        large = readers.submit(tricks.plain_work, list(range(100, 300_000)), tmp_path, about="u")
+    assert not large.done()
+    os.kill(int((tmp_path / "begun").read_text()), signal.SIGSEGV)
+    os.kill(wait_for_another(tmp_path / "begun"), signal.SIGSEGV)  # it is tried twice
+    with no_hang(60):
+        assert large.result()[0] == 10_000
+    readers.close()
+
+
+def test_more_shared_memory_than_there_is_is_not_asked_for(monkeypatch):
+    monkeypatch.setattr(dino_cache, "available_memory", lambda: 1e9)
+    dino_cache.FrameSlots(4, (32, 3, 224, 308)).close()
+    with pytest.raises(OSError, match=r"771\.\d GB are wanted, and 1\.0 GB are free"):
+        dino_cache.FrameSlots(116_460, (32, 3, 224, 308))
 
 
 def test_a_reader_without_a_sign_of_life_is_given_up_as_an_unreadable_file(monkeypatch, tmp_path):

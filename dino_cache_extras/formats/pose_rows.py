@@ -17,6 +17,7 @@ import numpy as np
 from dino_cache import (
     AXES,
     DEFAULT_KEYS,
+    FENCE,
     MAX_FILE_BYTES,
     MAX_POSITION_M,
     NAMED_UNITS,
@@ -261,8 +262,10 @@ def _read_arrays(path: Path, where: str, suffix: str) -> dict[str, np.ndarray]:
     data = read_file(path).tobytes()
     try:
         return {"": _read_npy(data)} if suffix == ".npy" else _read_npz(data)
-    except (OSError, MemoryError):
+    except OSError:
         raise
+    except MemoryError as error:
+        raise FENCE.memory_fault(where, error) from error
     except Exception as error:  # hostile bytes can raise anything
         raise InputError(f"{where}: cannot read poses: {str(error) or type(error).__name__}") from error
 
