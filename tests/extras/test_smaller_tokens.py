@@ -357,7 +357,7 @@ def test_another_way_to_store_is_a_changed_configuration_and_no_mix_is_read_unas
     assert run("--yes").code == 0  # t3 alone is float16
     with pytest.raises(RefusedError, match=r"store: (int8 or float16|float16 or int8)"):
         CacheWindows(cache, 4, tokens="patch")
-    with pytest.raises(RefusedError, match=r"\|i1.*<f2|<f2.*\|i1"):
+    with pytest.raises(RefusedError, match=r" int8.* float16| float16.* int8"):
         CacheWindows(cache, 4, tokens="patch", allow_mixed=True)
     assert len(CacheWindows(cache, 4, allow_mixed=True)) > 0  # the CLS tokens are alike
 
