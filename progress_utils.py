@@ -85,8 +85,7 @@ SHOWN_NAMES = 10  # names of a list that a message shows
 FSTAB = Path("/etc/fstab")  # which disks belong where
 # Errors of reading that are the mount's fault or the user's, so that a file that gives one is not called damaged.
 CANNOT_LOOK = (errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOTCONN, errno.ENXIO, errno.ETIMEDOUT)
-SAVE_SHARE = 0.005  # saves of the record may take this share of a run's time before they are spaced
-SYNC_SHARE = 0.001  # of a run's time, for forcing the journal to the disk
+SAVE_SHARE = 0.002  # saves of the record may take this share of a run's time before they are spaced
 GC_THRESHOLDS = (100_000, 20, 100)  # a large record is a million objects, not to be looked through every 700 new ones
 
 
@@ -743,9 +742,9 @@ class Journal:
         self._size += len(lines)
 
     def sync(self, *, at_once: bool = False) -> None:
-        """Force the entries to the disk; unless `at_once`, for SYNC_SHARE of the time only."""
+        """Force the entries to the disk; unless `at_once`, for a part of SAVE_SHARE of the time only."""
         begin = time.monotonic()
-        if not self._is_synced and (at_once or begin - self._last_sync_end >= self._last_sync_s / SYNC_SHARE):
+        if not self._is_synced and (at_once or begin - self._last_sync_end >= self._last_sync_s / (SAVE_SHARE / 2)):
             os.fsync(self._file.fileno())
             self._is_synced, self._last_sync_end = True, time.monotonic()
             self._last_sync_s = self._last_sync_end - begin
@@ -1043,8 +1042,8 @@ class Progress:
             self._save(set(), keep_old=keep_old)
 
     def save_spaced(self, run_time_s: float, *, at_once: bool = False) -> None:
-        """Save, or append what changed to the journal, where saves would take over 0.5 % of the run's time; then they
-        are 400 times their duration apart. A power cut loses what was appended in 1,000 fsyncs' time; with `at_once`
+        """Save, or append what changed to the journal, where saves would take over 0.2 % of the run's time; then they
+        are 1,000 times their duration apart. A power cut loses what was appended in 1,000 fsyncs' time; with `at_once`
         none."""
         with self._lock:
             since_last_s = time.monotonic() - self._last_save_end

@@ -9,7 +9,7 @@ completed, then measures, with the peak memory of each command:
     resume       `dino_cache.py` with nothing to do, over a bare walk: os.walk, a stat of every file, every pose file
                  read; in turns in the same run
     start        `dino_cache.py --dry-run` with an empty cache: all that a first run does before its first batch
-    record       share of a run's time that recording takes, over trajectories more at 10 ms of other work each: 0.5 %
+    record       share of a run's time that recording takes, over trajectories more at 10 ms of other work each: 0.2 %
                  is what the saves are spaced for, so over a few spaces it must come out as no more
     show, list, verify, verify --deep
 

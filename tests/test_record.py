@@ -269,7 +269,7 @@ def test_a_full_disk_leaves_the_old_record(tmp_path, monkeypatch):
     assert saved(tmp_path / "progress.json") == 1.0
 
 
-def test_saves_beyond_half_a_percent_of_the_run_are_400_saves_apart(tmp_path, monkeypatch):
+def test_saves_beyond_a_share_of_the_run_are_1000_saves_apart(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=1000.0)
     replace = os.replace
 
@@ -288,15 +288,15 @@ def test_saves_beyond_half_a_percent_of_the_run_are_400_saves_apart(tmp_path, mo
         return clock.now > before
 
     assert saves(1.0)  # the first
-    assert not saves(799.0)  # it and another one are 4 s of 799 s: above 0.5 %
-    assert saves(800.0)  # at 0.5 %
-    assert not saves(800.0)  # 6 s of 800 s
-    assert not saves(1000.0, wait_s=799.0)  # 400 times 2 s are not yet over
-    assert saves(1000.0, wait_s=1.0)  # now they are
-    assert not saves(1599.0)  # 8 s of 1599 s
-    assert saves(1600.0)
+    assert not saves(1999.0)  # it and another one are 4 s of 1999 s: above 0.2 %
+    assert saves(2000.0)  # at 0.2 %
+    assert not saves(2000.0)  # 6 s of 2000 s
+    assert not saves(2500.0, wait_s=1999.0)  # 1000 times 2 s are not yet over
+    assert saves(2500.0, wait_s=1.0)  # now they are
+    assert not saves(3999.0)  # 8 s of 3999 s
+    assert saves(4000.0)
     progress.save()  # a plain save is never spaced, and counts
-    assert not saves(2000.0)  # 12 s of 2000 s
+    assert not saves(5000.0)  # 12 s of 5000 s
 
 
 def test_counts_can_be_read_while_another_thread_changes_the_record(tmp_path):
