@@ -4252,7 +4252,7 @@ class ReaderProcesses:
                 for key, _ in self._selector.select(READER_LOOK_S):
                     self._take_answer(key.data)
                 if (now := time.monotonic()) - looked_at > READER_LOOK_S:
-                    unwatched_s, looked_at = now - looked_at - READER_LOOK_S, now
+                    unwatched_s, looked_at = max(0.0, now - looked_at - 2 * READER_LOOK_S), now
                     for process in [process for process in self._processes if process.is_silent(unwatched_s)]:
                         self._bury(process, is_silent=True)
         except Exception as error:

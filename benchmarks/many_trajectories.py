@@ -10,7 +10,7 @@ completed, then measures, with the peak memory of each command:
                  read; in turns in the same run
     start        `dino_cache.py --dry-run` with an empty cache: all that a first run does before its first batch
     record       share of a run's time that recording takes, over trajectories more at 10 ms of other work each: 0.2 %
-                 is what the saves are spaced for, so over a few spaces it must come out as no more
+                 for the saves, which are spaced for that, as much at most for fsyncs, and a line of the journal each
     show, list, verify, verify --deep
 
 With --records, no data and no chunks are made, only records of so many trajectories and of a tenth of it, and measured:

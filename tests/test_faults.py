@@ -298,6 +298,14 @@ def test_a_device_short_of_memory_takes_smaller_batches_and_finishes(robot, run_
     robot.check_finished(outcome)
 
 
+def test_a_batch_that_no_memory_holds_is_told_with_the_setting_that_made_it_so(robot, run_here):
+    robot.configure(batch_size=2**31 - 1, image_size=[1400, 1400])  # 12 PB, more than can be addressed
+    outcome = run_here(robot.config)
+    assert outcome.code == 3
+    assert re.search("making room for a batch failed.*set a smaller batch_size, and run the same command", outcome.err)
+    assert robot.check_recorded() == []
+
+
 @pytest.mark.parametrize(
     "fault",
     [
