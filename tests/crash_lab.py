@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -370,6 +370,17 @@ def noted(crash: Crash) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"killed at call {crash.die_at}, after {crash.calls[-1:]}; then {crash.way_on}: {crash.folder}")
         raise
+
+
+def num_calls(folder: Path, scenarios: Iterable[Scenario]) -> int:
+    """At which a run of one of these commands, undisturbed, could have been killed."""
+    count = 0
+    for number, scenario in enumerate(scenarios):
+        (folder / str(number)).mkdir()
+        lab = Lab(folder / str(number))
+        scenario.prepare(lab)
+        count += len(lab.execute(lab.start, scenario.command).calls)
+    return count
 
 
 def survive(lab: Lab, scenario: Scenario, check_more: Callable[[Path], Any] = lambda cache: None, step: int = 1) -> int:
