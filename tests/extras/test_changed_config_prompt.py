@@ -68,7 +68,6 @@ def test_any_other_answer_stops_and_changes_nothing(asked, answer):
     assert "FAILED: 1 datasets, 2 completed (+0), 0 failed, 1 left" in terminal.before
 
 
-@pytest.mark.slow
 def test_r_redoes_everything_and_keeps_the_record_before_it(asked):
     with spawn(asked) as terminal:
         terminal.expect_exact(QUESTION)
@@ -83,7 +82,6 @@ def test_r_redoes_everything_and_keeps_the_record_before_it(asked):
     assert "OK: 1 datasets, 3 completed (+3), 0 failed, 0 left" in terminal.before
 
 
-@pytest.mark.slow
 def test_no_lock_is_held_while_it_waits_and_what_changed_meanwhile_is_asked_again(asked):
     with spawn(asked) as terminal:
         terminal.expect_exact(QUESTION)
@@ -111,7 +109,6 @@ def test_a_run_that_began_meanwhile_is_not_disturbed(asked):
     assert spans(asked) == {"t0": OLD, "t1": OLD}
 
 
-@pytest.mark.slow
 def test_other_commands_work_while_it_waits(asked):
     with spawn(asked) as terminal:
         terminal.expect_exact(QUESTION)
@@ -122,7 +119,6 @@ def test_other_commands_work_while_it_waits(asked):
     assert spans(asked) == {"t0": OLD, "t1": OLD, "t2": NEW}
 
 
-@pytest.mark.slow
 def test_new_weights_can_be_taken_or_not_and_r_is_no_answer_to_them(asked, run_here):
     asked.configure()
     progress = asked.cache / "progress.json"

@@ -352,7 +352,6 @@ def assert_equal(ours: dict[str, torch.Tensor], others: dict[str, torch.Tensor])
         np.testing.assert_array_equal(values.numpy(), others[key].numpy(), err_msg=key)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_and_collates_give_the_same_labels(arcs, start):
     windows = CacheWindows(arcs, 2, **OPTIONS)

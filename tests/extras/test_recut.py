@@ -360,7 +360,6 @@ def test_a_killed_run_over_two_datasets_is_finished_by_a_plain_one(robot, run_he
     assert (datasets(robot.cache), datasets(other.cache)) == made
 
 
-@pytest.mark.slow
 def test_c_at_the_question_cuts_anew(robot, run_here):
     robot.add("t0")
     assert run_here(robot.config).code == 0

@@ -187,7 +187,6 @@ def test_workers_give_the_same_batches_as_none(make_cache, collate):
         assert_same(ours, others)
 
 
-@pytest.mark.slow
 def test_spawned_workers_give_the_same_batches(make_cache):
     windows = CacheWindows(make_cache(), 3, goal=(0.3, 1.0))
     alone = batches(windows)
@@ -608,7 +607,6 @@ def test_verify_and_the_next_run_leave_an_index_alone(make_cache, kept):
 # -------------------------------------------------------------------------------------------------------- the example
 
 
-@pytest.mark.slow
 def test_example_learns_on_the_sample_and_workers_give_it_the_same_batches(tmp_path):
     config = yaml.safe_load((ROOT / "config" / "data" / "sample.yaml").read_text())
     config |= {"tokens": ["cls"], "image_size": [28, 42], "precision": "fp32", "device": "cpu"}
